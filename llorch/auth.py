@@ -1,0 +1,132 @@
+"""Bearer tokens: who presents one, and what they may do.
+
+Owns parsing token lists, principals and scopes, the constant-time check, and fingerprints. Keeps digests, never the
+tokens themselves, so that nothing that prints a ring can print a secret. Fails closed: an empty ring admits nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from llorch.errors import Code, LlorchError
+
+MIN_TOKEN_CHARS = 32  # 128 bits in hex; shorter ones can be guessed over a network in time
+MAX_TOKEN_CHARS = 512
+DEFAULT_PRINCIPAL = "default"
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+
+
+class Scope(StrEnum):
+    """What a route asks for. OPEN asks for nothing; ADMIN implies all the others but NODE and CONTROL."""
+
+    OPEN = "open"
+    SUBMIT = "submit"
+    READ = "read"
+    METRICS = "metrics"
+    ADMIN = "admin"
+    NODE = "node"  # a node, towards a control
+    CONTROL = "control"  # a control, towards a node
+
+
+CLIENT_SCOPES = frozenset({Scope.SUBMIT, Scope.READ})
+ADMIN_SCOPES = frozenset({Scope.SUBMIT, Scope.READ, Scope.METRICS, Scope.ADMIN})
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a token stands for. Two tokens with one name are one principal: that is how a token is rotated."""
+
+    name: str
+    scopes: frozenset[Scope]
+    fingerprint: str = ""
+
+    def may(self, scope: Scope) -> bool:
+        return scope is Scope.OPEN or scope in self.scopes
+
+
+ANONYMOUS = Principal("anonymous", frozenset())
+
+
+def digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def fingerprint(token: str) -> str:
+    """Enough of a digest to tell tokens apart in logs; nothing to guess the token from."""
+    return digest(token).hex()[:8]
+
+
+def parse_tokens(text: str, *, min_chars: int = MIN_TOKEN_CHARS) -> list[tuple[str, str]]:
+    """(principal, token) pairs from a comma or line list; lines starting with # are comments.
+
+    Raises ValueError that names the item by position and never quotes it.
+    """
+    pairs: list[tuple[str, str]] = []
+    items = [
+        part.strip() for line in text.splitlines() if not line.lstrip().startswith("#") for part in line.split(",")
+    ]
+    for position, item in enumerate(filter(None, items), 1):
+        name, equals, token = item.partition("=")
+        if not equals or not _NAME.fullmatch(name) or not token.strip("="):
+            # A base64 token may end in `=`: that is padding, not a name.
+            name, token = DEFAULT_PRINCIPAL, item
+        if not _TOKEN.fullmatch(token):
+            raise ValueError(f"token {position} has characters that no HTTP header can carry")
+        if len(token) < min_chars:
+            raise ValueError(f"token {position} is shorter than {min_chars} characters")
+        if len(token) > MAX_TOKEN_CHARS:
+            raise ValueError(f"token {position} is longer than {MAX_TOKEN_CHARS} characters")
+        pairs.append((name, token))
+    return pairs
+
+
+class TokenRing:
+    """All the tokens that are valid at a role right now, as digests."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Iterable[tuple[str, str, frozenset[Scope]]] = ()) -> None:
+        self._entries = tuple(
+            (digest(token), Principal(name, scopes, fingerprint(token))) for name, token, scopes in entries
+        )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"TokenRing({len(self)} tokens)"
+
+    def identify(self, token: str) -> Principal | None:
+        """Who presents `token`. Every entry is compared, so that the time tells nothing."""
+        presented, found = digest(token), None
+        for known, principal in self._entries:
+            if hmac.compare_digest(known, presented):
+                found = principal
+        return found
+
+
+def presented_token(headers: Mapping[str, str]) -> str | None:
+    """The credential of a request: `Authorization: Bearer`, else `api-key`, else `x-api-key` (Azure's, Anthropic's)."""
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return headers.get("api-key") or headers.get("x-api-key") or None
+
+
+def authorize(ring: TokenRing, headers: Mapping[str, str], scope: Scope) -> Principal:
+    """The principal of a request that needs `scope`. Missing and wrong are the same 401; too little scope is 403."""
+    token = presented_token(headers)
+    principal = ring.identify(token) if token is not None else None
+    if scope is Scope.OPEN:
+        return principal or ANONYMOUS
+    if principal is None:
+        raise LlorchError(Code.UNAUTHENTICATED, "no valid token was presented")
+    if not principal.may(scope):
+        raise LlorchError(Code.FORBIDDEN, "this token lacks the scope", details={"needs": scope.value})
+    return principal

@@ -1,0 +1,83 @@
+"""Log lines: `time level event key=value ...` on stderr.
+
+Owns the format and the escaping of values, so that no peer can forge a line or move a terminal's cursor. Callers pass
+ids, codes and numbers; never tokens, prompts or outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from typing import Any
+
+ROOT = "llorch"
+MAX_VALUE_CHARS = 500
+_PLAIN = re.compile(r"[A-Za-z0-9._:/@%+*,~\[\]()-]+")
+
+
+def render_value(value: object) -> str:
+    """One value as a word: quoted and escaped where it isn't plain ASCII without blanks."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "-" if value is None else str(value)
+    if len(text) > MAX_VALUE_CHARS:
+        text = text[:MAX_VALUE_CHARS] + "..."
+    if _PLAIN.fullmatch(text):
+        return text
+    return '"' + text.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+
+
+def printable(text: str) -> str:
+    """`text` without control characters (tab and newline stay), for a terminal."""
+    return "".join(char for char in text if char in "\t\n" or (char.isprintable()))
+
+
+class Log:
+    """A named source of events: `log.info("node.registered", node_id=...)`."""
+
+    __slots__ = ("_logger",)
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(f"{ROOT}.{name}")
+
+    def _emit(self, level: int, event: str, fields: dict[str, Any], *, trace: bool = False) -> None:
+        if self._logger.isEnabledFor(level):
+            words = [event, *(f"{key}={render_value(value)}" for key, value in fields.items() if value is not None)]
+            self._logger.log(level, "%s", " ".join(words), exc_info=trace)
+
+    def debug(self, event: str, **fields: Any) -> None:
+        self._emit(logging.DEBUG, event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._emit(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self._emit(logging.WARNING, event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        self._emit(logging.ERROR, event, fields)
+
+    def fault(self, event: str, **fields: Any) -> None:
+        """A bug of ours: an error with the traceback of the exception being handled."""
+        self._emit(logging.ERROR, event, fields, trace=True)
+
+
+class _Formatter(logging.Formatter):
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+
+def configure(level: str) -> None:
+    """Send this process's events of `level` and above to stderr. Other libraries are heard from WARNING on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger(ROOT).setLevel(level.upper())

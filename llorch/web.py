@@ -1,0 +1,350 @@
+"""HTTP as every role of llorch serves and calls it.
+
+Owns the route table's meaning (one scope per route, checked before the handler), request ids, the one error shape,
+bounded body reads, `serve()` as the one hardened way to listen, and the one factory of client sessions. What a route
+does is its role's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import aiohttp
+from aiohttp import web
+from pydantic import BaseModel
+
+from llorch import link
+from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize
+from llorch.errors import Code, LlorchError
+from llorch.logs import Log
+from llorch.messages import decode_object, parse
+from llorch.tasks import Guard
+
+KEEPALIVE_S = 75.0  # aiohttp's own default keeps an idle connection for an hour
+HEAD_TIMEOUT_S = 10.0  # a connection that has sent no whole request head by then is closed
+BODY_TIMEOUT_S = 30.0
+MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
+STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+M = TypeVar("M", bound=BaseModel)
+
+log = Log("web")
+
+PRINCIPAL = web.RequestKey("principal", Principal)
+REQUEST_ID = web.RequestKey("request_id", str)
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of a role's route table. The OpenAPI document and the scope checks come from it."""
+
+    method: str
+    path: str
+    scope: Scope
+    handler: Handler
+    summary: str
+    body: type[BaseModel] | None = None
+    status: int = 200
+    returns: str = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What stands before every handler: who may pass, and what a refusal is counted as."""
+
+    ring: Callable[[], TokenRing]
+    refused: Callable[[Code], None] = field(default=lambda _code: None)
+    metrics_open: bool = False  # the listener is loopback only
+
+
+def request_id_of(headers: Any) -> str:
+    """The client's id if it is sane, else a new one."""
+    given = headers.get("X-Request-Id") or headers.get("X-Correlation-Id")
+    return given if given and _SANE_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace"),
+        status=status,
+        content_type="application/json",
+        charset="utf-8",
+        headers=headers,
+    )
+
+
+def error_headers(error: LlorchError) -> dict[str, str]:
+    if error.status not in (429, 503):
+        return {}
+    after_ms = 1_000 if error.retry_after_ms is None else error.retry_after_ms
+    return {"Retry-After": str(max(1, -(-after_ms // 1_000))), "X-Backoff-Ms": str(after_ms)}
+
+
+def error_response(error: LlorchError, request_id: str, task_id: str | None = None) -> web.Response:
+    headers = error_headers(error)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="llorch"'
+    return json_response(error.envelope(request_id=request_id, task_id=task_id), status=error.status, headers=headers)
+
+
+async def read_body(request: web.Request, *, most_bytes: int) -> bytes:
+    """The whole body, or PAYLOAD_TOO_LARGE / REQUEST_TIMEOUT. A stated length is believed before a byte is read."""
+    if request.content_length is not None and request.content_length > most_bytes:
+        raise LlorchError(Code.PAYLOAD_TOO_LARGE, f"the body is over {most_bytes} bytes")
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while chunk := await request.content.readany():
+                size += len(chunk)
+                if size > most_bytes:
+                    raise LlorchError(Code.PAYLOAD_TOO_LARGE, f"the body is over {most_bytes} bytes")
+                chunks.append(chunk)
+    except TimeoutError:
+        raise LlorchError(Code.REQUEST_TIMEOUT, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+    except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError):
+        raise LlorchError(Code.INVALID_REQUEST, "the body could not be read") from None
+    return b"".join(chunks)
+
+
+async def read_object(request: web.Request, *, most_bytes: int = MAX_SMALL_BODY_BYTES) -> dict[str, Any]:
+    return decode_object(await read_body(request, most_bytes=most_bytes))
+
+
+async def read_model(request: web.Request, model: type[M]) -> M:
+    return parse(model, await read_object(request))
+
+
+def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web.Application:
+    """An application that serves exactly `routes`. Everything else is 404 or 405 in the one error shape."""
+    scopes: dict[Handler, Scope] = {}
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request_id = request[REQUEST_ID] = request_id_of(request.headers)
+        request[PRINCIPAL] = ANONYMOUS
+        try:
+            scope = scopes.get(request.match_info.handler)
+            if scope is not None:
+                if scope is Scope.METRICS and gate.metrics_open:
+                    scope = Scope.OPEN
+                request[PRINCIPAL] = authorize(gate.ring(), request.headers, scope)
+            return await handler(request)
+        except LlorchError as error:
+            if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
+                gate.refused(error.code)
+                log.warning(
+                    "auth.failed", code=error.code, path=request.path, peer=request.remote, request_id=request_id
+                )
+            return error_response(error, request_id)
+        except web.HTTPException as error:
+            return error_response(_from_http(error), request_id)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.fault("request.failed", path=request.path, request_id=request_id)
+            return error_response(LlorchError(Code.INTERNAL, "an unexpected fault; it was logged"), request_id)
+
+    async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+        request_id = request.get(REQUEST_ID) or request_id_of(request.headers)
+        response.headers["X-Request-Id"] = response.headers["X-Correlation-Id"] = request_id
+
+    app = web.Application(middlewares=[guard], client_max_size=max_body_bytes)
+    app.on_response_prepare.append(stamp)
+    for route in routes:
+        if route.handler in scopes and scopes[route.handler] is not route.scope:
+            raise ValueError(f"{route.path}: one handler, two scopes")
+        scopes[route.handler] = route.scope
+        app.router.add_route(route.method, route.path, route.handler)
+    return app
+
+
+def _from_http(error: web.HTTPException) -> LlorchError:
+    if error.status == 404:
+        return LlorchError(Code.NOT_FOUND, "there is no such route")
+    if error.status == 405:
+        return LlorchError(Code.METHOD_NOT_ALLOWED, "this route does not have this method")
+    if error.status == 413:
+        return LlorchError(Code.PAYLOAD_TOO_LARGE, "the body is too large")
+    return LlorchError(Code.INVALID_REQUEST, "the request could not be understood", status=error.status)
+
+
+# ---------------------------------------------------------------- listening
+
+
+class Server:
+    """An application that listens. `url` is where; `close` ends it: no new connections, then what runs, then all."""
+
+    def __init__(self, runner: web.AppRunner, url: str, host: str, port: int, guard: Guard) -> None:
+        self._runner = runner
+        self._guard = guard
+        self.url, self.host, self.port = url, host, port
+
+    async def stop_listening(self) -> None:
+        for site in list(self._runner.sites):
+            await site.stop()
+
+    async def close(self) -> None:
+        await self._guard.close()
+        await self._runner.cleanup()
+
+
+async def serve(
+    app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None, shutdown_timeout_s: float = 5.0
+) -> Server:
+    """Listen on host:port (0: a free one). Raises OSError if that is taken."""
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,  # a client that leaves cancels its handler: the task's slot goes free
+        access_log=None,
+        keepalive_timeout=KEEPALIVE_S,
+        shutdown_timeout=shutdown_timeout_s,
+        auto_decompress=False,  # a body is what was sent; no bomb unpacks here
+    )
+    await runner.setup()
+    site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=1024)
+    try:
+        await site.start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    bound_port = int(runner.addresses[0][1])
+    guard = Guard("web")
+    guard.loop(_reaper(runner), "reaper")
+    shown = f"[{host}]" if ":" in host else host
+    return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard)
+
+
+def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:
+    """Closes connections that never finish their first request head; aiohttp waits for them without end."""
+    first_seen: dict[Any, float] = {}
+
+    async def step() -> float:
+        now = time.monotonic()
+        open_now = list(runner.server.connections) if runner.server is not None else []
+        for connection in open_now:
+            since = first_seen.setdefault(connection, now)
+            started = connection._request_count > 0 or connection._request_in_progress
+            if not started and now - since > HEAD_TIMEOUT_S:
+                connection.force_close()
+        for gone in set(first_seen).difference(open_now):
+            del first_seen[gone]
+        return 2.0
+
+    return step
+
+
+def limit_send_buffer(request: web.Request) -> None:
+    """For streams: a reader that stalls holds little kernel memory."""
+    sock = request.transport.get_extra_info("socket") if request.transport is not None else None
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER_BYTES)
+
+
+# ---------------------------------------------------------------- calling
+
+
+def _tuned_socket(address: Any) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    sock = socket.socket(family, kind, protocol)
+    sock.setblocking(False)
+    link.tune_socket(sock)
+    return sock
+
+
+@contextlib.asynccontextmanager
+async def client_session(
+    *, tls: ssl.SSLContext | None = None, read_timeout_s: float | None = None, connect_timeout_s: float = 5.0
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session that never follows, unpacks or believes what a peer did not have to say.
+
+    `read_timeout_s` is between two reads; None leaves it to the caller. No proxy from the environment is used.
+    """
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=30, ssl=tls or True, socket_factory=_tuned_socket)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),
+        auto_decompress=False,
+        trust_env=False,
+        headers={"Accept-Encoding": "identity"},
+        raise_for_status=False,
+    ) as session:
+        yield session
+
+
+# ---------------------------------------------------------------- OpenAPI
+
+
+def openapi(routes: Sequence[Route], *, title: str, version: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of a route table."""
+    paths: dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
+    for route in routes:
+        path = re.sub(r"\{(\w+):[^}]*\}", r"{\1}", route.path)
+        operation: dict[str, Any] = {
+            "summary": route.summary,
+            "responses": {
+                str(route.status): {"description": "done", "content": {route.returns: {}}},
+                "default": {
+                    "description": "an error",
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+                },
+            },
+            "security": [] if route.scope is Scope.OPEN else [{"bearer": [route.scope.value]}],
+        }
+        names = re.findall(r"\{(\w+)\}", path)
+        if names:
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
+        if route.body is not None:
+            schema = route.body.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[route.body.__name__] = schema
+            reference = {"$ref": f"#/components/schemas/{route.body.__name__}"}
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+        paths.setdefault(path, {})[route.method.lower()] = operation
+    schemas["Error"] = _ERROR_SCHEMA
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": version, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "type", "retriable", "request_id"],
+            "properties": {
+                "code": {"enum": [code.value for code in Code]},
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "retriable": {"type": "boolean"},
+                "retry_after_ms": {"type": "integer"},
+                "hint": {"type": "string"},
+                "task_id": {"type": "string"},
+                "request_id": {"type": ["string", "null"]},
+                "details": {"type": "object"},
+            },
+        }
+    },
+}

@@ -119,14 +119,16 @@ def presented_token(headers: Mapping[str, str]) -> str | None:
     return headers.get("api-key") or headers.get("x-api-key") or None
 
 
-def authorize(ring: TokenRing, headers: Mapping[str, str], scope: Scope) -> Principal:
-    """The principal of a request that needs `scope`. Missing and wrong are the same 401; too little scope is 403."""
+def authorize(ring: TokenRing, headers: Mapping[str, str], *scopes: Scope) -> Principal:
+    """The principal of a request that needs one of `scopes`. Missing and wrong are the same 401, too little is 403."""
     token = presented_token(headers)
     principal = ring.identify(token) if token is not None else None
-    if scope is Scope.OPEN:
+    if Scope.OPEN in scopes:
         return principal or ANONYMOUS
     if principal is None:
         raise LlorchError(Code.UNAUTHENTICATED, "no valid token was presented")
-    if not principal.may(scope):
-        raise LlorchError(Code.FORBIDDEN, "this token lacks the scope", details={"needs": scope.value})
+    if not any(map(principal.may, scopes)):
+        raise LlorchError(
+            Code.FORBIDDEN, "this token lacks the scope", details={"needs": [scope.value for scope in scopes]}
+        )
     return principal

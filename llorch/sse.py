@@ -12,6 +12,7 @@ from typing import NamedTuple
 MAX_EVENT_BYTES = 4 * 1024 * 1024  # one event larger than a whole task log is a broken peer
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_TEXT_LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines: that also splits at U+2028 and others
 _BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 
 
@@ -107,7 +108,7 @@ def encode(event: str, data: str, *, id: str | None = None) -> bytes:
     lines = [f"id: {id}"] if id is not None else []
     if event:
         lines.append(f"event: {event}")
-    lines += [f"data: {line}" for line in data.splitlines() or [""]]
+    lines += [f"data: {line}" for line in _TEXT_LINE_END.split(data)]
     return ("\n".join(lines) + "\n\n").encode()
 
 

@@ -58,6 +58,11 @@ class Route:
     body: type[BaseModel] | None = None
     status: int = 200
     returns: str = "application/json"
+    also: tuple[Scope, ...] = ()  # other scopes that will do
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        return (self.scope, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +134,18 @@ async def read_model(request: web.Request, model: type[M]) -> M:
 
 def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web.Application:
     """An application that serves exactly `routes`. Everything else is 404 or 405 in the one error shape."""
-    scopes: dict[Handler, Scope] = {}
+    scopes: dict[Handler, tuple[Scope, ...]] = {}
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         request_id = request[REQUEST_ID] = request_id_of(request.headers)
         request[PRINCIPAL] = ANONYMOUS
         try:
-            scope = scopes.get(request.match_info.handler)
-            if scope is not None:
-                if scope is Scope.METRICS and gate.metrics_open:
-                    scope = Scope.OPEN
-                request[PRINCIPAL] = authorize(gate.ring(), request.headers, scope)
+            wanted = scopes.get(request.match_info.handler)
+            if wanted is not None:
+                if Scope.METRICS in wanted and gate.metrics_open:
+                    wanted = (Scope.OPEN,)
+                request[PRINCIPAL] = authorize(gate.ring(), request.headers, *wanted)
             return await handler(request)
         except LlorchError as error:
             if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
@@ -164,9 +169,8 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
     app = web.Application(middlewares=[guard], client_max_size=max_body_bytes)
     app.on_response_prepare.append(stamp)
     for route in routes:
-        if route.handler in scopes and scopes[route.handler] is not route.scope:
+        if scopes.setdefault(route.handler, route.scopes) != route.scopes:
             raise ValueError(f"{route.path}: one handler, two scopes")
-        scopes[route.handler] = route.scope
         app.router.add_route(route.method, route.path, route.handler)
     return app
 
@@ -303,7 +307,7 @@ def openapi(routes: Sequence[Route], *, title: str, version: str) -> dict[str, A
                     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
                 },
             },
-            "security": [] if route.scope is Scope.OPEN else [{"bearer": [route.scope.value]}],
+            "security": [] if route.scope is Scope.OPEN else [{"bearer": [scope.value]} for scope in route.scopes],
         }
         names = re.findall(r"\{(\w+)\}", path)
         if names:

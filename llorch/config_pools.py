@@ -1,0 +1,180 @@
+"""What a person writes about one pool of a node, in the `pools:` list.
+
+Owns PoolSpec, its fields and their faults, each at its own line. Never decides what the node then does with a pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llorch.config_kinds import (
+    ARGUMENTS,
+    GPUS,
+    MODEL_REF,
+    PATH,
+    POOL_ID_PATTERN,
+    URL,
+    BadValue,
+    Kind,
+    choice,
+    closest,
+    integer,
+    listed,
+    number,
+    quote,
+    read_node,
+    text,
+)
+from llorch.config_yaml import Items, Node, Scalar, Table, YamlFault
+
+DEFAULT_SLOTS = 4
+DEFAULT_CTX = 4096
+ENGINE = choice("auto", "llamacpp", "llama-server", "external", "simulated")
+SLOTS = integer(1, 1024, example=DEFAULT_SLOTS)
+CTX = integer(128, 16 * 1024 * 1024, example=DEFAULT_CTX)
+POOL_ID = text("pool id", POOL_ID_PATTERN, allowed="letters, digits, . _ -, at most 64", example="chat")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """One wished-for pool. `gpus` None leaves the choice to the engine, () keeps it off every GPU.
+
+    `ctx` is per slot. `env` and `args` may carry a key for the engine, so neither is printed.
+    """
+
+    id: str
+    engine: str = "auto"
+    model: str | None = None
+    gpus: tuple[int, ...] | None = None
+    slots: int = DEFAULT_SLOTS
+    ctx: int = DEFAULT_CTX
+    args: tuple[str, ...] = field(default=(), repr=False)
+    env: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    replicas: int = 1
+    url: str | None = None
+    api_key_file: str | None = None
+    models: tuple[str, ...] = ()
+    idle_unload_s: float | None = None
+
+
+def _env_value(value: str) -> str:
+    if "\0" in value:
+        raise BadValue("has a NUL character")
+    return value
+
+
+_ENV_NAME = text("environment name", "[A-Za-z_][A-Za-z0-9_]{0,127}", allowed="letters, digits and _", example="HF_HOME")
+_ENV_VALUE: Kind[str] = Kind("value", _env_value, "text", {"type": ["string", "number", "boolean"]})
+
+
+def _read_env(node: Node, faults: list[YamlFault]) -> tuple[tuple[str, str], ...] | None:
+    if not isinstance(node, Table):
+        if not (isinstance(node, Scalar) and node.refused):
+            faults.append(
+                YamlFault(node.line, "expected NAME: value lines", "for example {HF_HOME: /models/hf}", "env")
+            )
+        return None
+    before, pairs = len(faults), []
+    for entry in node.entries:
+        name = read_node(_ENV_NAME, Scalar(entry.line, entry.key), faults, "env")
+        value = read_node(_ENV_VALUE, entry.value, faults, f"env.{entry.key[:40]}")
+        pairs.append((name or "", value or ""))
+    return tuple(pairs) if len(faults) == before else None
+
+
+def _no_text(value: str) -> Any:
+    raise BadValue("has no text form", "write it in YAML")
+
+
+_ENV: Kind[tuple[tuple[str, str], ...]] = Kind(
+    "mapping",
+    _no_text,
+    "{HF_HOME: /models/hf}",
+    {"type": "object", "additionalProperties": dict(_ENV_VALUE.schema)},
+    read=_read_env,
+)
+FIELDS: Mapping[str, tuple[Kind[Any], str]] = {
+    "id": (POOL_ID, "The pool's name, unique on its node."),
+    "engine": (ENGINE, "What serves the model."),
+    "model": (MODEL_REF, "The model to load: demo, file:/abs/path.gguf, hf:org/repo, https://... or a catalog id."),
+    "gpus": (GPUS, "Indices of the GPUs to use; [] for none; the engine's choice if not given."),
+    "slots": (SLOTS, "Sequences at a time, per replica."),
+    "ctx": (CTX, "Tokens of context per slot."),
+    "args": (ARGUMENTS, "Further arguments for the engine."),
+    "env": (_ENV, "Further environment for the engine."),
+    "replicas": (integer(1, 64), "Engine processes in this pool."),
+    "url": (URL, "Where an external engine listens."),
+    "api_key_file": (PATH, "A file with the key of an external engine."),
+    "models": (listed(MODEL_REF, "demo"), "Models that may be loaded here instead of the first."),
+    "idle_unload_s": (number(1, 30 * 86400), "Seconds without a task after which the model is unloaded."),
+}
+
+
+def _read_pools(node: Node, faults: list[YamlFault]) -> tuple[PoolSpec, ...] | None:
+    if not isinstance(node, Items):
+        if not (isinstance(node, Scalar) and node.refused):
+            faults.append(YamlFault(node.line, "expected a list of pools", f"for example {POOLS.example}", "pools"))
+        return None
+    before = len(faults)
+    pools: dict[str, PoolSpec] = {}
+    for place, item in enumerate(node.items):
+        spec = _read_pool(item, f"pools[{place}]", faults)
+        if spec is not None and spec.id in pools:
+            faults.append(
+                YamlFault(item.line, f"another pool has the id {spec.id}", "ids are unique", f"pools[{place}]")
+            )
+        elif spec is not None:
+            pools[spec.id] = spec
+    return tuple(pools.values()) if len(faults) == before else None
+
+
+def _read_pool(node: Node, key: str, faults: list[YamlFault]) -> PoolSpec | None:
+    if not isinstance(node, Table):
+        if not (isinstance(node, Scalar) and node.refused):
+            faults.append(YamlFault(node.line, "expected the fields of a pool", "for example {id: chat}", key))
+        return None
+    before = len(faults)
+    values: dict[str, Any] = {}
+    for entry in node.entries:
+        if entry.key not in FIELDS:
+            near = closest(entry.key, FIELDS)
+            values.setdefault(near or "", None)  # most likely meant, so not missing
+            hint = f"did you mean {near}?" if near else f"a pool has {', '.join(FIELDS)}"
+            faults.append(YamlFault(entry.line, f"{quote(entry.key)} is not a field of a pool", hint, key))
+            continue
+        values[entry.key] = read_node(FIELDS[entry.key][0], entry.value, faults, f"{key}.{entry.key}")
+    _check_pool(values, node.line, key, faults)
+    return PoolSpec(**values) if len(faults) == before else None
+
+
+def _check_pool(values: Mapping[str, Any], line: int, key: str, faults: list[YamlFault]) -> None:
+    if "id" not in values:
+        faults.append(YamlFault(line, "a pool needs an id", "id: chat", key))
+    engine = values.get("engine", "auto")  # None: it has a fault of its own
+    if engine == "external" and "url" not in values:
+        faults.append(YamlFault(line, "an external engine needs a url", "url: http://127.0.0.1:8000", f"{key}.url"))
+    if values.get("url") and engine not in ("external", None):
+        faults.append(YamlFault(line, "only an external engine has a url", "engine: external", f"{key}.url"))
+
+
+POOLS: Kind[tuple[PoolSpec, ...]] = Kind(
+    "pools",
+    _no_text,
+    "[{id: chat, engine: llamacpp, model: demo, gpus: [0], slots: 4}]",
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["id"],
+            "additionalProperties": False,
+            "properties": {name: {**kind.schema, "description": doc} for name, (kind, doc) in FIELDS.items()},
+        },
+    },
+    show=lambda pools: ", ".join(
+        f"{pool.id} ({pool.engine}, {MODEL_REF.show(pool.model) if pool.model else 'no model'})" for pool in pools
+    ),
+    join=tuple,
+    read=_read_pools,
+)

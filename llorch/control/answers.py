@@ -1,0 +1,278 @@
+"""The client's side of a task: one class per form of answer.
+
+Owns what is written to a client and when: the commit to a status, `queued` events, pings, error events and frames. Log
+bytes pass through as they came. Every write is bounded in time, so that a reader that stalls costs 30 s, not for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from aiohttp import web
+
+from llorch import sse
+from llorch.control.dispatch import PING_AFTER_S, SlowReader
+from llorch.control.tasks import Task
+from llorch.errors import Code, LlorchError
+from llorch.messages import Head, Tail
+from llorch.web import error_response, json_response, limit_send_buffer
+
+SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+MAX_COLLECTED_BYTES = 16 * 1024 * 1024  # a native answer that was asked for as one JSON document
+
+# Of an engine's headers these mean something to the client; the rest are the engine's own business.
+_FROM_ENGINE = frozenset({"content-type", "content-length", "content-disposition", "retry-after"})
+
+
+def canceled_event(tail: Tail | None) -> bytes:
+    """The end of a native task that was canceled before its first byte: made here, so without an id."""
+    return sse.encode(
+        "end",
+        json.dumps(
+            {
+                "finish_reason": "canceled",
+                "tokens_in": tail.tokens_in if tail else 0,
+                "tokens_out": 0,
+                "cached_tokens": 0,
+                "ttft_ms": None,
+                "decode_ms": None,
+                "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",  # of no text
+            }
+        ),
+    )
+
+
+def error_event(error: LlorchError, request_id: str, task_id: str) -> bytes:
+    """A terminal event that the control makes: without an id, for it is in no log."""
+    return sse.encode("error", json.dumps(error.to_wire(request_id=request_id, task_id=task_id)))
+
+
+def task_headers(task: Task) -> dict[str, str]:
+    headers = {"X-Llorch-Task": task.task_id}
+    if task.node_id is not None and task.pool_id is not None:
+        headers |= {
+            "X-Llorch-Node": task.node_id,
+            "X-Llorch-Pool": task.pool_id,
+            "X-Llorch-Attempts": str(task.attempt),
+        }
+    if task.queued_ms is not None:
+        headers["X-Llorch-Queue-Ms"] = str(round(task.queued_ms))
+    return headers
+
+
+class Stream:
+    """A response that is written piece by piece. `whole` tells whether the last piece ended an event."""
+
+    def __init__(self, request: web.Request, write_timeout_s: float) -> None:
+        self._request = request
+        self._write_timeout_s = write_timeout_s
+        self._response: web.StreamResponse | None = None
+        self.whole = True
+
+    @property
+    def committed(self) -> bool:
+        return self._response is not None
+
+    async def commit(self, status: int, headers: dict[str, str]) -> None:
+        if self._response is None:
+            response = web.StreamResponse(status=status, headers=headers)
+            limit_send_buffer(self._request)
+            await response.prepare(self._request)
+            self._response = response
+
+    async def write(self, data: bytes) -> None:
+        assert self._response is not None
+        self.whole = data.endswith(b"\n\n")
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._response.write(data)
+        except TimeoutError:
+            self._abort()
+            raise SlowReader("the client took no byte in time") from None
+
+    async def ping(self) -> None:
+        if self.committed and self.whole:
+            await self.write(sse.comment("ping"))
+
+    def finished(self) -> web.StreamResponse:
+        assert self._response is not None
+        return self._response
+
+    def _abort(self) -> None:
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+
+class NativeStream:
+    """SSE of native events: the log's own, and the control's `queued`, pings and, if the node can't, the last one."""
+
+    def __init__(self, request: web.Request, task: Task, write_timeout_s: float) -> None:
+        self._task = task
+        self._stream = Stream(request, write_timeout_s)
+
+    async def _commit(self) -> None:
+        await self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
+
+    async def waiting(self, position: int, eta_ms: int | None) -> None:
+        await self._commit()
+        await self._stream.write(sse.encode("queued", json.dumps({"position": position, "eta_ms": eta_ms})))
+
+    async def accepted(self) -> None:
+        pass
+
+    async def idle(self) -> None:
+        await self._stream.ping()
+
+    async def begin(self, head: Head) -> None:
+        await self._commit()
+
+    async def write(self, data: bytes) -> None:
+        await self._stream.write(data)
+
+    async def ended(self, tail: Tail) -> web.StreamResponse:
+        await self._commit()
+        if tail.length == 0 and tail.error is None:
+            await self._stream.write(canceled_event(tail))
+        return self._stream.finished()
+
+    async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
+        if not self._stream.committed and error.code is not Code.CANCELED:
+            return error_response(error, request_id, self._task.task_id)
+        await self._commit()
+        if error.code is Code.CANCELED:
+            await self._stream.write(canceled_event(None))
+        else:
+            lead = b"" if self._stream.whole else b"\n\n"
+            await self._stream.write(lead + error_event(error, request_id, self._task.task_id))
+        return self._stream.finished()
+
+    async def stopped(self, request_id: str) -> web.StreamResponse:
+        """The control goes: no terminal event, so the client knows that there is more to fetch."""
+        if not self._stream.committed:
+            return error_response(_stopping(), request_id, self._task.task_id)
+        return self._stream.finished()
+
+
+class OpenAiAnswer:
+    """A /v1 answer: the engine's own bytes with the engine's status, streamed or not."""
+
+    def __init__(self, request: web.Request, task: Task, write_timeout_s: float) -> None:
+        self._task = task
+        self._stream = Stream(request, write_timeout_s)
+        self._last_word = time.monotonic()
+
+    async def waiting(self, position: int, eta_ms: int | None) -> None:
+        if time.monotonic() - self._last_word >= PING_AFTER_S:
+            await self.idle()
+
+    async def accepted(self) -> None:
+        pass
+
+    async def idle(self) -> None:
+        """A stream commits and pings; an answer in one piece can only wait for its status."""
+        self._last_word = time.monotonic()
+        if self._task.stream:
+            await self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
+            await self._stream.ping()
+
+    async def begin(self, head: Head) -> None:
+        headers = {name: value for name, value in head.headers.items() if name.lower() in _FROM_ENGINE}
+        if self._task.stream:
+            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        await self._stream.commit(head.status, headers | task_headers(self._task))
+
+    async def write(self, data: bytes) -> None:
+        await self._stream.write(data)
+
+    async def ended(self, tail: Tail) -> web.StreamResponse:
+        if not self._stream.committed:
+            raise LlorchError(Code.CANCELED, "the task was canceled")
+        return self._stream.finished()
+
+    async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
+        if not self._stream.committed:
+            return error_response(error, request_id, self._task.task_id)
+        if not self._task.stream:
+            raise ConnectionResetError("the answer can't be completed")  # a cut body tells; a short one would lie
+        lead = b"" if self._stream.whole else b"\n\n"
+        frame = json.dumps(error.envelope(request_id=request_id, task_id=self._task.task_id))
+        await self._stream.write(lead + sse.encode("", frame))
+        return self._stream.finished()
+
+    async def stopped(self, request_id: str) -> web.StreamResponse:
+        return await self.failed(_stopping(), request_id)
+
+
+class NativeJson:
+    """`Accept: application/json`: waits, and answers with the finished task and its text."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._events = sse.Decoder()
+        self._text: list[str] = []
+        self._size = 0
+
+    async def waiting(self, position: int, eta_ms: int | None) -> None:
+        pass
+
+    async def accepted(self) -> None:
+        pass
+
+    async def idle(self) -> None:
+        pass
+
+    async def begin(self, head: Head) -> None:
+        pass
+
+    async def write(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > MAX_COLLECTED_BYTES:
+            raise LlorchError(Code.PAYLOAD_TOO_LARGE, "the answer is too large for one document", hint="stream it")
+        for event in self._events.feed(data):
+            if event.event == "token":
+                self._text.append(json.loads(event.data)["t"])
+
+    async def ended(self, tail: Tail) -> web.StreamResponse:
+        if tail.error is not None:
+            raise LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
+        view: dict[str, Any] = self._task.view()
+        return json_response(view | {"text": "".join(self._text)}, headers=task_headers(self._task))
+
+    async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
+        return error_response(error, request_id, self._task.task_id)
+
+    async def stopped(self, request_id: str) -> web.StreamResponse:
+        return error_response(_stopping(), request_id, self._task.task_id)
+
+
+class Detached:
+    """Nobody listens. `taken` is done once a node has accepted the task; its log waits there for whoever comes."""
+
+    def __init__(self) -> None:
+        self.taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def waiting(self, position: int, eta_ms: int | None) -> None:
+        pass
+
+    async def accepted(self) -> None:
+        if not self.taken.done():
+            self.taken.set_result(None)
+
+    async def idle(self) -> None:
+        pass
+
+    async def begin(self, head: Head) -> None:
+        pass
+
+    async def write(self, data: bytes) -> None:
+        pass
+
+
+Answer = NativeStream | OpenAiAnswer | NativeJson
+
+
+def _stopping() -> LlorchError:
+    return LlorchError(Code.DRAINING, "this control is shutting down", retry_after_ms=2_000)

@@ -1,0 +1,153 @@
+"""A control plane, wired: settings in, a listening server out, and its end in order.
+
+Wiring only. start: tokens, registry, dispatcher, loops, listener, ready line. stop: not ready, wait for tasks, let go
+of the rest, close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+import sys
+import time
+from functools import partial
+
+from llorch import logs, systemd, tls, web
+from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, Scope, TokenRing, parse_tokens
+from llorch.config import ControlSettings
+from llorch.control import routes_health, routes_nodes, routes_tasks
+from llorch.control.admission import Admission
+from llorch.control.dispatch import Dispatcher
+from llorch.control.links import Links
+from llorch.control.metrics import ControlMetrics, registry_metrics
+from llorch.control.node_client import NodeClient
+from llorch.control.registry import Registry
+from llorch.control.state import CONTROL, Control
+from llorch.control.sweep import expire_step, probe_step
+from llorch.errors import ConfigError
+from llorch.tasks import Guard
+
+LAST_BYTES_S = 2.0  # for answers that were ended, whose bytes only have to leave
+
+log = logs.Log("control")
+
+
+def token_ring(settings: ControlSettings) -> TokenRing:
+    """Every token that is valid here, with what it may do. Raises ConfigError when nobody could use this control."""
+    shortest = 8 if settings.dev else 32
+    entries: list[tuple[str, str, frozenset[Scope]]] = []
+    for text, scopes in (
+        (settings.api_token, CLIENT_SCOPES),
+        (settings.admin_token, ADMIN_SCOPES),
+        (settings.node_token or settings.service_token, frozenset({Scope.NODE})),
+    ):
+        entries += [(name, token, scopes) for name, token in parse_tokens(text or "", min_chars=shortest)]
+    ring = TokenRing(entries)
+    if len(ring) == 0:
+        raise ConfigError("no tokens: nobody could use this control")
+    return ring
+
+
+def loopback_only(host: str) -> bool:
+    return host in ("127.0.0.1", "::1", "localhost")
+
+
+async def run(settings: ControlSettings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code."""
+    ring = token_ring(settings)
+    service = parse_tokens(settings.service_token or "", min_chars=1)
+    server_tls = (
+        tls.server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+    )
+    registry = Registry(
+        epoch=secrets.token_hex(8),
+        heartbeat_interval_s=settings.heartbeat_interval,
+        offline_after_s=settings.offline_after,
+    )
+    metrics, links, guard = ControlMetrics(), Links(), Guard("control")
+    admission = Admission(limit=settings.queue_limit)
+    async with NodeClient(
+        links,
+        registry.address_of,
+        lambda: service[0][1] if service else "",
+        tls.client_context(settings.tls_ca),
+    ) as nodes:
+        dispatcher = Dispatcher(
+            registry,
+            admission,
+            nodes,
+            metrics,
+            queue_timeout_s=settings.queue_timeout,
+            ttft_timeout_s=settings.ttft_timeout,
+        )
+        control = Control(
+            registry=registry,
+            dispatcher=dispatcher,
+            links=links,
+            nodes=nodes,
+            metrics=metrics,
+            guard=guard,
+            max_body_bytes=settings.max_body,
+            slow_reader_timeout_s=settings.slow_reader_timeout,
+            heartbeat_interval_s=settings.heartbeat_interval,
+            offline_after_s=settings.offline_after,
+        )
+        metrics.scrape_state(lambda: registry_metrics(registry, admission.depths, time.monotonic()))
+        gate = web.Gate(
+            ring=lambda: ring,
+            refused=lambda code: metrics.auth_failed(code.value),
+            metrics_open=loopback_only(settings.bind.host),
+        )
+        table = routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES))
+        app = web.make_app(table, gate, max_body_bytes=settings.max_body)
+        app[CONTROL] = control
+        server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        guard.loop(partial(expire_step, control), "expire")
+        guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
+        _watch_signals(control)
+        print(f"ready url={server.url}", file=sys.stderr, flush=True)
+        systemd.notify("READY=1")
+        try:
+            await control.stopping.wait()
+            await _drain(control, settings.shutdown_grace)
+        finally:
+            systemd.notify("STOPPING=1")
+            for link in links:
+                link.close("shutdown")
+            await server.close()
+            await guard.close()
+    return 0
+
+
+def _watch_signals(control: Control) -> None:
+    """The first signal drains; the next one does not wait."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if control.stopping.is_set():
+            control.dispatcher.stop()
+        control.dispatcher.draining = True
+        control.stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+
+async def _drain(control: Control, grace_s: float) -> None:
+    """Let running tasks end, up to `grace_s`; then let go of the rest."""
+    dispatcher = control.dispatcher
+    log.info("control.draining", running=dispatcher.tasks.running, grace_s=grace_s)
+    await dispatcher.quiet(grace_s)
+    dispatcher.stop()
+    await dispatcher.quiet(LAST_BYTES_S)
+
+
+def main(settings: ControlSettings) -> int:
+    """Run a control in this process, on the fastest loop there is."""
+    logs.configure(settings.log_level)
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(run(settings))
+    return int(uvloop.run(run(settings)))

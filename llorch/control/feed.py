@@ -1,0 +1,102 @@
+"""What a node sends for one reader of one task, waiting to be taken.
+
+Owns the mailbox between the connection a node's records arrive on (which must never wait) and the coroutine that serves
+a client (which does). Its size is bounded by credit: the node may have sent at most the window that was not passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llorch.errors import LlorchError
+from llorch.messages import Head, Tail
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The node has taken the task: it holds a slot there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The node will not serve this reader. Nothing follows."""
+
+    error: LlorchError
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The connection ended with no TAIL: what the node did since is unknown. Nothing follows."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """This control is shutting down. Nothing follows."""
+
+
+Item = Accepted | Refused | Head | bytes | Tail | Lost | Stopped
+
+
+class Feed:
+    """One reader's mailbox. `put` never waits; `next` waits; neighbouring log bytes are taken as one."""
+
+    __slots__ = ("_items", "_waiter", "ended")
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self.ended = False
+
+    def put(self, item: Item) -> None:
+        if self.ended:
+            return
+        self.ended = isinstance(item, Refused | Tail | Lost | Stopped)
+        self._items.append(item)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def next(self, timeout_s: float | None) -> Item | None:
+        """The next item, or None after `timeout_s` without one."""
+        if not self._items:
+            loop = asyncio.get_running_loop()
+            waiter = self._waiter = loop.create_future()
+            timer = loop.call_later(timeout_s, _wake, waiter) if timeout_s is not None else None
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+            if not self._items:
+                return None
+        item = self._items.popleft()
+        if isinstance(item, bytes) and self._items and isinstance(self._items[0], bytes):
+            parts = [item]
+            while self._items and isinstance(self._items[0], bytes):
+                parts.append(self._items.popleft())  # type: ignore[arg-type]
+            return b"".join(parts)
+        return item
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class Upstream:
+    """A control's handle on one stream of a node: the three things a reader may say.
+
+    `passed_on(n)`: n log bytes have left for the client. `detach(reason)`: this reader goes; the node decides what
+    becomes of the task. `cancel()`: end the task; its TAIL still comes.
+    """
+
+    passed_on: Callable[[int], None]
+    detach: Callable[[str], None]
+    cancel: Callable[[], None]

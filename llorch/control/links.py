@@ -1,0 +1,210 @@
+"""The links: one connection per node, records of many tasks on it.
+
+Owns the control's end of a link: stream ids, credit, which stream belongs to which feed, and what a node must not do. A
+node that breaks the protocol loses its link. Never decides what a task does next: it tells feeds and its owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from llorch import records
+from llorch.control.feed import Accepted, Feed, Item, Lost, Refused, Upstream
+from llorch.errors import Code, LlorchError
+from llorch.link import Link
+from llorch.logs import Log
+from llorch.messages import Head, Tail, parse
+from llorch.records import ReceiveCredit, Record, RecordError, SendCredit, Type
+
+log = Log("control.links")
+
+_KNOWN = frozenset(Type)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_record(model: type[M], payload: bytes) -> M:
+    """A record's JSON as `model`. Raises RecordError: a node of ours sends no malformed ones."""
+    try:
+        return parse(model, records.decode_json(payload))
+    except LlorchError:
+        raise RecordError(f"malformed {model.__name__} record") from None
+
+
+def read_item(record: Record) -> Item | None:
+    """What a record of a node tells a reader; None for those that tell it nothing."""
+    kind, payload = record.type, record.payload
+    if kind == Type.DATA:
+        return payload
+    if kind == Type.ACCEPT:
+        return Accepted()
+    if kind == Type.HEAD:
+        return parse_record(Head, payload)
+    if kind == Type.TAIL:
+        return parse_record(Tail, payload)
+    if kind == Type.REFUSE:
+        return Refused(LlorchError.from_wire(records.decode_json(payload)))
+    if kind == Type.DETACH:
+        return Lost("the node let go of this reader")
+    if kind in (Type.OPEN, Type.BODY, Type.ATTACH, Type.CANCEL):
+        raise RecordError(f"a node may not send {Type(kind).name}")
+    return None
+
+
+@dataclass(slots=True)
+class _Stream:
+    feed: Feed
+    unsent: memoryview  # of the body; held back by credit
+    may_send: SendCredit = field(default_factory=SendCredit)
+    may_arrive: ReceiveCredit = field(default_factory=ReceiveCredit)
+
+
+class NodeLink:
+    """The control's end of one node's link (a link.LinkOwner)."""
+
+    def __init__(self, node_id: str, lease_id: str, lost: Callable[[NodeLink, str], None]) -> None:
+        self.node_id = node_id
+        self.lease_id = lease_id
+        self.connection: Link | None = None
+        self._on_lost = lost
+        self._streams: dict[int, _Stream] = {}
+        self._last_id = -1  # ids are odd and never used twice
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    # ---- what dispatch asks for
+
+    def open(self, header: Mapping[str, Any], body: bytes, feed: Feed) -> Upstream:
+        """OPEN with its body: a task's, or a call of one of the node's own routes."""
+        stream_id, stream = self._begin(feed, body)
+        self._send(records.encode_json(stream_id, Type.OPEN, {**header, "body_len": len(body)}))
+        self._send_body(stream_id, stream)
+        return self._handle(stream_id)
+
+    def attach(self, task_id: str, offset: int, feed: Feed) -> Upstream:
+        """Read a task's log from `offset`."""
+        stream_id, _ = self._begin(feed, b"")
+        self._send(records.encode_json(stream_id, Type.ATTACH, {"task_id": task_id, "offset": offset}))
+        return self._handle(stream_id)
+
+    async def answers(self, timeout_s: float) -> bool:
+        return self.connection is not None and await self.connection.ping(timeout_s)
+
+    def close(self, reason: str) -> None:
+        """Let go of every stream with a word (the control goes, the tasks stay), then close."""
+        word = "shutdown" if reason == "shutdown" else "lost"
+        for stream_id in list(self._streams):
+            self._detach(stream_id, word)
+        if self.connection is not None:
+            self.connection.close(reason)
+
+    # ---- link.LinkOwner
+
+    def link_record(self, record: Record) -> None:
+        stream = self._streams.get(record.stream)
+        if stream is None:
+            self._check_late(record)
+            return
+        if record.type == Type.CREDIT:
+            stream.may_send.grant(records.decode_credit(record.payload))
+            self._send_body(record.stream, stream)
+            return
+        item = read_item(record)
+        if item is None:
+            return
+        if isinstance(item, bytes):
+            stream.may_arrive.arrived(len(item))
+        elif isinstance(item, Tail | Refused | Lost):
+            del self._streams[record.stream]
+        stream.feed.put(item)
+
+    def link_lost(self, reason: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.feed.put(Lost(reason))
+        self._on_lost(self, reason)
+
+    def link_writable(self) -> None:
+        """Bodies are bounded by credit; nothing waits for the transport here."""
+
+    # ---- inside
+
+    def _check_late(self, record: Record) -> None:
+        """Records on a stream that has ended are late and dropped; on one that never was, the node is wrong."""
+        if record.type not in _KNOWN:
+            return
+        if record.stream % 2 == 0 or record.stream > self._last_id:
+            raise RecordError("record on a stream that was never opened")
+
+    def _begin(self, feed: Feed, body: bytes) -> tuple[int, _Stream]:
+        self._last_id += 2
+        if self._last_id > 0xFFFF_FFFF:
+            raise LlorchError(Code.NODE_LOST, "the link has used all its stream ids")
+        stream = self._streams[self._last_id] = _Stream(feed, memoryview(body))
+        return self._last_id, stream
+
+    def _handle(self, stream_id: int) -> Upstream:
+        return Upstream(
+            passed_on=lambda count: self._passed_on(stream_id, count),
+            detach=lambda reason: self._detach(stream_id, reason),
+            cancel=lambda: self._cancel(stream_id),
+        )
+
+    def _send(self, encoded: bytes) -> None:
+        if self.connection is not None:
+            self.connection.send(encoded)
+
+    def _send_body(self, stream_id: int, stream: _Stream) -> None:
+        count = stream.may_send.take(len(stream.unsent))
+        if count:
+            for encoded in records.encode_cut(stream_id, Type.BODY, stream.unsent[:count]):
+                self._send(encoded)
+            stream.unsent = stream.unsent[count:]
+
+    def _passed_on(self, stream_id: int, count: int) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            granted = stream.may_arrive.passed_on(count)
+            if granted:
+                self._send(records.encode_credit(stream_id, granted))
+
+    def _detach(self, stream_id: int, reason: str) -> None:
+        if self._streams.pop(stream_id, None) is not None:
+            self._send(records.encode(stream_id, Type.DETACH, reason.encode()))
+
+    def _cancel(self, stream_id: int) -> None:
+        if stream_id in self._streams:
+            self._send(records.encode(stream_id, Type.CANCEL))
+
+
+class Links:
+    """The links that are up, at most one per node."""
+
+    def __init__(self) -> None:
+        self._links: dict[str, NodeLink] = {}
+
+    def __iter__(self) -> Iterator[NodeLink]:
+        return iter(list(self._links.values()))
+
+    def get(self, node_id: str) -> NodeLink | None:
+        return self._links.get(node_id)
+
+    def put(self, link: NodeLink) -> None:
+        """The newer link of a node replaces the older one, whose readers lose it."""
+        older = self._links.get(link.node_id)
+        self._links[link.node_id] = link
+        if older is not None and older.connection is not None:
+            older.connection.abort("replaced by a newer link")
+
+    def drop(self, link: NodeLink) -> bool:
+        """True if `link` was its node's link; a replaced one was not."""
+        if self._links.get(link.node_id) is link:
+            del self._links[link.node_id]
+            return True
+        return False

@@ -1,0 +1,172 @@
+"""What the control counts, under the stable names of the contract.
+
+Owns one Prometheus registry. State that the registry of nodes already holds is read when /metrics is scraped, not
+kept twice. Children are kept per label set: looking one up costs more than counting. No prompt, token or user id is a
+label.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from llorch.control.registry import Registry
+from llorch.control.tasks import Task
+
+FAST_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class ControlMetrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self._placing = Histogram("llorch_placement_seconds", "choosing a pool", registry=r, buckets=FAST_S)
+        self._placements = Counter("llorch_placements_total", "placement decisions", ["outcome", "reason"], registry=r)
+        self._routing = Histogram("llorch_routing_seconds", "accept to OPEN sent", registry=r, buckets=SLOW_S)
+        self._ttft = Histogram("llorch_ttft_seconds", "accept to first byte", ["model"], registry=r, buckets=SLOW_S)
+        self._seconds = Histogram("llorch_task_seconds", "accept to end", ["model"], registry=r, buckets=SLOW_S)
+        self._tasks = Counter("llorch_tasks_total", "ended tasks", ["model", "node", "outcome", "code"], registry=r)
+        self._tokens = Counter("llorch_tokens_total", "tokens of ended tasks", ["model", "kind"], registry=r)
+        self._inflight = Gauge("llorch_inflight", "admitted tasks that have not ended", ["model"], registry=r)
+        self._queue_wait = Histogram("llorch_queue_wait_seconds", "waiting for a slot", registry=r, buckets=SLOW_S)
+        self._retries = Counter("llorch_retries_total", "attempts that went elsewhere", ["reason"], registry=r)
+        self._beats = Counter("llorch_heartbeats_total", "heartbeats", ["node", "outcome"], registry=r)
+        self._rtt = Gauge("llorch_heartbeat_rtt_seconds", "round trip that the node measured", ["node"], registry=r)
+        self._beat_handling = Histogram(
+            "llorch_heartbeat_handling_seconds", "handling one heartbeat", registry=r, buckets=FAST_S
+        )
+        self._registrations = Counter("llorch_registrations_total", "registrations", ["outcome"], registry=r)
+        self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
+        self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
+        # prometheus_client's labels() locks and hashes; label sets are few and bounded by nodes, models and codes.
+        self._child_of = lru_cache(maxsize=4096)(lambda metric, *labels: metric.labels(*labels))
+
+    @contextlib.contextmanager
+    def placing(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._placing.observe(time.perf_counter() - started)
+
+    def placed(self, outcome: str, reason: str) -> None:
+        self._child_of(self._placements, outcome, reason).inc()
+
+    def routed(self, seconds: float) -> None:
+        self._routing.observe(seconds)
+
+    @contextlib.contextmanager
+    def inflight(self, model: str) -> Iterator[None]:
+        gauge = self._child_of(self._inflight, model)
+        gauge.inc()
+        try:
+            yield
+        finally:
+            gauge.dec()
+
+    def first_byte(self, model: str, seconds: float) -> None:
+        self._child_of(self._ttft, model).observe(seconds)
+
+    def task_seconds(self, model: str, seconds: float) -> None:
+        self._child_of(self._seconds, model).observe(seconds)
+
+    def waited(self, seconds: float) -> None:
+        self._queue_wait.observe(seconds)
+
+    def retried(self, reason: str) -> None:
+        self._child_of(self._retries, reason).inc()
+
+    def ended(self, task: Task) -> None:
+        model, node = task.wish.model, task.node_id or ""
+        code = task.error.code.value if task.error is not None else ""
+        self._child_of(self._tasks, model, node, task.state.value, code).inc()
+        if task.error is not None and node:
+            self._child_of(self._errors, node, code).inc()
+        if task.tail is not None:
+            for kind, count in (
+                ("input", task.tail.tokens_in),
+                ("output", task.tail.tokens_out),
+                ("cached", task.tail.cached_tokens),
+            ):
+                if count:
+                    self._child_of(self._tokens, model, kind).inc(count)
+
+    def beat(self, node_id: str, outcome: str, *, seconds: float | None = None, rtt_ms: float | None = None) -> None:
+        self._child_of(self._beats, node_id, outcome).inc()
+        if seconds is not None:
+            self._beat_handling.observe(seconds)
+        if rtt_ms is not None:
+            self._child_of(self._rtt, node_id).set(rtt_ms / 1_000)
+
+    def registered(self, outcome: str) -> None:
+        self._child_of(self._registrations, outcome).inc()
+
+    def auth_failed(self, layer: str) -> None:
+        self._child_of(self._auth_failures, layer).inc()
+
+    def scrape_state(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        """Have `collect` called on every scrape."""
+        self.registry.register(_Scraped(collect))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Scraped(Collector):
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        return self._collect()
+
+    def describe(self) -> list[Metric]:
+        return []
+
+
+def registry_metrics(registry: Registry, depths: Callable[[], dict[str, int]], now: float) -> Iterator[Metric]:
+    """The state of the nodes, as of now."""
+    states = GaugeMetricFamily("llorch_nodes", "nodes by state", labels=["state"])
+    ages = GaugeMetricFamily("llorch_node_heartbeat_age_seconds", "since the last heartbeat", labels=["node"])
+    slots = GaugeMetricFamily("llorch_slots", "slots by state", labels=["node", "pool", "state"])
+    ready = GaugeMetricFamily("llorch_model_ready", "a ready pool has the model", labels=["node", "model"])
+    available = GaugeMetricFamily("llorch_model_available", "the node's catalog has it", labels=["node", "model"])
+    utilization = GaugeMetricFamily("llorch_gpu_utilization", "0 to 1", labels=["node", "gpu"])
+    memory = GaugeMetricFamily("llorch_gpu_memory_bytes", "by kind", labels=["node", "gpu", "kind"])
+    counts = dict.fromkeys(("registered", "online", "offline", "draining", "unreachable"), 0)
+    for node in registry.nodes.values():
+        counts["registered"] += 1
+        counts["online" if node.online else "offline"] += 1
+        counts["draining"] += node.draining
+        counts["unreachable"] += node.online and not node.reachable
+        ages.add_metric([node.node_id], max(0.0, now - node.last_beat))
+        for gpu in node.gpus.values():
+            name = str(gpu.index)
+            if gpu.utilization is not None:
+                utilization.add_metric([node.node_id, name], gpu.utilization)
+            memory.add_metric([node.node_id, name, "total"], gpu.vram_total_bytes)
+            memory.add_metric([node.node_id, name, "used"], gpu.vram_used_bytes)
+            memory.add_metric([node.node_id, name, "foreign"], gpu.vram_foreign_bytes)
+        for model_id in node.catalog:
+            available.add_metric([node.node_id, model_id], 1)
+    ready_models: dict[tuple[str, str], int] = {}
+    for facts in registry.pool_facts(now):
+        free = facts.slots_free if facts.online else 0
+        slots.add_metric([facts.node_id, facts.pool_id, "free"], free)
+        slots.add_metric([facts.node_id, facts.pool_id, "busy"], facts.slots_total - free)
+        if facts.model:
+            key = (facts.node_id, facts.model)
+            ready_models[key] = max(ready_models.get(key, 0), int(facts.ready and facts.online))
+    for (node_id, model), value in ready_models.items():
+        ready.add_metric([node_id, model], value)
+    for state, count in counts.items():
+        states.add_metric([state], count)
+    depth = GaugeMetricFamily("llorch_queue_depth", "waiting tasks", labels=["model", "priority"])
+    for model, waiting in depths().items():
+        depth.add_metric([model, "interactive"], waiting)
+    yield from (states, ages, slots, ready, available, utilization, memory, depth)

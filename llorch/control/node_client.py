@@ -1,0 +1,224 @@
+"""How the control reaches a node: over its link if it has one, else by HTTP to its address.
+
+The only outgoing HTTP of the control. Owns the session, the reading of record bodies, and the calls of a node's own
+routes. A node's bytes are bounded and never quoted in errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+from llorch import records, web
+from llorch.control.feed import Feed, Lost, Refused, Upstream
+from llorch.control.links import Links, read_item
+from llorch.errors import Code, LlorchError
+from llorch.logs import Log
+from llorch.messages import Head, Tail, decode_json
+from llorch.tasks import Guard
+
+CALL_TIMEOUT_S = 5.0
+MAX_CALL_BYTES = 4 * 1024 * 1024
+DATA_TURN_BYTES = 128 * 1024  # unread bytes of one HTTP stream after which it is not read on: the link's window
+
+log = Log("control.node_client")
+
+
+class NodeClient:
+    """Opens tasks on nodes, attaches to logs, calls nodes' routes. `address_of` gives a node's base URL, or None."""
+
+    def __init__(
+        self,
+        links: Links,
+        address_of: Callable[[str], str | None],
+        service_token: Callable[[], str],
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        self._links = links
+        self._address_of = address_of
+        self._token = service_token
+        self._tls = tls
+        self._guard = Guard("control.node_client")
+        self._stack = AsyncExitStack()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> NodeClient:
+        self._session = await self._stack.enter_async_context(web.client_session(tls=self._tls))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._guard.close()
+        await self._stack.aclose()
+
+    def reaches(self, node_id: str) -> bool:
+        return self._links.get(node_id) is not None or self._address_of(node_id) is not None
+
+    def open(self, node_id: str, header: dict[str, Any], body: bytes, feed: Feed) -> Upstream:
+        link = self._links.get(node_id)
+        if link is not None:
+            return link.open(header, body, feed)
+        headers = {
+            "X-Llorch-Task": header["task_id"],
+            "X-Llorch-Attempt": str(header["attempt"]),
+            "X-Llorch-Path": header["path"],
+            "X-Llorch-Owner": header["owner"],
+            **{name: value for name, value in header["headers"].items() if name in ("x-request-id", "traceparent")},
+        }
+        if "deadline_ms" in header:
+            headers["X-Llorch-Deadline-Ms"] = str(header["deadline_ms"])
+        path = f"/v2/pools/{quote(header['pool_id'], safe='')}/infer"
+        return self._stream(node_id, "POST", path, headers, body, feed, header["task_id"])
+
+    def attach(self, node_id: str, task_id: str, offset: int, feed: Feed) -> Upstream:
+        link = self._links.get(node_id)
+        if link is not None:
+            return link.attach(task_id, offset, feed)
+        return self._stream(node_id, "GET", f"/v2/tasks/{task_id}/log?offset={offset}", {}, b"", feed, task_id)
+
+    async def call(self, node_id: str, method: str, path: str, body: bytes = b"") -> Any:
+        """One of the node's own routes. Returns its JSON; raises LlorchError as the node did, or NODE_LOST."""
+        link = self._links.get(node_id)
+        if link is None:
+            return await self._call_http(node_id, method, path, body)
+        feed = Feed()
+        upstream = link.open({"method": method, "path": path, "headers": {}}, body, feed)
+        head, answer = Head(), b""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                while True:
+                    item = await feed.next(None)
+                    if isinstance(item, Head):
+                        head = item
+                    elif isinstance(item, bytes):
+                        answer += item
+                        upstream.passed_on(len(item))
+                        if len(answer) > MAX_CALL_BYTES:
+                            raise LlorchError(Code.NODE_LOST, "the node's answer is too large")
+                    elif isinstance(item, Tail):
+                        return _answer(head.status, answer)
+                    elif isinstance(item, Refused):
+                        raise item.error
+                    elif isinstance(item, Lost):
+                        raise LlorchError(Code.NODE_LOST, "the node was lost while it was asked")
+        except TimeoutError:
+            raise LlorchError(Code.NODE_LOST, f"the node did not answer within {CALL_TIMEOUT_S:.0f} s") from None
+        finally:
+            if not feed.ended:
+                upstream.detach("left")
+
+    # ---- HTTP, for nodes without a link
+
+    def _request(self, node_id: str, method: str, path: str, headers: dict[str, str], body: bytes) -> Any:
+        base = self._address_of(node_id)
+        if base is None or self._session is None:
+            raise LlorchError(Code.NODE_LOST, "the node has neither a link nor an address")
+        headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json", **headers}
+        return self._session.request(method, base + path, headers=headers, data=body or None, allow_redirects=False)
+
+    async def _call_http(self, node_id: str, method: str, path: str, body: bytes) -> Any:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S), self._request(node_id, method, path, {}, body) as response:
+                answer = await response.content.read(MAX_CALL_BYTES)
+                return _answer(response.status, answer)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            raise LlorchError(Code.NODE_LOST, "the node did not answer") from None
+
+    def _stream(
+        self, node_id: str, method: str, path: str, headers: dict[str, str], body: bytes, feed: Feed, task_id: str
+    ) -> Upstream:
+        headers["Accept"] = records.CONTENT_TYPE
+        request = self._request(node_id, method, path, headers, body)
+        room = _Room()
+        reading = self._guard.spawn(self._read(request, feed, room), f"read.{task_id}")
+
+        def cancel() -> None:
+            self._guard.spawn(self._delete(node_id, task_id), f"cancel.{task_id}")
+
+        return Upstream(passed_on=room.passed_on, detach=lambda _reason: _cancel_quietly(reading), cancel=cancel)
+
+    async def _delete(self, node_id: str, task_id: str) -> None:
+        try:
+            await self._call_http(node_id, "DELETE", f"/v2/tasks/{task_id}", b"")
+        except LlorchError as error:
+            log.info("task.cancel_failed", task_id=task_id, node_id=node_id, code=error.code)
+
+    async def _read(self, request: Any, feed: Feed, room: _Room) -> None:
+        decoder = records.Decoder()
+        try:
+            async with request as response:
+                if response.status != 200:
+                    answer = await response.content.read(MAX_CALL_BYTES)
+                    feed.put(Refused(_error_of(response.status, answer)))
+                    return
+                async for chunk in response.content.iter_any():
+                    for record in decoder.feed(chunk):
+                        item = read_item(record)
+                        if item is not None:
+                            feed.put(item)
+                            if isinstance(item, bytes):
+                                room.arrived(len(item))
+                    await room.free()
+            feed.put(Lost("the answer ended without a TAIL"))
+        except (aiohttp.ClientError, OSError, records.RecordError, TimeoutError) as error:
+            feed.put(Lost(type(error).__name__))
+        except asyncio.CancelledError:
+            feed.put(Lost("left"))
+            raise
+
+
+class _Room:
+    """Stops reading a node's HTTP answer while the client is behind: the window, for bodies without credit."""
+
+    def __init__(self) -> None:
+        self._unread = 0
+        self._below = asyncio.Event()
+        self._below.set()
+
+    def arrived(self, count: int) -> None:
+        self._unread += count
+        if self._unread >= DATA_TURN_BYTES:
+            self._below.clear()
+
+    def passed_on(self, count: int) -> None:
+        self._unread -= count
+        if self._unread < DATA_TURN_BYTES:
+            self._below.set()
+
+    async def free(self) -> None:
+        await self._below.wait()
+
+
+def _cancel_quietly(task: asyncio.Task[Any]) -> None:
+    if not task.done():
+        task.cancel()
+
+
+def _error_of(status: int, answer: bytes) -> LlorchError:
+    try:
+        wire = decode_json(answer)
+    except LlorchError:
+        wire = None
+    return LlorchError.from_wire(
+        wire.get("error") if isinstance(wire, dict) else None, fallback=_BY_STATUS.get(status, Code.NODE_LOST)
+    )
+
+
+def _answer(status: int, answer: bytes) -> Any:
+    if status >= 400:
+        raise _error_of(status, answer)
+    return decode_json(answer) if answer else None
+
+
+_BY_STATUS = {
+    401: Code.INTERNAL,  # the control's own token is wrong there: nothing the client can mend
+    403: Code.INTERNAL,
+    404: Code.POOL_NOT_FOUND,
+    429: Code.ALL_SLOTS_BUSY,
+    503: Code.MODEL_NOT_AVAILABLE,
+}

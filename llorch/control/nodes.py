@@ -1,0 +1,187 @@
+"""One node and one of its pools, as this control knows them.
+
+Owns the rule for free slots, when a pool is bound, and what makes a node reachable or suspect. Never holds more than
+one node's state: who may change it, and when, is the registry's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llorch.control.placement import FAILED_STATES, PoolFacts
+from llorch.messages import Gpu, ModelReport, PoolReport
+
+SUSPECT_AFTER_BEATS = 2.5  # two were due and did not come, and the second had half an interval to be late in
+REFUSAL_HOLDS_S = 1.0  # a full pool is tried again then, should the report of a freed slot have been lost
+DEFAULT_SLOTS = 1  # for a pool that says nothing of slots: every engine serves one sequence
+
+# ---------------------------------------------------------------- pools and their slots
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """A slot taken at this control, for one attempt of a task."""
+
+    node_id: str
+    pool_id: str
+    task_id: str
+    attempt: int
+
+
+@dataclass(slots=True)
+class Pool:
+    """A pool: its last report, and who holds its slots.
+
+    The rule for free slots. A report says how many slots are taken, but not by whom, and it is older than our newest
+    claims. So at a report the slots of others (another control, callers of `infer`) are counted:
+
+        others = taken - (our claims now + our claims that ended since the report before)
+
+    and until the next one  free = total - claimed - others.  Our claims count at once when taken and when ended. Those
+    that ended lately are subtracted because the report may have left the node before they did; without that, a pool
+    that is busy with short tasks loses a slot for 250 ms whenever a report and an end cross. The error of the rule is
+    to the hopeful side; the node enforces its slots, and its ALL_SLOTS_BUSY is a report too, the freshest one: all that
+    is not ours is taken. It holds until the next report, or for REFUSAL_HOLDS_S.
+    """
+
+    node_id: str
+    pool_id: str
+    report: PoolReport
+    reported_at: float
+    claimed: int = 0
+    ended_since_report: int = 0
+    others: int = 0
+    others_refused: int = 0
+    refused_until: float = 0.0
+    bound_model: str | None = None
+    bound_since: str | None = None  # wall time
+    facts: PoolFacts | None = None
+    facts_until: float = 0.0
+
+    @property
+    def bound(self) -> bool:
+        """Whether the control may place on it, as far as the pool and its node's own wishes go."""
+        return self.bound_model is not None
+
+    @property
+    def slots_total(self) -> int:
+        return DEFAULT_SLOTS if self.report.slots_total is None else self.report.slots_total
+
+    def slots_free(self, now: float) -> int:
+        others = max(self.others, self.others_refused) if now < self.refused_until else self.others
+        return max(0, self.slots_total - self.claimed - others)
+
+    def take(self, report: PoolReport, now: float, *, merge: bool = False) -> None:
+        """The next report. `merge`: fields that it does not have stay as they are, and slots are counted only if it
+        counts them: an old count beside newer claims would take our own ended tasks for somebody else's."""
+        counted = not merge or "slots_free" in report.model_fields_set
+        if merge:
+            report = self.report.model_copy(update={name: getattr(report, name) for name in report.model_fields_set})
+        self.report, self.reported_at, self.facts = report, now, None
+        if counted:
+            taken = 0 if report.slots_free is None else max(0, self.slots_total - report.slots_free)
+            self.others = max(0, taken - self.claimed - max(0, self.ended_since_report))
+            self.ended_since_report = 0
+            self.refused_until = 0.0
+
+    def refuse(self, now: float) -> None:
+        """The node said ALL_SLOTS_BUSY to one of our claims, which is still held: all that isn't ours is taken."""
+        self.others_refused = self.slots_total - max(0, self.claimed - 1)
+        self.refused_until = now + REFUSAL_HOLDS_S
+        self.ended_since_report -= 1  # that claim never took a slot of the node: its end must not count as one
+        self.facts = None
+
+    def serves(self) -> set[str]:
+        """The models that it has loaded or can load."""
+        models = set(self.report.models or ())
+        if self.report.model is not None:
+            models.add(self.report.model)
+        return models
+
+    def bindable(self, node: Node) -> str | None:
+        """The model that a task could be placed here for, slots aside; None if none could."""
+        report = self.report
+        staying = not report.draining and not node.draining and report.state not in FAILED_STATES
+        return report.model if node.online and report.ready and staying else None
+
+    def make_facts(self, node: Node, now: float) -> PoolFacts:
+        """What placement looks at. Kept in `facts`, and good until something changes or `facts_until` comes."""
+        report, suspect = self.report, node.suspect(now)
+        self.facts_until = float("inf") if suspect else node.last_beat + node.suspect_after_s
+        if now < self.refused_until:
+            self.facts_until = min(self.facts_until, self.refused_until)
+        self.facts = PoolFacts(
+            node.node_id,
+            self.pool_id,
+            report.model,
+            frozenset(report.models or ()),
+            node.online,
+            node.reachable,
+            suspect,
+            node.draining,
+            bool(report.draining),
+            bool(report.ready),
+            report.state,
+            self.slots_total,
+            self.slots_free(now),
+            report.vram_free_bytes or 0,
+            node.zone,
+            self.reported_at,
+            report.last_error,
+        )
+        return self.facts
+
+
+# ---------------------------------------------------------------- nodes
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A registered node. Monotonic times are seconds; `_wall` ones are RFC 3339, for people."""
+
+    node_id: str
+    boot_id: str | None
+    lease_id: str
+    address: str | None
+    version: str | None
+    zone: str | None
+    cost_weight: float
+    draining: bool
+    peer: str | None
+    suspect_after_s: float
+    last_beat: float
+    last_beat_wall: str
+    registered_wall: str
+    cpu_cores: int | None = None
+    ram_bytes: int | None = None
+    online: bool = True
+    offline_since: float | None = None
+    linked: bool = False
+    probe_ok: bool | None = None
+    beats: int = 0
+    seq: int | None = None
+    rtt_ms: float | None = None
+    pools: dict[str, Pool] = field(default_factory=dict)
+    gpus: dict[str, Gpu] = field(default_factory=dict)
+    catalog: dict[str, ModelReport] = field(default_factory=dict)
+
+    @property
+    def leaseless(self) -> bool:
+        """Registered without a boot id: it beats without a lease, has no link, and is dialled."""
+        return self.boot_id is None
+
+    @property
+    def url(self) -> str | None:
+        """Where to dial it: its address with a scheme, without a slash at the end."""
+        if self.address is None:
+            return None
+        return (self.address if "://" in self.address else f"http://{self.address}").rstrip("/")
+
+    @property
+    def reachable(self) -> bool:
+        """Its link is up; for want of one, the last probe was answered."""
+        return self.linked or self.probe_ok is True
+
+    def suspect(self, now: float) -> bool:
+        """No new placements: two beats missed, or not reachable."""
+        return not self.reachable or now - self.last_beat > self.suspect_after_s

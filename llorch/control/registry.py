@@ -1,0 +1,462 @@
+"""The nodes and their pools, as this control knows them.
+
+Owns registrations and leases, what heartbeats report, the claims on slots, the facts that placement looks at, and where
+tasks are by the reports. Everything here can be rebuilt from the nodes' registrations. Never reads a clock, opens a
+connection or decides where a task goes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from llorch.control.addresses import check_address, check_ip
+from llorch.control.nodes import SUSPECT_AFTER_BEATS, Claim, Node, Pool
+from llorch.control.placement import Known, PoolFacts
+from llorch.control.task_reports import TaskReports
+from llorch.errors import Code, LlorchError, invalid
+from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
+
+__all__ = [
+    "BeatResult",
+    "Claim",
+    "Node",
+    "Pool",
+    "PoolEvent",
+    "Registration",
+    "Registry",
+    "check_address",
+    "check_ip",
+]
+
+LISTED_OFFLINE_S = 24 * 3600.0
+MAX_POOL_EVENTS = 1_000  # if nobody takes them; the oldest go
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """`replaced`: another process (or machine) had the id before; what belonged to it is void."""
+
+    node: Node
+    replaced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BeatResult:
+    """What a beat changed. `applied` is False for one that was overtaken; `ended` are tasks newly known as sealed."""
+
+    applied: bool
+    changed: frozenset[str] = frozenset()
+    ended: tuple[TaskReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolEvent:
+    """A pool was bound (to `model`) or unbound."""
+
+    node_id: str
+    pool_id: str
+    bound: bool
+    model: str | None
+
+
+class Registry:
+    """The one owner of node, pool and claim state at a control. Every method leaves it consistent."""
+
+    def __init__(
+        self,
+        epoch: str,
+        heartbeat_interval_s: float = 10.0,
+        offline_after_s: float = 30.0,
+        listed_offline_s: float = LISTED_OFFLINE_S,
+    ) -> None:
+        self.epoch = epoch
+        self.heartbeat_interval_s = heartbeat_interval_s
+        self.offline_after_s = offline_after_s
+        self._listed_offline_s = listed_offline_s
+        self._nodes: dict[str, Node] = {}
+        self._claims: dict[tuple[str, int], Claim] = {}
+        self._tasks = TaskReports()
+        self._events: deque[PoolEvent] = deque(maxlen=MAX_POOL_EVENTS)
+        self._by_model: dict[str, list[Pool]] | None = None  # None: to be rebuilt
+        self._known: Known | None = None
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        return self._nodes
+
+    # ---- registration and leases
+
+    def register(
+        self,
+        message: Register,
+        *,
+        now: float,
+        wall: str,
+        peer: str | None,
+        lease_id: str,
+        old_link_dead: bool = False,
+    ) -> Registration:
+        """Take a node in, or take it in again; everything known of it is replaced by what it says.
+
+        `old_link_dead`: the caller has seen that the process which holds the id now no longer answers. Raises
+        UNTRUSTED_ADDRESS, NODE_ID_CONFLICT, or INVALID_REQUEST for a node that could be reached in no way.
+        """
+        if message.address is not None:
+            check_address(message.address, peer)
+        elif message.boot_id is None:
+            raise invalid("a node without boot_id is dialled, so it needs an address", param="address")
+        old = self._nodes.get(message.node_id)
+        same_process = old is not None and old.boot_id is not None and old.boot_id == message.boot_id
+        if old is not None and not same_process and not self._may_replace(old, message, peer, old_link_dead):
+            raise LlorchError(
+                Code.NODE_ID_CONFLICT, f"another process is registered as {message.node_id}, and is online"
+            )
+        node = Node(
+            message.node_id,
+            message.boot_id,
+            lease_id,
+            message.address,
+            message.version,
+            message.zone,
+            message.cost_weight,
+            message.draining,
+            peer,
+            SUSPECT_AFTER_BEATS * self.heartbeat_interval_s,
+            now,
+            wall,
+            wall,
+            cpu_cores=message.capabilities.cpu_cores,
+            ram_bytes=message.capabilities.ram_bytes,
+        )
+        if old is not None:
+            self._inherit(node, old, same_process)
+        self._nodes[node.node_id] = node
+        self._take_pools(node, message.pools, now, whole=True, merge=False)
+        self._take_rest(node, message.capabilities.gpus, message.catalog, message.tasks, whole=True)
+        self._settle(node, wall)
+        return Registration(node, replaced=old is not None and not same_process)
+
+    def _may_replace(self, old: Node, message: Register, peer: str | None, old_link_dead: bool) -> bool:
+        if not old.online or old_link_dead or (peer is not None and peer == old.peer):
+            return True
+        # Nodes without a boot id have only their address to be told apart by.
+        return old.leaseless and message.boot_id is None and message.address == old.address
+
+    def _inherit(self, node: Node, old: Node, same_process: bool) -> None:
+        """Claims stay with the pools they were taken on; a process that is still the same keeps its standing too."""
+        if same_process:
+            node.linked, node.probe_ok, node.beats = old.linked, old.probe_ok, old.beats
+            node.registered_wall = old.registered_wall
+            node.pools = old.pools
+        else:
+            for pool in old.pools.values():
+                self._unbind(pool)
+        self._tasks.forget(old.node_id)
+        self._by_model = self._known = None
+
+    def heartbeat(self, node_id: str, message: Heartbeat, *, now: float, wall: str) -> BeatResult:
+        """Apply a beat, or raise NODE_UNKNOWN (register again), LEASE_STALE or NODE_ID_CONFLICT and change nothing."""
+        node = self._nodes.get(node_id)
+        # A lease that ran out is over. A leaseless node has nothing to renew: its beat is all there is, so it is back.
+        if node is None or not (node.online or node.leaseless):
+            raise LlorchError(Code.NODE_UNKNOWN, f"{node_id} is not registered here")
+        if not node.leaseless:
+            if message.boot_id is not None and message.boot_id != node.boot_id:
+                raise LlorchError(Code.NODE_ID_CONFLICT, f"another process is registered as {node_id}")
+            if message.lease_id != node.lease_id:
+                raise LlorchError(Code.LEASE_STALE, "the beat carries no lease, or an older one")
+            if message.seq is not None:
+                if node.seq is not None and message.seq <= node.seq:
+                    return BeatResult(applied=False)
+                node.seq = message.seq
+        node.online, node.offline_since = True, None
+        node.last_beat, node.last_beat_wall = now, wall
+        node.beats += 1
+        if message.rtt_ms is not None:
+            node.rtt_ms = message.rtt_ms
+        if message.draining is not None:
+            node.draining = message.draining
+        whole = not message.delta and not node.leaseless
+        changed = frozenset[str]()
+        if message.pools is not None:
+            changed = self._take_pools(node, message.pools, now, whole=whole, merge=node.leaseless)
+        ended = self._take_rest(node, message.gpus, message.catalog, message.tasks, whole=whole)
+        self._settle(node, wall)
+        return BeatResult(True, changed, ended)
+
+    def expire(self, now: float) -> list[Node]:
+        """Nodes that are offline from now on. Those that have been for a day are dropped."""
+        lost: list[Node] = []
+        for node in list(self._nodes.values()):
+            if node.offline_since is not None:
+                if now - node.offline_since >= self._listed_offline_s:
+                    self.deregister(node.node_id, now)
+            elif now - node.last_beat > self.offline_after_s:
+                node.online, node.offline_since, node.probe_ok = False, now, None
+                self._settle(node, node.last_beat_wall)
+                lost.append(node)
+        return lost
+
+    def deregister(self, node_id: str, now: float) -> Node | None:
+        """Forget a node at once; None if there was none. Claims on its pools are still released one by one."""
+        node = self._nodes.pop(node_id, None)
+        if node is not None:
+            node.online, node.offline_since = False, now
+            for pool in node.pools.values():
+                self._unbind(pool)
+            self._tasks.forget(node_id)
+            self._by_model = self._known = None
+        return node
+
+    # ---- reachability
+
+    def check_lease(self, node_id: str, lease_id: str) -> Node:
+        """Whether a link may open: NODE_UNKNOWN, or LEASE_STALE for a registration that is not in force."""
+        node = self._nodes.get(node_id)
+        if node is None or not node.online:
+            raise LlorchError(Code.NODE_UNKNOWN, f"{node_id} is not registered here")
+        if node.leaseless or lease_id != node.lease_id:
+            raise LlorchError(Code.LEASE_STALE, "the link carries no lease, or an older one")
+        return node
+
+    def link_up(self, node_id: str, lease_id: str, now: float) -> Node:
+        """Its link is open. Raises as `check_lease`."""
+        node = self.check_lease(node_id, lease_id)
+        node.linked = True
+        self._forget_facts(node)
+        return node
+
+    def link_lost(self, node_id: str, now: float) -> bool:
+        """Its current link has ended (said of no replaced one). Until a new one or a probe, it is not reachable."""
+        node = self._nodes.get(node_id)
+        if node is None or not node.linked:
+            return False
+        node.linked, node.probe_ok = False, None
+        self._forget_facts(node)
+        return True
+
+    def probed(self, node_id: str, ok: bool, now: float) -> bool:
+        """A probe was answered, or not. True if that changes whether the node is reachable."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return False
+        before = node.reachable
+        node.probe_ok = ok
+        self._forget_facts(node)
+        return node.reachable != before
+
+    def address_of(self, node_id: str) -> str | None:
+        """The base URL to dial a node at; None for one that advertises none, or is not there."""
+        node = self._nodes.get(node_id)
+        return None if node is None else node.url
+
+    # ---- pools
+
+    def merge_pool(self, node_id: str, report: PoolReport, now: float, wall: str | None = None) -> bool:
+        """Take over the fields that `report` has, null ones too: what was read from the node's pool route.
+
+        False if the node is gone meanwhile, or nothing changed. Without `wall`, a pool that becomes bound is bound
+        since the node's last beat.
+        """
+        node = self._nodes.get(node_id)
+        if node is None or not node.online:
+            return False
+        changed = self._take_pools(node, [report], now, whole=False, merge=True)
+        self._settle(node, wall or node.last_beat_wall)
+        return bool(changed)
+
+    def pool_facts(self, now: float, model: str | None = None) -> list[PoolFacts]:
+        """What placement looks at: all pools, or those that have `model` loaded or can load it.
+
+        Facts are kept until something changes them or their time is up, so that this costs little per arrival.
+        """
+        if model is None:
+            pools: Iterable[Pool] = (pool for node in self._nodes.values() for pool in node.pools.values())
+        else:
+            if self._by_model is None:
+                self._index()
+            assert self._by_model is not None
+            pools = self._by_model.get(model, ())
+        return [
+            pool.facts
+            if pool.facts is not None and now < pool.facts_until
+            else pool.make_facts(self._nodes[pool.node_id], now)
+            for pool in pools
+        ]
+
+    def models(self) -> Known:
+        """Which models and which pools there are anywhere, on offline nodes too."""
+        if self._known is None:
+            self._index()
+        assert self._known is not None
+        return self._known
+
+    def pool_events(self) -> list[PoolEvent]:
+        """What was bound and unbound since the last call."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def task(self, task_id: str) -> tuple[str, TaskReport] | None:
+        """Where a task is, by the reports: its highest attempt, on a node that is online if there is a choice."""
+        return self._tasks.find(task_id, lambda node_id: self._nodes[node_id].online)
+
+    def tasks(self) -> Iterator[tuple[str, TaskReport]]:
+        """Every reported task once, with its node; those first heard of last come first."""
+        return iter(self._tasks)
+
+    def tasks_of(self, node_id: str) -> tuple[TaskReport, ...]:
+        return self._tasks.of(node_id)
+
+    # ---- claims
+
+    def claim(self, node_id: str, pool_id: str, task_id: str, attempt: int) -> Claim:
+        """Take a slot. Placement has seen that one is free; the hard bound, the pool's slots, is kept here.
+
+        Raises ALL_SLOTS_BUSY beyond that bound, CONFLICT if this attempt holds a slot, NODE_ or POOL_NOT_FOUND.
+        """
+        node = self._nodes.get(node_id)
+        if node is None:
+            raise LlorchError(Code.NODE_NOT_FOUND, f"no node {node_id}")
+        pool = node.pools.get(pool_id)
+        if pool is None:
+            raise LlorchError(Code.POOL_NOT_FOUND, f"no pool {node_id}/{pool_id}")
+        if (task_id, attempt) in self._claims:
+            raise LlorchError(Code.CONFLICT, f"attempt {attempt} of task {task_id} holds a slot already")
+        if pool.claimed >= pool.slots_total:
+            raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of {node_id}/{pool_id} are claimed")
+        claim = self._claims[task_id, attempt] = Claim(node_id, pool_id, task_id, attempt)
+        pool.claimed += 1
+        pool.facts = None
+        return claim
+
+    def release(self, claim: Claim) -> None:
+        """Give a slot back. Idempotent, and right even if the pool or its node is gone or came back meanwhile."""
+        key = (claim.task_id, claim.attempt)
+        if self._claims.get(key) is not claim:
+            return
+        del self._claims[key]
+        pool = self._pool(claim.node_id, claim.pool_id)
+        if pool is not None:
+            pool.claimed -= 1
+            pool.ended_since_report += 1
+            pool.facts = None
+
+    def busy(self, node_id: str, pool_id: str, now: float) -> None:
+        """The node answered ALL_SLOTS_BUSY to a claim of ours, which is not released yet.
+
+        No slot is free there until a report says so, one of our other claims ends, or REFUSAL_HOLDS_S is over.
+        """
+        pool = self._pool(node_id, pool_id)
+        if pool is not None:
+            pool.refuse(now)
+
+    def claimed(self, node_id: str, pool_id: str) -> int:
+        pool = self._pool(node_id, pool_id)
+        return 0 if pool is None else pool.claimed
+
+    # ---- inside
+
+    def _pool(self, node_id: str, pool_id: str) -> Pool | None:
+        node = self._nodes.get(node_id)
+        return None if node is None else node.pools.get(pool_id)
+
+    def _take_pools(
+        self, node: Node, reports: list[PoolReport], now: float, *, whole: bool, merge: bool
+    ) -> frozenset[str]:
+        """`whole`: pools without a report are gone. `merge`: fields without a value stay. Returns what changed."""
+        changed: set[str] = set()
+        gone = set(node.pools) if whole else set()
+        for report in reports:
+            if report.gone:
+                gone.add(report.pool_id)
+                continue
+            gone.discard(report.pool_id)
+            pool = node.pools.get(report.pool_id)
+            if pool is None:
+                pool = node.pools[report.pool_id] = Pool(node.node_id, report.pool_id, report, now)
+                # A pool that went and came back, or whose node did, still has the claims that were not released.
+                key = (node.node_id, report.pool_id)
+                pool.claimed = sum(1 for claim in self._claims.values() if (claim.node_id, claim.pool_id) == key)
+                pool.take(report, now)
+                changed.add(report.pool_id)
+                self._by_model = self._known = None
+                continue
+            before, served = pool.report, pool.serves()
+            pool.take(report, now, merge=merge)
+            if pool.report != before:
+                changed.add(report.pool_id)
+                if pool.serves() != served or pool.report.model != before.model:
+                    self._by_model = self._known = None
+        for pool_id in gone & set(node.pools):
+            self._unbind(node.pools.pop(pool_id))
+            changed.add(pool_id)
+            self._by_model = self._known = None
+        return frozenset(changed)
+
+    def _take_rest(
+        self,
+        node: Node,
+        gpus: list[Gpu] | None,
+        catalog: list[ModelReport] | None,
+        tasks: list[TaskReport] | None,
+        *,
+        whole: bool,
+    ) -> tuple[TaskReport, ...]:
+        """What a report says beside pools; None is unchanged. Returns the tasks that are newly known as sealed."""
+        if gpus is not None:
+            kept = {} if whole else node.gpus
+            node.gpus = {**kept, **{gpu.uuid: gpu for gpu in gpus}}
+            for gpu in gpus:
+                if gpu.gone:
+                    node.gpus.pop(gpu.uuid, None)
+        if catalog is not None:
+            listed = {} if whole else node.catalog
+            node.catalog = {**listed, **{model.id: model for model in catalog}}
+            for model in catalog:
+                if model.gone:
+                    node.catalog.pop(model.id, None)
+            self._known = None
+        return () if tasks is None else self._tasks.take(node.node_id, tasks, whole=whole)
+
+    def _settle(self, node: Node, wall: str) -> None:
+        """After any change of a node: bind and unbind its pools, and let go of facts made before."""
+        for pool in node.pools.values():
+            model = pool.bindable(node)
+            if model != pool.bound_model:
+                self._unbind(pool)
+                if model is not None:
+                    pool.bound_model, pool.bound_since = model, wall
+                    self._events.append(PoolEvent(node.node_id, pool.pool_id, True, model))
+        self._forget_facts(node)
+
+    def _unbind(self, pool: Pool) -> None:
+        if pool.bound_model is not None:
+            self._events.append(PoolEvent(pool.node_id, pool.pool_id, False, pool.bound_model))
+            pool.bound_model = pool.bound_since = None
+
+    def _forget_facts(self, node: Node) -> None:
+        for pool in node.pools.values():
+            pool.facts = None
+
+    def _index(self) -> None:
+        by_model: dict[str, list[Pool]] = {}
+        resident: set[str] = set()
+        loadable: set[str] = set()
+        catalogued: set[str] = set()
+        pools: set[str] = set()
+        for node in self._nodes.values():
+            catalogued.update(model.id for model in node.catalog.values() if model.state != "retired")
+            for pool in node.pools.values():
+                pools.add(f"{node.node_id}/{pool.pool_id}")
+                loadable.update(pool.report.models or ())
+                if pool.report.model is not None:
+                    resident.add(pool.report.model)
+                for model in pool.serves():
+                    by_model.setdefault(model, []).append(pool)
+        self._by_model = by_model
+        self._known = Known(
+            frozenset(resident), frozenset(loadable), frozenset(catalogued), frozenset(self._nodes), frozenset(pools)
+        )

@@ -1,0 +1,193 @@
+"""Nodes over HTTP: register, beat, link, leave; and what is known of them. Each handler parses, calls, replies."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import time
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from llorch import records
+from llorch.auth import Scope
+from llorch.control import views
+from llorch.control.links import NodeLink
+from llorch.control.registry import check_address
+from llorch.control.state import CONTROL, Control, wall_time
+from llorch.errors import Code, LlorchError
+from llorch.link import Link
+from llorch.logs import Log
+from llorch.messages import Heartbeat, PoolReady, PoolReport, Register, parse
+from llorch.web import PRINCIPAL, Route, json_response, read_model
+
+OLD_LINK_ANSWERS_WITHIN_S = 1.0
+
+log = Log("control.nodes")
+
+
+async def register(request: web.Request) -> web.StreamResponse:
+    control = request.app[CONTROL]
+    message = await read_model(request, Register)
+    if message.address is not None:
+        await _check_address(message.address, request.remote)
+    link = control.links.get(message.node_id)
+    old_link_dead = link is None or not await link.answers(OLD_LINK_ANSWERS_WITHIN_S)
+    lease_id = secrets.token_hex(8)
+    try:
+        control.registry.register(
+            message,
+            now=time.monotonic(),
+            wall=wall_time(),
+            peer=request.remote,
+            lease_id=lease_id,
+            old_link_dead=link is not None and old_link_dead,
+        )
+    except LlorchError as error:
+        control.metrics.registered("refused")
+        log.warning("node.refused", node_id=message.node_id, code=error.code, peer=request.remote)
+        raise
+    control.metrics.registered("ok")
+    log.info("node.registered", node_id=message.node_id, peer=request.remote, pools=len(message.pools))
+    control.dispatcher.registry_changed()
+    if message.boot_id is None:
+        control.probe_now.set()
+    return json_response(
+        {
+            "success": True,
+            "node_id": message.node_id,
+            "lease_id": lease_id,
+            "epoch": control.registry.epoch,
+            "heartbeat_interval_ms": round(control.heartbeat_interval_s * 1_000),
+            "offline_after_ms": round(control.offline_after_s * 1_000),
+        }
+    )
+
+
+async def _check_address(address: str, peer: str | None) -> None:
+    """Refuse what must not be dialled, by name as by number: every address that a name means is checked."""
+    check_address(address, peer)
+    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        raise LlorchError(Code.UNTRUSTED_ADDRESS, "the advertised address does not resolve", param="address") from None
+    for *_, target in found:
+        number = str(target[0])
+        check_address(f"http://[{number}]" if ":" in number else f"http://{number}", peer)
+
+
+async def heartbeat(request: web.Request) -> web.StreamResponse:
+    control, node_id = request.app[CONTROL], request.match_info["node_id"]
+    started = time.monotonic()
+    try:
+        message = await read_model(request, Heartbeat)
+        control.registry.heartbeat(node_id, message, now=time.monotonic(), wall=wall_time())
+    except LlorchError as error:
+        outcome = "stale" if error.code in (Code.LEASE_STALE, Code.NODE_ID_CONFLICT) else "invalid"
+        if node_id in control.registry.nodes:  # a stranger's ids would be labels without end
+            control.metrics.beat(node_id, outcome)
+        log.warning("heartbeat.failed", node_id=node_id, code=error.code)
+        raise
+    control.metrics.beat(node_id, "ok", seconds=time.monotonic() - started, rtt_ms=message.rtt_ms)
+    control.dispatcher.registry_changed()
+    return json_response({"success": True, "next_heartbeat_ms": round(control.heartbeat_interval_s * 1_000)})
+
+
+async def deregister(request: web.Request) -> web.StreamResponse:
+    """By the node itself or an admin: the node's token and the admin's both pass."""
+    control, node_id = request.app[CONTROL], request.match_info["node_id"]
+    control.registry.deregister(node_id, time.monotonic())
+    link = control.links.get(node_id)
+    if link is not None:
+        link.close("deregistered")
+    log.info("node.deregistered", node_id=node_id, by=request[PRINCIPAL].name)
+    control.dispatcher.registry_changed()
+    return json_response({"success": True})
+
+
+async def open_link(request: web.Request) -> web.StreamResponse:
+    """Switch this connection to records, and keep it until it ends."""
+    control, node_id = request.app[CONTROL], request.match_info["node_id"]
+    words = {word.strip().lower() for word in request.headers.get("Connection", "").split(",")}
+    if "upgrade" not in words or request.headers.get("Upgrade", "").lower() != records.UPGRADE:
+        raise LlorchError(Code.UPGRADE_REQUIRED, "this route only switches to records")
+    lease_id = request.headers.get("X-Llorch-Lease", "")
+    if request.transport is None:
+        raise ConnectionResetError("the connection ended before it became a link")
+    control.registry.link_up(node_id, lease_id, time.monotonic())
+    transport = request.transport
+    link = NodeLink(node_id, lease_id, lambda ended, reason: _link_lost(control, ended, reason))
+    connection = link.connection = Link(link, request.protocol)
+    transport.write(
+        f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {records.UPGRADE}\r\n"
+        f"X-Llorch-Epoch: {control.registry.epoch}\r\n\r\n".encode()
+    )
+    connection.start(transport)
+    control.links.put(link)
+    log.info("link.up", node_id=node_id)
+    control.dispatcher.registry_changed()
+    await asyncio.shield(connection.lost)
+    raise ConnectionResetError("the link has ended")
+
+
+def _link_lost(control: Control, link: NodeLink, reason: str) -> None:
+    if control.links.drop(link):
+        log.info("link.lost", node_id=link.node_id, reason=reason)
+        control.registry.link_lost(link.node_id, time.monotonic())
+        control.dispatcher.registry_changed()
+
+
+async def pool_ready(request: web.Request) -> web.StreamResponse:
+    control = request.app[CONTROL]
+    message = await read_model(request, PoolReady)
+    if message.node_id not in control.registry.nodes:
+        raise LlorchError(Code.NODE_UNKNOWN, "this node is not registered")
+    control.guard.spawn(read_pool(control, message.node_id, message.pool_id), f"pool_ready.{message.node_id}")
+    return json_response({"success": True}, status=202)
+
+
+async def read_pool(control: Control, node_id: str, pool_id: str) -> None:
+    """Ask a node for one pool's report and take it over."""
+    try:
+        report = parse(PoolReport, await control.nodes.call(node_id, "GET", f"/v2/pools/{pool_id}"))
+    except LlorchError as error:
+        log.info("pool.unread", node_id=node_id, pool_id=pool_id, code=error.code)
+        return
+    if report.pool_id == pool_id:
+        control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
+        control.dispatcher.registry_changed()
+
+
+async def list_nodes(request: web.Request) -> web.StreamResponse:
+    return json_response(views.nodes_view(request.app[CONTROL].registry, time.monotonic()))
+
+
+async def show_node(request: web.Request) -> web.StreamResponse:
+    control = request.app[CONTROL]
+    node = control.registry.nodes.get(request.match_info["node_id"])
+    if node is None:
+        raise LlorchError(Code.NODE_NOT_FOUND, "no such node")
+    return json_response(views.node_view(control.registry, node, time.monotonic()))
+
+
+async def list_pools(request: web.Request) -> web.StreamResponse:
+    return json_response(views.pools_view(request.app[CONTROL].registry, time.monotonic()))
+
+
+async def catalog(request: web.Request) -> web.StreamResponse:
+    return json_response(views.catalog_view(request.app[CONTROL].registry))
+
+
+ROUTES = (
+    Route("POST", "/v2/nodes/register", Scope.NODE, register, "A node registers its pools and GPUs", Register),
+    Route("POST", "/v2/nodes/{node_id}/heartbeat", Scope.NODE, heartbeat, "A full snapshot, or a delta", Heartbeat),
+    Route("DELETE", "/v2/nodes/{node_id}", Scope.NODE, deregister, "A node leaves", also=(Scope.ADMIN,)),
+    Route("GET", "/v2/nodes/{node_id}/link", Scope.NODE, open_link, "Switch to records", status=101),
+    Route("POST", "/callbacks/pool-ready", Scope.NODE, pool_ready, "A pool became ready", PoolReady, status=202),
+    Route("GET", "/v2/nodes", Scope.READ, list_nodes, "Every node: state, GPUs, pools, slots"),
+    Route("GET", "/v2/nodes/{node_id}", Scope.READ, show_node, "One node"),
+    Route("GET", "/v2/pools", Scope.READ, list_pools, "Every pool, and whether it is bound"),
+    Route("GET", "/v2/catalog", Scope.READ, catalog, "Models per node"),
+)

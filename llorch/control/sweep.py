@@ -1,0 +1,59 @@
+"""What time does to nodes: leases that run out, and nodes without a link that are asked whether they live."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from llorch.control.state import Control, wall_time
+from llorch.errors import LlorchError
+from llorch.logs import Log
+from llorch.messages import PoolReport, parse
+
+EXPIRE_EVERY_S = 0.5
+
+log = Log("control.sweep")
+
+
+async def expire_step(control: Control) -> float:
+    for node in control.registry.expire(time.monotonic()):
+        control.metrics.beat(node.node_id, "missed")
+        log.warning("node.expired", node_id=node.node_id)
+    control.dispatcher.registry_changed()
+    return EXPIRE_EVERY_S
+
+
+async def probe_step(control: Control, interval_s: float) -> float:
+    """Ask every node that has an address and no link. Then wait `interval_s`, or until one registers."""
+    asked = [
+        node.node_id
+        for node in control.registry.nodes.values()
+        if node.online and control.links.get(node.node_id) is None and control.registry.address_of(node.node_id)
+    ]
+    await asyncio.gather(*(_probe(control, node_id) for node_id in asked))
+    try:
+        async with asyncio.timeout(interval_s):
+            await control.probe_now.wait()
+    except TimeoutError:
+        pass
+    control.probe_now.clear()
+    return 0.0
+
+
+async def _probe(control: Control, node_id: str) -> None:
+    try:
+        answer = await control.nodes.call(node_id, "GET", "/v2/pools")
+    except LlorchError as error:
+        control.registry.probed(node_id, False, time.monotonic())
+        log.info("node.unreachable", node_id=node_id, code=error.code)
+        return
+    control.registry.probed(node_id, True, time.monotonic())
+    pools = answer.get("pools") if isinstance(answer, dict) else None
+    for entry in pools if isinstance(pools, list) else []:
+        try:
+            report = parse(PoolReport, entry)
+        except LlorchError:
+            log.warning("pool.unread", node_id=node_id, code="INVALID_REQUEST")
+            continue
+        control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
+    control.dispatcher.registry_changed()

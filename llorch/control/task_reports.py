@@ -1,0 +1,79 @@
+"""Where tasks are, by what the nodes report.
+
+Owns the index from a task to the nodes that know it: how a control that has just started finds tasks it never placed.
+Never decides anything about a task, and keeps no more per node than one beat may carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from llorch.messages import TaskReport
+
+MAX_TASKS_PER_NODE = 8_192
+
+
+class TaskReports:
+    """The last report of each (task, attempt) on each node."""
+
+    def __init__(self) -> None:
+        self._by_node: dict[str, dict[tuple[str, int], TaskReport]] = {}
+        self._by_task: dict[str, dict[tuple[str, int], TaskReport]] = {}  # task_id → (node_id, attempt) → report
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_node.values()))
+
+    def __iter__(self) -> Iterator[tuple[str, TaskReport]]:
+        """Each task once, with its highest attempt; those first heard of last come first."""
+        for task_id in reversed(list(self._by_task)):
+            found = self.find(task_id, lambda _: True)
+            if found is not None:
+                yield found
+
+    def of(self, node_id: str) -> tuple[TaskReport, ...]:
+        return tuple(self._by_node.get(node_id, {}).values())
+
+    def find(self, task_id: str, online: Callable[[str], bool]) -> tuple[str, TaskReport] | None:
+        """The node and report of a task's highest attempt, from an online node if there is a choice."""
+        reports = self._by_task.get(task_id)
+        if not reports:
+            return None
+        node_id, attempt = max(reports, key=lambda key: (key[1], online(key[0]), key[0]))
+        return node_id, reports[node_id, attempt]
+
+    def take(self, node_id: str, reports: list[TaskReport], *, whole: bool) -> tuple[TaskReport, ...]:
+        """A node's report; `whole`: what it does not list is gone. Returns the tasks newly known as sealed."""
+        known = self._by_node.setdefault(node_id, {})
+        ended: list[TaskReport] = []
+        gone = set(known) if whole else set()
+        for report in reports:
+            key = (report.task_id, report.attempt)
+            if report.gone:
+                gone.add(key)
+                continue
+            gone.discard(key)
+            before = known.get(key)
+            if report.state == "sealed" and (before is None or before.state != "sealed"):
+                ended.append(report)
+            known[key] = report
+            self._by_task.setdefault(report.task_id, {})[node_id, report.attempt] = report
+        for key in gone & set(known):
+            self._drop(node_id, key)
+        surplus = len(known) - MAX_TASKS_PER_NODE
+        if surplus > 0:  # sealed ones go first, the oldest of them before the others
+            for key in sorted(known, key=lambda key: known[key].state != "sealed")[:surplus]:
+                self._drop(node_id, key)
+        return tuple(ended)
+
+    def forget(self, node_id: str) -> None:
+        for key in list(self._by_node.get(node_id, ())):
+            self._drop(node_id, key)
+        self._by_node.pop(node_id, None)
+
+    def _drop(self, node_id: str, key: tuple[str, int]) -> None:
+        del self._by_node[node_id][key]
+        task_id, attempt = key
+        reports = self._by_task[task_id]
+        del reports[node_id, attempt]
+        if not reports:
+            del self._by_task[task_id]

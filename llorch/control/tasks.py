@@ -1,0 +1,181 @@
+"""A task as the control knows it, and the bounded store of those it has seen.
+
+Owns the control's view of a task: what was asked, where it is, how it ended. The truth about a task is its log on its
+node; this is what can be answered without asking. Never holds a task's output. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from llorch.control.placement import Wish
+from llorch.errors import LlorchError
+from llorch.messages import Tail, TaskReport
+
+MAX_ENDED_TASKS = 10_000  # the views of ended tasks that are kept; about 1 KB each
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    PLACED = "placed"
+    STREAMING = "streaming"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+ENDED = frozenset({State.DONE, State.FAILED, State.CANCELED})
+
+TRANSITIONS: Mapping[State, frozenset[State]] = {
+    State.QUEUED: frozenset({State.PLACED, State.FAILED, State.CANCELED}),
+    State.PLACED: frozenset({State.QUEUED, State.STREAMING, *ENDED}),
+    State.STREAMING: ENDED,
+    State.DONE: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One task from its admission to its end. Times are seconds on the control's monotonic clock."""
+
+    task_id: str
+    owner: str
+    wish: Wish
+    path: str  # "native", or the /v1 path
+    stream: bool
+    detach: bool
+    body: bytes
+    body_digest: str
+    headers: dict[str, str]
+    request_id: str
+    received_at: float
+    deadline_at: float | None = None
+    state: State = State.QUEUED
+    attempt: int = 0
+    losses: int = 0
+    retries: int = 0
+    node_id: str | None = None
+    pool_id: str | None = None
+    offset: int = 0  # log bytes that were relayed
+    queued_ms: float | None = None
+    placement: dict[str, Any] | None = None
+    error: LlorchError | None = None
+    tail: Tail | None = None
+    cancel_wanted: bool = False
+    abandoned: bool = False  # its reader left; the node decides what becomes of it
+    excluded: frozenset[tuple[str, str]] = field(default_factory=frozenset)
+
+    @property
+    def native(self) -> bool:
+        return self.path == "native"
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    def enter(self, state: State) -> None:
+        """Raises ValueError on a step that the table doesn't have; nothing changes then."""
+        if state is self.state:
+            return
+        if state not in TRANSITIONS[self.state]:
+            raise ValueError(f"task {self.task_id}: {self.state} -> {state}")
+        self.state = state
+
+    def view(self, *, position: int | None = None, eta_ms: int | None = None) -> dict[str, Any]:
+        """The task view of the API."""
+        tail = self.tail
+        view: dict[str, Any] = {
+            "task_id": self.task_id,
+            "state": self.state.value,
+            "model": self.wish.model,
+            "node_id": self.node_id,
+            "pool_id": self.pool_id,
+            "attempt": self.attempt,
+            "offset": tail.length if tail is not None else self.offset,
+            "tokens_in": tail.tokens_in if tail else 0,
+            "tokens_out": tail.tokens_out if tail else 0,
+            "cached_tokens": tail.cached_tokens if tail else 0,
+            "queue_ms": self.queued_ms,
+            "ttft_ms": tail.timings.ttft_ms if tail else None,
+            "decode_ms": tail.timings.decode_ms if tail else None,
+        }
+        if self.state is State.QUEUED and position is not None:
+            view["queue"] = {"position": position, "eta_ms": eta_ms}
+        if tail is not None and tail.finish_reason is not None:
+            view["finish_reason"] = tail.finish_reason
+        elif self.state is State.CANCELED:
+            view["finish_reason"] = "canceled"
+        if self.error is not None:
+            view["error"] = self.error.to_wire(request_id=self.request_id, task_id=self.task_id)
+        return view
+
+
+def view_of_report(node_id: str, report: TaskReport) -> dict[str, Any]:
+    """The view of a task that this control knows only from its node."""
+    if report.state != "sealed":
+        state = State.STREAMING if report.offset else State.PLACED
+    elif report.code is not None:
+        state = State.FAILED
+    else:
+        state = State.CANCELED if report.finish_reason == "canceled" else State.DONE
+    view: dict[str, Any] = {
+        "task_id": report.task_id,
+        "state": state.value,
+        "model": report.model,
+        "node_id": node_id,
+        "pool_id": report.pool_id,
+        "attempt": report.attempt,
+        "offset": report.offset,
+        "tokens_in": report.tokens_in,
+        "tokens_out": report.tokens_out,
+        "cached_tokens": report.cached_tokens,
+        "queue_ms": None,
+        "ttft_ms": report.ttft_ms,
+        "decode_ms": report.decode_ms,
+    }
+    if report.finish_reason is not None:
+        view["finish_reason"] = report.finish_reason
+    if report.code is not None:
+        view["error"] = {"code": report.code}
+    return view
+
+
+class TaskStore:
+    """Running tasks, and the newest ended ones."""
+
+    def __init__(self, most_ended: int = MAX_ENDED_TASKS) -> None:
+        self._running: dict[str, Task] = {}
+        self._ended: dict[str, Task] = {}
+        self._most_ended = most_ended
+
+    def __iter__(self) -> Iterator[Task]:
+        """Newest first."""
+        yield from reversed(list(self._running.values()))
+        yield from reversed(list(self._ended.values()))
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def get(self, task_id: str) -> Task | None:
+        return self._running.get(task_id) or self._ended.get(task_id)
+
+    def running_tasks(self) -> list[Task]:
+        return list(self._running.values())
+
+    def add(self, task: Task) -> None:
+        self._ended.pop(task.task_id, None)
+        self._running[task.task_id] = task
+
+    def ended(self, task: Task) -> None:
+        """Move a task to the ended ones and let its body go."""
+        task.body = b""
+        if self._running.pop(task.task_id, None) is not None:
+            self._ended[task.task_id] = task
+            while len(self._ended) > self._most_ended:
+                del self._ended[next(iter(self._ended))]

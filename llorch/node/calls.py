@@ -1,0 +1,155 @@
+"""The node's own routes that take JSON and answer JSON, the same over HTTP and over a link.
+
+Owns what each of them answers and how a path finds its route. Tasks and logs, which stream, are `routes_tasks`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from aiohttp import web
+
+from llorch import __version__
+from llorch.auth import Scope
+from llorch.errors import Code, LlorchError
+from llorch.logs import Log
+from llorch.messages import NodeCall
+from llorch.node.link import Answer
+from llorch.node.state import NODE, Node
+from llorch.node.tasklog import State
+from llorch.web import Route
+
+log = Log("node.calls")
+
+Params = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One route: `serve` is given the node and the path's parameters and returns a status and JSON."""
+
+    method: str
+    path: str
+    scope: Scope
+    summary: str
+    serve: Callable[[Node, Params], tuple[int, Any]]
+    status: int = 200
+
+
+def _live(node: Node, _params: Params) -> tuple[int, Any]:
+    return 200, _status(node, "ok")
+
+
+def _ready(node: Node, _params: Params) -> tuple[int, Any]:
+    """Warming: engines are on their way and none is there yet. A node without pools, or with failed ones, is up."""
+    if node.draining:
+        return 503, _status(node, "draining")
+    states = [report["state"] for report in node.pools.report()]
+    warming = "ready" not in states and any(state in ("starting", "loading") for state in states)
+    return (503, _status(node, "warming")) if warming else (200, _status(node, "ok"))
+
+
+def _status(node: Node, status: str) -> dict[str, Any]:
+    return {"status": status, "version": __version__, "role": "node", "node_id": node.node_id}
+
+
+def _pools(node: Node, _params: Params) -> tuple[int, Any]:
+    return 200, {"pools": node.pool_reports()}
+
+
+def _pool(node: Node, params: Params) -> tuple[int, Any]:
+    wanted = params["pool"]
+    node.pools.health(wanted)  # raises POOL_NOT_FOUND
+    return 200, next(report for report in node.pool_reports() if report["pool_id"] == wanted)
+
+
+def _pool_health(node: Node, params: Params) -> tuple[int, Any]:
+    return 200, node.pools.health(params["pool"])
+
+
+def _tasks(node: Node, _params: Params) -> tuple[int, Any]:
+    return 200, {"tasks": [entry.report() for entry in node.runner.logs]}
+
+
+def _task(node: Node, params: Params) -> tuple[int, Any]:
+    return 200, node.runner.logs.get(params["task"]).report()
+
+
+def _cancel(node: Node, params: Params) -> tuple[int, Any]:
+    entry = node.runner.logs.get(params["task"])
+    node.runner.cancel(entry)
+    return 202, {"task_id": entry.task_id, "state": State.SEALED if entry.log.sealed else "canceling"}
+
+
+def _catalog(node: Node, _params: Params) -> tuple[int, Any]:
+    return 200, {"models": node.model_reports()}
+
+
+CALLS = (
+    Call("GET", "/livez", Scope.OPEN, "The process lives", _live),
+    Call("GET", "/readyz", Scope.OPEN, "It takes tasks; 503 while it drains or its first engine loads", _ready),
+    Call("GET", "/health", Scope.OPEN, "Status, version, role", _live),
+    Call("GET", "/v2/pools", Scope.CONTROL, "Every pool of this node", _pools),
+    Call("GET", "/v2/pools/{pool}", Scope.CONTROL, "One pool", _pool),
+    Call("GET", "/v2/pools/{pool}/health", Scope.CONTROL, "Whether a pool lives, is ready, has room", _pool_health),
+    Call("GET", "/v2/tasks", Scope.CONTROL, "The tasks that run here or are remembered", _tasks),
+    Call("GET", "/v2/tasks/{task}", Scope.CONTROL, "One task", _task),
+    Call("DELETE", "/v2/tasks/{task}", Scope.CONTROL, "Cancel a task; idempotent", _cancel, status=202),
+    Call("GET", "/v2/catalog", Scope.CONTROL, "The models on this machine", _catalog),
+)
+
+
+# ---------------------------------------------------------------- over HTTP
+
+
+def http_route(call: Call) -> Route:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        status, value = call.serve(request.app[NODE], request.match_info)
+        return web.Response(status=status, body=_json(value), content_type="application/json", charset="utf-8")
+
+    return Route(call.method, call.path, call.scope, handler, call.summary, status=call.status)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------- over a link
+
+
+class LinkCalls:
+    """Answers NodeCalls (a link.Calls). Nobody asks for health over a link, but may."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._table = [(call, re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", call.path))) for call in CALLS]
+
+    async def __call__(self, wish: NodeCall, body: bytes) -> Answer:
+        try:
+            call, params = self._find(wish.method, urlsplit(wish.path).path)
+            status, value = call.serve(self._node, params)
+        except LlorchError as error:
+            status, value = error.status, error.envelope(request_id=wish.headers.get("x-request-id"))
+        except Exception:
+            log.fault("call.failed", node_id=self._node.node_id, path=wish.path)
+            fault = LlorchError(Code.INTERNAL, "an unexpected fault on the node; it was logged")
+            status, value = fault.status, fault.envelope()
+        return Answer(status, _json(value))
+
+    def _find(self, method: str, path: str) -> tuple[Call, Params]:
+        found = False
+        for call, pattern in self._table:
+            match = pattern.fullmatch(path)
+            if match is None:
+                continue
+            if call.method == method:
+                return call, {name: unquote(value) for name, value in match.groupdict().items()}
+            found = True
+        if found:
+            raise LlorchError(Code.METHOD_NOT_ALLOWED, "this route does not have this method")
+        raise LlorchError(Code.NOT_FOUND, "there is no such route")

@@ -1,0 +1,90 @@
+"""Looks at this machine for engines: a llama-server binary, the xllamacpp wheel, and whether each can use a GPU.
+
+Owns the questions asked of them, each with a timeout, in processes of their own: a broken CUDA library must not take
+the node with it. Answers with facts; `auto` chooses. Blocking: call it off the event loop.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from llorch.logs import Log, printable
+from llorch.node.engines.auto import EngineFacts
+from llorch.node.engines.llama_server import OPTIONAL
+
+ASK_TIMEOUT_S = 20.0  # a first CUDA initialisation takes some seconds
+_DEVICE = re.compile(r"^\s+\w+: .*\([1-9]\d* MiB", re.MULTILINE)  # BLAS is listed as a device too, with 0 MiB
+_VERSION = re.compile(r"version:\s*(\S+)")
+_COUNT_GPUS = "import xllamacpp as x; print('gpus', sum('GPU' in str(d['type']) for d in x.get_device_info()))"
+
+log = Log("engines")
+
+
+def detect(llama_server: str | None, *, env: Mapping[str, str], look_for_gpus: bool = True) -> EngineFacts:
+    """The facts. `llama_server` is a path from the settings; without one PATH is searched."""
+    program = shutil.which(llama_server or "llama-server", path=env.get("PATH"))
+    if program is not None:
+        version, flags, server_gpu, problem = _ask_llama_server(program, env)
+    else:
+        version, flags, server_gpu = None, frozenset[str](), False
+        problem = "there is no such program" if llama_server is not None else None
+    wheel = _xllamacpp_version()
+    return EngineFacts(
+        python=sys.executable,
+        llama_server=program or llama_server,
+        llama_server_version=version,
+        llama_server_flags=flags,
+        llama_server_gpu=server_gpu,
+        llama_server_problem=problem,
+        xllamacpp_version=wheel,
+        xllamacpp_gpu=wheel is not None and look_for_gpus and _xllamacpp_gpu(env),
+    )
+
+
+def _ask(argv: list[str], env: Mapping[str, str]) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, timeout=ASK_TIMEOUT_S, env=dict(env), stdin=subprocess.DEVNULL, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 124, f"no answer within {ASK_TIMEOUT_S:.0f} s"
+    except OSError as error:
+        return 126, error.strerror or type(error).__name__
+    return done.returncode, (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace")
+
+
+def _ask_llama_server(program: str, env: Mapping[str, str]) -> tuple[str | None, frozenset[str], bool, str | None]:
+    """(version, optional flags it knows, it lists a GPU, why it can't be used)."""
+    code, said = _ask([program, "--version"], env)
+    if code != 0:
+        last = printable(said.strip().rpartition("\n")[2])[:200]
+        return None, frozenset(), False, f"`{program} --version` failed ({last or f'exit {code}'})"
+    found = _VERSION.search(said)
+    _, usage = _ask([program, "--help"], env)
+    flags = frozenset(option[0] for option in OPTIONAL if re.search(rf"(?<![\w-]){option[0]}(?![\w-])", usage))
+    code, devices = _ask([program, "--list-devices"], env)
+    return found[1] if found else None, flags, code == 0 and _DEVICE.search(devices) is not None, None
+
+
+def _xllamacpp_version() -> str | None:
+    if importlib.util.find_spec("xllamacpp") is None:
+        return None
+    try:
+        return importlib.metadata.version("xllamacpp")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _xllamacpp_gpu(env: Mapping[str, str]) -> bool:
+    code, said = _ask([sys.executable, "-c", _COUNT_GPUS], env)
+    counted = re.search(r"^gpus (\d+)$", said, re.MULTILINE)
+    if code != 0 or counted is None:
+        log.warning("engine.unusable", engine="llamacpp", exit_code=code)
+        return False
+    return int(counted[1]) > 0

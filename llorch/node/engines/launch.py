@@ -1,0 +1,62 @@
+"""Starts an engine so that it can't outlive its agent, whatever program it is. A program: `python -m ...launch`.
+
+    python -m llorch.node.engines.launch --parent PID [--log FILE] -- ARGV...
+
+Owns what must hold before the engine's first instruction: its own session, SIGKILL at its parent's death (Linux),
+no core dumps (they would hold prompts), files readable by this user alone. Then it becomes the engine. Imports little,
+for it runs before every engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import resource
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+CANNOT_START = 127  # what shells use for a program that isn't there
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent ends. Exits at once if it has already ended: the signal would never come."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        print(f"launch: prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
+        sys.exit(1)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="llorch-launch")
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--log")
+    parser.add_argument("argv", nargs=argparse.REMAINDER)
+    given = parser.parse_args(argv)
+    command = given.argv[1:] if given.argv[:1] == ["--"] else given.argv
+    if not command:
+        parser.error("nothing to launch")
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.getpid() != os.getsid(0):
+        os.setsid()
+    if given.log is not None:
+        descriptor = os.open(given.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+    die_with_parent(given.parent)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"launch: {command[0]}: {error.strerror}", file=sys.stderr)
+        sys.exit(CANNOT_START)
+
+
+if __name__ == "__main__":
+    main()

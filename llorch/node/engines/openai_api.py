@@ -1,0 +1,500 @@
+"""Translation between llorch's tasks and the OpenAI surface that every engine speaks.
+
+Surface:
+    encode_native(body, model) -> EngineRequest         a native task body, from a typed allow-list
+    encode_openai(path, body, model) -> EngineRequest   a `/v1/*` body: unknown fields pass, engine-internal ones don't
+    NativeDecoder(facts) -> Decoder                     the answer to a native task: engine bytes in, log bytes out
+    openai_decoder(facts, request) -> Decoder           the answer to a `/v1` request, streamed or in one piece
+    normalise_error(status, body) -> LlorchError        an engine's error answer in our words
+
+Owns what may reach an engine and what its answer becomes in the log, with exactly one terminal event. Never does I/O,
+keeps a connection or knows a slot. Bytes go in as they come from a 200 answer; nothing is given out before the first
+content, so an attempt whose decoder gave out nothing may still run elsewhere: it ends with `error` set and no bytes.
+The surfaces: https://platform.openai.com/docs/api-reference, https://docs.anthropic.com/en/api and llama.cpp's
+tools/server/README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llorch.errors import Code, LlorchError, invalid
+from llorch.messages import TaskBody, Timings
+from llorch.node.engines.chunks import Chunk, Meter
+from llorch.node.engines.chunks import Usage as Usage
+from llorch.node.engines.chunks import normalise_error as normalise_error
+from llorch.sse import Splitter, SseError, parse
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+PATHS = frozenset(
+    {CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, "/v1/messages/count_tokens", "/v1/rerank", "/v1/reranking"}
+)
+STREAMING_PATHS = frozenset({CHAT, COMPLETIONS, RESPONSES, MESSAGES})
+USAGE_ON_REQUEST = frozenset({CHAT, COMPLETIONS})  # the others report usage unasked
+
+MAX_HELD_BYTES = 4 * 1024 * 1024  # one whole task log; a larger answer passes through unread
+
+NATIVE_PARAMETERS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repeat_penalty",
+    "seed",
+    "stop",
+    "grammar",
+    "json_schema",
+)
+
+# Fields that steer an engine's insides instead of the answer: slots and KV cache of other requests, adapters shared
+# with them, addresses that the engine would connect to, templates that it would run. n_discard=-1 corrupted llama.cpp's
+# memory (CVE-2026-21869). They are refused rather than dropped, so that nobody believes they took effect.
+DENIED_FIELDS = frozenset(
+    {
+        "id_slot",
+        "slot_id",
+        "n_discard",
+        "n_keep",
+        "n_cache_reuse",
+        "n_cmpl",
+        "lora",
+        "lora_path",
+        "chat_template",
+        "kv_transfer_params",
+        "data_parallel_rank",
+        "mm_processor_kwargs",
+        "vllm_xargs",
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "session_params",
+    }
+)
+DENIED_PREFIXES = ("speculative.",)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What to POST to an engine as application/json; `path` comes after its URL."""
+
+    path: str
+    body: bytes
+    stream: bool
+    client_asked_usage: bool = True
+
+
+# ---------------------------------------------------------------- requests
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def encode_native(body: TaskBody, model: str) -> EngineRequest:
+    """A native task for an engine that knows its model as `model`. Always streams, always with usage."""
+    wire: dict[str, Any] = {"model": model}
+    if body.messages is not None:
+        # A native stream is all that the model says; parsed thoughts would go missing from it.
+        wire |= {"messages": body.messages, "reasoning_format": "none"}
+    else:
+        wire["prompt"] = body.prompt
+    for name in NATIVE_PARAMETERS:
+        value = getattr(body, name)
+        if value is not None:
+            wire[name] = value
+    wire |= {"stream": True, "stream_options": {"include_usage": True}}
+    return EngineRequest(COMPLETIONS if body.messages is None else CHAT, _dump(wire), stream=True)
+
+
+def encode_openai(path: str, body: Mapping[str, Any], model: str) -> EngineRequest:
+    """A client's `/v1/*` body for an engine that knows its model as `model`. Raises LlorchError for what is refused."""
+    if path not in PATHS:
+        raise LlorchError(
+            Code.NOT_FOUND, f"there is no {path[:100]!r} here", hint="served: " + ", ".join(sorted(PATHS))
+        )
+    for name in body:
+        if name in DENIED_FIELDS or name.startswith(DENIED_PREFIXES):
+            raise invalid(f"`{name[:100]}` belongs to the engine and can't be set in a request", param=name[:100])
+    _one_sequence(path, body)
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise invalid("`stream` is true or false", param="stream")
+    streamed = bool(stream) and path in STREAMING_PATHS
+    wire = dict(body) | {"model": model}
+    asked = True
+    if streamed and path in USAGE_ON_REQUEST:
+        options = body.get("stream_options")
+        if options is not None and not isinstance(options, Mapping):
+            raise invalid("`stream_options` is an object", param="stream_options")
+        asked = (options or {}).get("include_usage") is True
+        wire["stream_options"] = {**(options or {}), "include_usage": True}
+    return EngineRequest(path, _dump(wire), stream=streamed, client_asked_usage=asked)
+
+
+def _one_sequence(path: str, body: Mapping[str, Any]) -> None:
+    """A request is accepted against one slot, so it may run one sequence."""
+    for name in ("n", "best_of"):
+        count = body.get(name)
+        if count is not None and (isinstance(count, bool) or count != 1):
+            raise invalid(
+                f"`{name}` above 1 is not available: each choice takes a slot; send more requests", param=name
+            )
+    prompt = body.get("prompt")
+    if path == COMPLETIONS and isinstance(prompt, list) and len(prompt) > 1 and _several_prompts(prompt):
+        raise invalid("give one prompt: each takes a slot; send more requests", param="prompt")
+
+
+def _several_prompts(prompt: list[Any]) -> bool:
+    """A list of numbers, or of numbers and strings, is one prompt given as tokens; of strings or lists, several."""
+    return all(isinstance(part, str) for part in prompt) or any(isinstance(part, list | dict) for part in prompt)
+
+
+# ---------------------------------------------------------------- the answer
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """Who a decoder speaks for. `accepted_at` is monotonic seconds, the start of ttft."""
+
+    task_id: str
+    node_id: str
+    pool_id: str
+    model: str
+    attempt: int = 1
+    accepted_at: float = 0.0
+    request_id: str | None = None
+
+
+class Decoder(Protocol):
+    """One engine answer. `now` is monotonic seconds."""
+
+    @property
+    def first_content(self) -> bool:
+        """Something was given out: the log is no longer empty."""
+
+    @property
+    def done(self) -> bool:
+        """The terminal event was given out, or the attempt failed before any: nothing more will be."""
+
+    @property
+    def error(self) -> LlorchError | None: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def usage(self) -> Usage: ...
+    @property
+    def timings(self) -> Timings: ...
+    def feed(self, data: bytes, now: float) -> bytes:
+        """Log bytes that `data` completes; b"" while there is nothing to show."""
+
+    def finish(self, now: float, cut: bool = False) -> bytes:
+        """The engine's answer ended (`cut`: its connection broke). The last log bytes, with the terminal event."""
+
+    def cancel(self, now: float) -> bytes:
+        """The task was cancelled; no token follows."""
+
+    def fail(self, error: LlorchError, now: float) -> bytes:
+        """The attempt ends for a reason outside the answer (stall, deadline)."""
+
+
+_UNREADABLE = "the engine sent what can't be read as a stream of events"
+_DONE = "[DONE]"
+
+
+def _payload(block: bytes) -> str | None:
+    """The data of a block, None for comments. Nearly every block is one `data: ` line, so that is tried first."""
+    if block.startswith(b"data: ") and block.find(b"\n") == len(block) - 2 and b"\r" not in block:
+        return block[6:-2].decode("utf-8", "replace")
+    event = parse(block)
+    return None if event is None else event.data
+
+
+def _value(payload: str) -> Mapping[str, Any]:
+    """The chunk in `payload`. Raises SseError: an engine that sends something else is broken."""
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise SseError(_UNREADABLE) from None
+    if not isinstance(value, dict):
+        raise SseError(_UNREADABLE)
+    return value
+
+
+def _ended_early(cut: bool) -> LlorchError:
+    how = "its connection broke" if cut else "it closed the stream"
+    return LlorchError(Code.ENGINE_FAILED, f"the engine ended without finishing its answer: {how}")
+
+
+# ---------------------------------------------------------------- decoders
+
+
+class _Stream:
+    """What both decoders of event streams share: cutting, reading, and that the first end is the only one.
+
+    A subclass renders: what a block adds to the log, and the three ways to end it.
+    """
+
+    def __init__(self, facts: TaskFacts) -> None:
+        self._facts = facts
+        self._meter = Meter(facts.accepted_at)
+        self._splitter = Splitter()
+        self._complete = False  # the chunk that ends an answer was read: the text is whole, whatever follows
+        self.first_content = False
+        self.done = False
+        self.error: LlorchError | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._meter.finish_reason
+
+    @property
+    def usage(self) -> Usage:
+        return self._meter.usage
+
+    @property
+    def timings(self) -> Timings:
+        return self._meter.timings
+
+    def feed(self, data: bytes, now: float) -> bytes:
+        if self.done:
+            return b""
+        out: list[bytes] = []
+        try:
+            for block in self._splitter.feed(data):
+                self._take(block, now, out)
+        except SseError:
+            out.append(self.fail(LlorchError(Code.ENGINE_FAILED, _UNREADABLE), now))
+        return b"".join(out)
+
+    def finish(self, now: float, cut: bool = False) -> bytes:
+        if self.done:
+            return b""
+        out: list[bytes] = []
+        rest = self._splitter.finish()
+        try:
+            if rest.endswith((b"\r\r", b"\n\r")):  # a CR that waited for its LF did end the event
+                self._take(rest, now, out)
+        except SseError:
+            out.append(self.fail(LlorchError(Code.ENGINE_FAILED, _UNREADABLE), now))
+        if not self.done:
+            out.append(self._end(now) if self._complete else self.fail(_ended_early(cut), now))
+        return b"".join(out)
+
+    def fail(self, error: LlorchError, now: float) -> bytes:
+        if self.done:
+            return b""
+        self.done = True
+        self.error = error
+        return self._render_error(error) if self.first_content else b""
+
+    def _take(self, block: bytes, now: float, out: list[bytes]) -> None:
+        payload = None if self.done else _payload(block)
+        if payload is None:
+            return
+        if payload.strip() == _DONE:
+            out.append(self._end(now, block))
+            return
+        chunk = self._meter.read(_value(payload))
+        if chunk.error is not None:
+            out.append(self.fail(chunk.error, now))
+            return
+        if chunk.content:
+            self._meter.content(now)
+        self._complete = self._complete or chunk.terminal
+        out.append(self._render(block, chunk))
+
+    def _render(self, block: bytes, chunk: Chunk) -> bytes:
+        raise NotImplementedError
+
+    def _end(self, now: float, block: bytes = b"") -> bytes:
+        raise NotImplementedError
+
+    def _render_error(self, error: LlorchError) -> bytes:
+        raise NotImplementedError
+
+
+class NativeDecoder(_Stream):
+    """Engine chunks to native events. Ids are log offsets after their event, from `offset` on."""
+
+    def __init__(self, facts: TaskFacts, *, offset: int = 0) -> None:
+        super().__init__(facts)
+        self._offset = offset
+        self._index = 0
+        self._digest = hashlib.sha256()
+
+    def cancel(self, now: float) -> bytes:
+        """`end {canceled}`, after `started` if nothing was shown yet: a cancelled stream is a whole one."""
+        if self.done:
+            return b""
+        self._meter.finish_reason = "canceled"
+        return self._end(now)
+
+    def _event(self, name: str, value: Mapping[str, Any]) -> bytes:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        rest = f"\nevent: {name}\ndata: {text}\n\n".encode("utf-8", "replace")
+        self._offset += len(b"id: ") + 12 + len(rest)
+        return b"id: %012x" % self._offset + rest
+
+    def _begin(self) -> bytes:
+        if self.first_content:
+            return b""
+        self.first_content = True
+        facts = self._facts
+        started = {"task_id": facts.task_id, "node_id": facts.node_id, "pool_id": facts.pool_id, "model": facts.model}
+        return self._event("started", started | {"attempt": facts.attempt})
+
+    def _render(self, block: bytes, chunk: Chunk) -> bytes:
+        if not chunk.text:
+            return b""
+        begun = self._begin()
+        raw = chunk.text.encode("utf-8", "replace")  # JSON may escape half a surrogate pair; UTF-8 has no such thing
+        self._digest.update(raw)
+        token = self._event("token", {"t": raw.decode(), "i": self._index})
+        self._index += 1
+        return begun + token
+
+    def _end(self, now: float, block: bytes = b"") -> bytes:
+        begun = self._begin()
+        self.done = True
+        meter = self._meter
+        reason = meter.finish_reason
+        if reason != "canceled":
+            meter.finish_reason = reason = "length" if reason in ("length", "max_tokens") else "stop"
+        end = {
+            "finish_reason": reason,
+            "tokens_in": meter.usage.tokens_in,
+            "tokens_out": meter.usage.tokens_out,
+            "cached_tokens": meter.usage.cached_tokens,
+            "ttft_ms": meter.ttft_ms,
+            "decode_ms": meter.decode_ms,
+            "sha256": self._digest.hexdigest(),
+        }
+        return begun + self._event("end", end)
+
+    def _render_error(self, error: LlorchError) -> bytes:
+        return self._event("error", error.to_wire(request_id=self._facts.request_id, task_id=self._facts.task_id))
+
+
+class OpenAiDecoder(_Stream):
+    """A `/v1` stream: the engine's own blocks, unchanged, less comments and the usage chunk nobody asked for."""
+
+    def __init__(self, facts: TaskFacts, request: EngineRequest) -> None:
+        super().__init__(facts)
+        self._path = request.path
+        self._asked_usage = request.client_asked_usage
+        self._held = b""
+
+    def cancel(self, now: float) -> bytes:
+        if self.done:
+            return b""
+        self._meter.finish_reason = "canceled"
+        return self.fail(LlorchError(Code.CANCELED, "the task was cancelled"), now)
+
+    def _render(self, block: bytes, chunk: Chunk) -> bytes:
+        if chunk.usage_only and not self._asked_usage:
+            return b""
+        if self.first_content:
+            return block
+        self._held += block
+        if not (chunk.content or chunk.terminal) and len(self._held) <= MAX_HELD_BYTES:
+            return b""
+        self.first_content = True
+        held, self._held = self._held, b""
+        return held
+
+    def _end(self, now: float, block: bytes = b"") -> bytes:
+        self.first_content = self.done = True
+        held, self._held = self._held, b""
+        if self._path in USAGE_ON_REQUEST:
+            return held + (block or b"data: [DONE]\n\n")
+        return held + block
+
+    def _render_error(self, error: LlorchError) -> bytes:
+        wire = error.to_wire(request_id=self._facts.request_id, task_id=self._facts.task_id)
+        if self._path == MESSAGES:  # Anthropic's clients look at the event's name
+            return b"event: error\ndata: " + _dump({"type": "error", "error": wire}) + b"\n\n"
+        return b"data: " + _dump({"error": wire}) + b"\n\n"
+
+
+class OpenAiAnswer:
+    """A `/v1` answer in one piece. It is held until it is whole, so that an engine that dies over it can be retried."""
+
+    def __init__(self, facts: TaskFacts) -> None:
+        self._meter = Meter(facts.accepted_at)
+        self._held = bytearray()
+        self.first_content = False
+        self.done = False
+        self.error: LlorchError | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._meter.finish_reason
+
+    @property
+    def usage(self) -> Usage:
+        return self._meter.usage
+
+    @property
+    def timings(self) -> Timings:
+        return self._meter.timings
+
+    def feed(self, data: bytes, now: float) -> bytes:
+        if self.done:
+            return b""
+        if self.first_content:
+            return data
+        self._held += data
+        if len(self._held) <= MAX_HELD_BYTES:
+            return b""
+        self.first_content = True
+        return self._release()
+
+    def finish(self, now: float, cut: bool = False) -> bytes:
+        if self.done:
+            return b""
+        if cut:
+            return self.fail(_ended_early(cut), now)
+        self.done = True
+        if self.first_content:
+            return b""
+        try:
+            chunk = self._meter.read(_value(self._held.decode("utf-8", "replace")))
+        except SseError:
+            self.error = LlorchError(Code.ENGINE_FAILED, "the engine sent an answer that is not JSON")
+            return b""
+        if chunk.error is not None:
+            self.error = chunk.error
+            return b""
+        self._meter.mark(now)
+        self.first_content = True
+        return self._release()
+
+    def cancel(self, now: float) -> bytes:
+        self._meter.finish_reason = "canceled"
+        return self.fail(LlorchError(Code.CANCELED, "the task was cancelled"), now)
+
+    def fail(self, error: LlorchError, now: float) -> bytes:
+        """Nothing can be said inside a JSON body: `error` says it."""
+        if not self.done:
+            self.done = True
+            self.error = error
+        return b""
+
+    def _release(self) -> bytes:
+        held = bytes(self._held)
+        self._held.clear()
+        return held
+
+
+def openai_decoder(facts: TaskFacts, request: EngineRequest) -> Decoder:
+    """The decoder for a `/v1` request's answer."""
+    return OpenAiDecoder(facts, request) if request.stream else OpenAiAnswer(facts)

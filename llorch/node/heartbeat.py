@@ -1,0 +1,312 @@
+"""Membership: one loop per control that keeps this node registered, beating and linked.
+
+    register ─▶ link ─▶ a full beat every interval, a delta soon after each change
+       ▲          │ link ends: beat at once, then every 0.2 to 2 s, until it is back
+       └──────────┴── NODE_UNKNOWN, LEASE_STALE, another epoch
+
+Owns the lease, the sequence of beats, and when to try again. What is said is `reports`; what runs over the link is
+`link`. Never gives up: a control that refuses the token today may accept it after its next reload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+from llorch.backoff import Backoff
+from llorch.errors import Code, LlorchError
+from llorch.logs import Log
+from llorch.messages import decode_json
+from llorch.node import reports
+from llorch.node.dial import dial
+from llorch.node.link import Calls, NodeLink
+from llorch.node.reports import Identity, Snapshot
+from llorch.node.state import Node
+
+RETRY = Backoff(first_s=0.4, most_s=2.0)  # 0.2 to 2 s with its jitter
+SLOW_RETRY = Backoff(first_s=5.0, most_s=30.0)  # for refusals that only a person can mend
+COALESCE_S = 0.02  # what changes together is told together
+CALL_TIMEOUT_S = 5.0
+LEAVE_TIMEOUT_S = 2.0
+MAX_ANSWER_BYTES = 1024 * 1024
+
+_REGISTER_AGAIN = frozenset({Code.NODE_UNKNOWN, Code.LEASE_STALE, Code.NODE_ID_CONFLICT})
+_FOR_A_PERSON = frozenset({Code.UNAUTHENTICATED, Code.FORBIDDEN, Code.NODE_ID_CONFLICT, Code.UNTRUSTED_ADDRESS})
+
+log = Log("node.heartbeat")
+
+
+@dataclass(slots=True)
+class Lease:
+    lease_id: str
+    epoch: str
+    interval_s: float
+    seq: int = 0
+
+
+class _LeaseEnded(Exception):
+    """This registration is no longer in force; the next one may be."""
+
+
+class Membership:
+    """This node at one control. `run` it as a task; `leave` after that task has ended."""
+
+    def __init__(
+        self,
+        node: Node,
+        identity: Identity,
+        url: str,
+        token: Callable[[], str],
+        session: aiohttp.ClientSession,
+        tls: ssl.SSLContext | None,
+        calls: Calls,
+        *,
+        early_beat_s: float,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._node = node
+        self._identity = identity
+        self._token = token
+        self._session = session
+        self._tls = tls
+        self._calls = calls
+        self._early_beat_s = early_beat_s
+        self._lease: Lease | None = None
+        self._link: NodeLink | None = None
+        self._sent: Snapshot | None = None
+        self._rtt_ms: float | None = None
+        self._failures = 0
+        self._event = asyncio.Event()
+        self._changed_at: float | None = None
+        self._beat_now = False
+
+    @property
+    def linked(self) -> bool:
+        return self._link is not None
+
+    def notify(self) -> None:
+        """Something that controls are told about has changed."""
+        if self._changed_at is None:
+            self._changed_at = time.monotonic()
+            self._event.set()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                lease = self._lease = await self._register()
+                await self._keep(lease)
+            except _LeaseEnded as ended:
+                log.info("node.reregisters", node_id=self._node.node_id, url=self.url, why=str(ended))
+                self._failures += 1
+                pause_s = 0 if self._failures == 1 else RETRY.delay_s(self._failures, random.random())
+            except LlorchError as error:
+                pause_s = self._pause_s(error)
+            except Exception:
+                log.fault("loop.failed", loop="heartbeat", node_id=self._node.node_id, url=self.url)
+                pause_s = RETRY.most_s
+            await self._drop_link("registering again")
+            await asyncio.sleep(pause_s)
+
+    async def leave(self) -> None:
+        """Say goodbye, so that nobody waits for this node. Never fails: the control notices anyway."""
+        if self._lease is not None:
+            with contextlib.suppress(LlorchError):
+                await self._call("DELETE", self._path(), None, timeout_s=LEAVE_TIMEOUT_S)
+                log.info("node.deregistered", node_id=self._node.node_id, url=self.url)
+        await self._drop_link("this node leaves")
+
+    # ---- one lease
+
+    async def _register(self) -> Lease:
+        now = self._snapshot()
+        answer = await self._call("POST", "/v2/nodes/register", reports.register(self._identity, now))
+        lease_id, epoch, interval_ms = (answer.get(name) for name in ("lease_id", "epoch", "heartbeat_interval_ms"))
+        if not (isinstance(lease_id, str) and isinstance(epoch, str) and isinstance(interval_ms, int)):
+            raise LlorchError(Code.NODE_LOST, "the control's answer to the registration can't be read")
+        self._sent, self._changed_at = now, None
+        log.info("node.registered", node_id=self._node.node_id, url=self.url, epoch=epoch)
+        return Lease(lease_id, epoch, max(interval_ms / 1_000, 0.01))
+
+    async def _keep(self, lease: Lease) -> None:
+        """Beats, deltas and the link, until the lease ends. The registration itself was the first full beat."""
+        due, last_delta, registered_now = time.monotonic(), 0.0, True
+        while True:
+            now = time.monotonic()
+            if now >= due or self._beat_now:
+                self._beat_now = False
+                due = time.monotonic() + await self._renew(lease, beat=not registered_now)
+                registered_now = False
+            elif self._changed_at is not None and now >= self._delta_due(last_delta):
+                last_delta = now
+                if not await self._tell_changes(lease):
+                    due = now
+            until = due if self._changed_at is None else min(due, self._delta_due(last_delta))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                    await self._event.wait()
+            self._event.clear()
+
+    def _delta_due(self, last_delta: float) -> float:
+        changed_at = self._changed_at if self._changed_at is not None else time.monotonic()
+        return max(changed_at + COALESCE_S, last_delta + self._early_beat_s)
+
+    async def _renew(self, lease: Lease, *, beat: bool) -> float:
+        """A full beat, and the link if it is down. Returns the seconds until the next time."""
+        try:
+            interval_s = await self._beat(lease) if beat else lease.interval_s
+            if self._link is None:
+                await self._open_link(lease)
+            self._failures = 0
+            return interval_s
+        except LlorchError as error:
+            if error.code in _REGISTER_AGAIN:
+                raise _LeaseEnded(error.code.value) from None
+            return self._pause_s(error)
+
+    async def _beat(self, lease: Lease) -> float:
+        self._changed_at = None
+        now = self._snapshot()
+        answer = await self._post_beat(lease, reports.full(self._next(lease), now))
+        self._sent = now
+        next_ms = answer.get("next_heartbeat_ms")
+        return max(next_ms / 1_000, 0.01) if isinstance(next_ms, int) else lease.interval_s
+
+    async def _tell_changes(self, lease: Lease) -> bool:
+        """A delta. False if it did not arrive: a full beat has to make up for it."""
+        self._changed_at = None
+        now = self._snapshot()
+        before, self._sent = self._sent, None
+        if before is None:
+            return False
+        message = reports.delta(self._next(lease), before, now)
+        if message is not None:
+            try:
+                await self._post_beat(lease, message)
+            except LlorchError as error:
+                if error.code in _REGISTER_AGAIN:
+                    raise _LeaseEnded(error.code.value) from None
+                log.debug("heartbeat.failed", node_id=self._node.node_id, url=self.url, code=error.code)
+                return False
+        self._sent = now
+        return True
+
+    async def _post_beat(self, lease: Lease, message: dict[str, Any]) -> dict[str, Any]:
+        started = time.monotonic()
+        answer = await self._call("POST", f"{self._path()}/heartbeat", message)
+        self._rtt_ms = round((time.monotonic() - started) * 1_000, 3)
+        self._node.metrics.beat(self._rtt_ms)
+        return answer
+
+    def _next(self, lease: Lease) -> reports.Beat:
+        lease.seq += 1
+        stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return reports.Beat(lease.lease_id, self._identity.boot_id, lease.seq, stamp, self._rtt_ms)
+
+    def _snapshot(self) -> Snapshot:
+        node = self._node
+        return reports.snapshot(
+            draining=node.draining,
+            pools=node.pool_reports(),
+            gpus=node.gpu_reports(),
+            catalog=node.model_reports(),
+            tasks=node.runner.logs.reports(self._lease.epoch if self._lease is not None else None),
+        )
+
+    # ---- the link
+
+    async def _open_link(self, lease: Lease) -> None:
+        def take() -> NodeLink:
+            made = self._link = NodeLink(
+                self._node.runner, self._calls, lease.epoch, lambda reason: self._link_lost(made, reason)
+            )
+            return made
+
+        await dial(self.url, self._node.node_id, lease.lease_id, self._token(), self._tls, lease.epoch, take)
+        log.info("link.up", node_id=self._node.node_id, url=self.url)
+
+    def _link_lost(self, link: NodeLink, reason: str) -> None:
+        if self._link is link:
+            self._link = None
+            self._beat_now = True
+            self._event.set()
+            log.warning("link.lost", node_id=self._node.node_id, url=self.url, reason=reason)
+
+    async def _drop_link(self, reason: str) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close(reason)
+
+    # ---- calls
+
+    def _path(self) -> str:
+        return f"/v2/nodes/{quote(self._node.node_id, safe='')}"
+
+    def _pause_s(self, error: LlorchError) -> float:
+        """How long to wait after a failure, which is logged once for each kind in a row."""
+        self._failures += 1
+        if error.code in _FOR_A_PERSON:
+            log.error("control.refuses", node_id=self._node.node_id, url=self.url, code=error.code, hint=error.hint)
+            return SLOW_RETRY.delay_s(self._failures, random.random())
+        tell = log.warning if self._failures in (1, 10) or self._failures % 100 == 0 else log.debug
+        tell(
+            "heartbeat.failed",
+            node_id=self._node.node_id,
+            url=self.url,
+            code=error.code,
+            reason=error.message,
+            failures=self._failures,
+        )
+        return RETRY.delay_s(self._failures, random.random())
+
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """One request to the control. Raises its refusal, or NODE_LOST where there is no answer to read."""
+        headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json"}
+        data = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(
+                    method, self.url + path, data=data, headers=headers, ssl=self._tls or True, allow_redirects=False
+                ) as response,
+            ):
+                answer = await _whole(response)
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise LlorchError(Code.NODE_LOST, f"the control can't be reached: {type(error).__name__}") from None
+        try:
+            value = decode_json(answer)
+        except LlorchError:
+            value = None
+        if status >= 400:
+            wire = value.get("error") if isinstance(value, dict) else None
+            raise LlorchError.from_wire(wire, fallback=_BY_STATUS.get(status, Code.NODE_LOST))
+        if not isinstance(value, dict):
+            raise LlorchError(Code.NODE_LOST, f"the control answered HTTP {status} with something that is not JSON")
+        return value
+
+
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise LlorchError(Code.NODE_LOST, "the control's answer is too large")
+        parts.append(part)
+    return b"".join(parts)
+
+
+_BY_STATUS = {401: Code.UNAUTHENTICATED, 403: Code.FORBIDDEN}

@@ -1,0 +1,122 @@
+"""What a node counts, under the stable names of the contract.
+
+Owns one Prometheus registry. What pools and GPUs are is read when /metrics is scraped, not kept twice. Children are
+kept per label set, and nothing is counted per token. No prompt, token or user id is a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from llorch.messages import Tail
+
+SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+Reports = Callable[[], Sequence[Mapping[str, Any]]]
+
+
+class NodeMetrics:
+    def __init__(self, node_id: str) -> None:
+        self._node = node_id
+        self.registry = r = CollectorRegistry()
+        self._ttft = Histogram("llorch_ttft_seconds", "accept to first token", ["model"], registry=r, buckets=SLOW_S)
+        self._tasks = Counter("llorch_tasks_total", "ended tasks", ["model", "node", "outcome", "code"], registry=r)
+        self._tokens = Counter("llorch_tokens_total", "tokens of ended tasks", ["model", "kind"], registry=r)
+        self._inflight = Gauge("llorch_inflight", "accepted tasks that have not ended", ["model"], registry=r)
+        self._handoffs = Counter("llorch_handoffs_total", "handoff files", ["pool", "outcome"], registry=r)
+        self._restarts = Counter("llorch_engine_restarts_total", "engine restarts", ["pool", "reason"], registry=r)
+        self._rtt = Gauge("llorch_heartbeat_rtt_seconds", "round trip of a heartbeat", ["node"], registry=r)
+        self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
+        self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
+        # labels() locks and hashes; the label sets are few: models, pools and codes of one node.
+        self._child = lru_cache(maxsize=1024)(lambda metric, *labels: metric.labels(*labels))
+
+    # ---- tasks (runner.Counted)
+
+    def began(self, model: str) -> None:
+        self._child(self._inflight, model).inc()
+
+    def ended(self, model: str, outcome: str, code: str, tail: Tail) -> None:
+        self._child(self._inflight, model).dec()
+        self._child(self._tasks, model, self._node, outcome, code).inc()
+        if code:
+            self.failed(code)
+        if tail.timings.ttft_ms is not None:
+            self._child(self._ttft, model).observe(tail.timings.ttft_ms / 1_000)
+        for kind, count in (("input", tail.tokens_in), ("output", tail.tokens_out), ("cached", tail.cached_tokens)):
+            if count:
+                self._child(self._tokens, model, kind).inc(count)
+
+    # ---- the rest
+
+    def failed(self, code: str) -> None:
+        self._child(self._errors, self._node, code).inc()
+
+    def handed_off(self, pool: str, outcome: str) -> None:
+        self._child(self._handoffs, pool, outcome).inc()
+
+    def restarted(self, pool: str, reason: str) -> None:
+        self._child(self._restarts, pool, reason).inc()
+
+    def beat(self, rtt_ms: float) -> None:
+        self._child(self._rtt, self._node).set(rtt_ms / 1_000)
+
+    def auth_failed(self, layer: str) -> None:
+        self._child(self._auth_failures, layer).inc()
+
+    def scrape(self, pools: Reports, gpus: Reports, catalog: Reports) -> None:
+        """Have these reports read on every scrape."""
+        self.registry.register(_Scraped(lambda: _state(self._node, pools(), gpus(), catalog())))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Scraped(Collector):
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        return self._collect()
+
+    def describe(self) -> list[Metric]:
+        return []
+
+
+def _state(
+    node: str,
+    pools: Sequence[Mapping[str, Any]],
+    gpus: Sequence[Mapping[str, Any]],
+    catalog: Sequence[Mapping[str, Any]],
+) -> Iterator[Metric]:
+    slots = GaugeMetricFamily("llorch_slots", "slots by state", labels=["node", "pool", "state"])
+    ready = GaugeMetricFamily("llorch_model_ready", "a ready pool has the model", labels=["node", "model"])
+    available = GaugeMetricFamily("llorch_model_available", "the catalog has it", labels=["node", "model"])
+    utilization = GaugeMetricFamily("llorch_gpu_utilization", "0 to 1", labels=["node", "gpu"])
+    memory = GaugeMetricFamily("llorch_gpu_memory_bytes", "by kind", labels=["node", "gpu", "kind"])
+    models: dict[str, int] = {}
+    for pool in pools:
+        free, total = pool.get("slots_free") or 0, pool.get("slots_total") or 0
+        slots.add_metric([node, pool["pool_id"], "free"], free)
+        slots.add_metric([node, pool["pool_id"], "busy"], max(0, total - free))
+        for model in pool.get("models") or ():
+            models[model] = max(models.get(model, 0), int(bool(pool.get("ready"))))
+    for model, value in models.items():
+        ready.add_metric([node, model], value)
+    for entry in catalog:
+        if entry.get("state") == "staged":
+            available.add_metric([node, entry["id"]], 1)
+    for gpu in gpus:
+        name = str(gpu["index"])
+        if gpu.get("utilization") is not None:
+            utilization.add_metric([node, name], gpu["utilization"])
+        for kind in ("total", "used", "foreign"):
+            memory.add_metric([node, name, kind], gpu.get(f"vram_{kind}_bytes") or 0)
+    yield from (slots, ready, available, utilization, memory)

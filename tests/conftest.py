@@ -1,0 +1,48 @@
+"""What every test gets: the leak check after component and e2e tests, and a cluster on demand."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster, cluster, descendants
+
+LEAKS_WITHIN_S = 10.0
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A component or e2e test leaves no process and no file descriptor."""
+    if not {"component", "e2e", "faults"} & set(Path(request.node.path).parts):
+        yield
+        return
+    children, files = descendants(os.getpid()), _open_files()
+    yield
+    until = time.monotonic() + LEAKS_WITHIN_S
+    while time.monotonic() < until:
+        gc.collect()
+        left = descendants(os.getpid()) - children
+        if not left and _open_files() <= files + 2:
+            return
+        time.sleep(0.05)
+    targets = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    ]
+    pytest.fail(f"left behind: processes {left}, {_open_files() - files} files more: {targets}")
+
+
+@pytest.fixture
+async def llorch(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with cluster(tmp_path) as running:
+        yield running

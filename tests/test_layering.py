@@ -1,0 +1,156 @@
+"""The shape of the code, checked on its syntax trees: which modules are pure, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llorch
+
+ROOT = Path(llorch.__file__).parent
+
+IMPURE = frozenset(
+    {"asyncio", "aiohttp", "os", "pathlib", "time", "random", "socket", "subprocess", "logging", "threading", "secrets"}
+)
+ROLES = ("control", "node", "client")
+PURE = (
+    "auth.py",
+    "backoff.py",
+    "config*.py",
+    "errors.py",
+    "messages.py",
+    "records.py",
+    "settings.py",
+    "sse.py",
+    "control/admission.py",
+    "control/intake.py",
+    "control/placement.py",
+    "control/registry.py",
+    "control/tasks.py",
+    "control/views.py",
+    "node/handoff.py",
+    "node/pools.py",
+    "node/pool_*.py",
+    "node/engines/*.py",
+)
+# Beside the engines' pure rules lie the programs that are engines, and the look at what this machine has.
+PROGRAMS = frozenset(
+    {
+        "node/engines/launch.py",
+        "node/engines/llamacpp_server.py",
+        "node/engines/simulated_server.py",
+        "node/engines/detect.py",
+    }
+)
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py"))
+
+
+def pure_modules() -> list[Path]:
+    found = {path for pattern in PURE for path in ROOT.glob(pattern)}
+    return sorted(
+        path
+        for path in found
+        if not any(path.relative_to(ROOT).as_posix().startswith(program[:-3]) for program in PROGRAMS)
+    )
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Every module that `tree` imports, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join(parts[: len(parts) - node.level + 1] + ([base] if base else []))
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "__import__",
+            "import_module",
+        ):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield first.value
+
+
+def package_of(path: Path) -> str:
+    return ".".join(("llorch", *path.relative_to(ROOT).parent.parts))
+
+
+def impure_imports(source: str) -> set[str]:
+    return {name.partition(".")[0] for name in imports(ast.parse(source), "llorch")} & IMPURE
+
+
+def role_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "llorch" and parts[1] in (*ROLES, "cli") else None
+
+
+def forbidden_role_imports(source: str, path_in_package: str) -> set[str]:
+    """Imports against `cli → control | node | client → shared`."""
+    own = path_in_package.split("/")[0] if "/" in path_in_package else None
+    own = own if own in (*ROLES, "cli") else None
+    package = ".".join(("llorch", *Path(path_in_package).parent.parts))
+    if own == "cli" or path_in_package == "__main__.py":
+        return set()
+    found = {name for name in imports(ast.parse(source), package) if role_of(name)}
+    return {name for name in found if role_of(name) != own}
+
+
+@pytest.mark.parametrize("path", pure_modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_pure_module_imports_nothing_that_touches_the_world(path: Path) -> None:
+    assert impure_imports(path.read_text()) == set()
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_roles_do_not_import_each_other(path: Path) -> None:
+    assert forbidden_role_imports(path.read_text(), path.relative_to(ROOT).as_posix()) == set()
+
+
+def test_every_named_pure_module_exists() -> None:
+    missing = [pattern for pattern in PURE if not list(ROOT.glob(pattern))]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import asyncio",
+        "import os.path",
+        "from time import monotonic",
+        "def f():\n    import random",
+        "import importlib\nimportlib.import_module('socket')",
+        "from subprocess import run as harmless",
+    ],
+)
+def test_a_planted_impurity_is_found(planted: str) -> None:
+    assert impure_imports(planted)
+
+
+@pytest.mark.parametrize(
+    ("planted", "where"),
+    [
+        ("from llorch.node import runner", "control/app.py"),
+        ("import llorch.control.registry", "node/app.py"),
+        ("from ..client import api", "control/links.py"),
+        ("def f():\n    from llorch.control.app import run", "web.py"),
+        ("from llorch.cli import main", "client/api.py"),
+    ],
+)
+def test_a_planted_import_across_roles_is_found(planted: str, where: str) -> None:
+    assert forbidden_role_imports(planted, where)
+
+
+def test_modules_stay_short() -> None:
+    long = {
+        path.relative_to(ROOT).as_posix(): n for path in modules() if (n := len(path.read_text().splitlines())) > 500
+    }
+    assert long == {}

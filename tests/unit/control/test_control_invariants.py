@@ -1,0 +1,307 @@
+"""Registry, placement and admission together, under any order of events, beside a model of what the nodes really run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from llorch.control.admission import Admission, Waiter
+from llorch.control.placement import Outcome, Wish, decide, pick
+from llorch.control.registry import Claim, Registry
+from llorch.errors import Code, LlorchError
+from llorch.messages import Heartbeat, Register
+
+WALL = "2025-01-02T03:04:05Z"
+SLOTS = 2
+QUEUE_LIMIT = 4
+MODELS = {"p0": "m", "p1": "n"}
+NODES = st.sampled_from(["a", "b"])
+POOLS = st.sampled_from(list(MODELS))
+WISHES = st.builds(
+    Wish,
+    st.sampled_from(["m", "m", "n"]),
+    pin=st.sampled_from([None, None, "a", "b/p0"]),
+    avoid=st.sampled_from([(), ("a",)]),
+    allow_fallback=st.booleans(),
+)
+
+
+class RealNode:
+    """What is true on a node, whatever the control believes."""
+
+    def __init__(self) -> None:
+        self.boot = 1
+        self.lease_id = ""
+        self.draining = False
+        self.ready = dict.fromkeys(MODELS, True)
+        self.others = dict.fromkeys(MODELS, 0)
+        self.running: dict[str, set[Claim]] = {pool_id: set() for pool_id in MODELS}
+
+    def free(self, pool_id: str) -> int:
+        return SLOTS - self.others[pool_id] - len(self.running[pool_id])
+
+    def reports(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "pool_id": pool_id,
+                "model": model,
+                "ready": self.ready[pool_id],
+                "slots_total": SLOTS,
+                "slots_free": self.free(pool_id),
+            }
+            for pool_id, model in MODELS.items()
+        ]
+
+
+class Control(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.serial = 0
+        self.registry = Registry("epoch", listed_offline_s=60.0)
+        self.admission = Admission(QUEUE_LIMIT)
+        self.real = {"a": RealNode(), "b": RealNode()}
+        self.opening: list[tuple[Waiter, Claim]] = []  # claimed, and the node has not answered yet
+        self.held: dict[Claim, Waiter] = {}  # claimed, and accepted by the node
+        self.released = 0
+
+    def fresh(self) -> int:
+        self.serial += 1
+        return self.serial
+
+    # ---- what dispatch does
+
+    def place(self, waiter: Waiter) -> Claim | None:
+        key = pick(waiter.wish, self.registry.pool_facts(self.now, waiter.wish.model))
+        decision = decide(waiter.wish, self.registry.pool_facts(self.now), self.now, self.registry.models())
+        assert decision.picked == key
+        if key is None:
+            return None
+        node = self.registry.nodes[key[0]]
+        pool = node.pools[key[1]]
+        assert node.online and node.reachable and not node.suspect(self.now) and not node.draining
+        assert pool.bound and pool.report.ready and pool.report.model == waiter.wish.model
+        return self.registry.claim(*key, waiter.task_id, self.fresh())
+
+    def pump(self) -> None:
+        placed = self.admission.match(self.place)
+        assert len({waiter.task_id for waiter, _ in placed}) == len(placed)
+        self.opening += placed
+
+    @rule(wish=WISHES)
+    def a_task_arrives(self, wish: Wish) -> None:
+        waiter = Waiter(f"t{self.fresh()}", wish, self.now, self.now + 60.0)
+        outcome = decide(wish, self.registry.pool_facts(self.now), self.now, self.registry.models()).outcome
+        claim = None if self.admission.depth(wish.model) else self.place(waiter)
+        if claim is not None:
+            assert outcome is Outcome.PLACED
+            self.opening.append((waiter, claim))
+        elif outcome is not Outcome.REFUSE:
+            try:
+                self.admission.enqueue(waiter, self.now)
+            except LlorchError as error:
+                assert error.code is Code.QUEUE_FULL
+                assert len(self.admission) >= QUEUE_LIMIT
+            self.pump()
+
+    @precondition(lambda self: self.opening)
+    @rule(index=st.integers(0, 9))
+    def a_node_answers_an_open(self, index: int) -> None:
+        waiter, claim = self.opening.pop(index % len(self.opening))
+        real = self.real[claim.node_id]
+        if claim.node_id in self.registry.nodes and real.free(claim.pool_id) > 0:
+            real.running[claim.pool_id].add(claim)
+            self.held[claim] = waiter
+            return
+        self.registry.busy(claim.node_id, claim.pool_id, self.now)
+        self.release(claim)
+        self.admission.requeue_front(waiter)
+        self.pump()
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9), twice=st.booleans())
+    def a_task_ends(self, index: int, twice: bool) -> None:
+        claim = list(self.held)[index % len(self.held)]
+        del self.held[claim]
+        self.real[claim.node_id].running[claim.pool_id].discard(claim)
+        self.release(claim)
+        if twice:
+            self.registry.release(claim)
+        self.pump()
+
+    def release(self, claim: Claim) -> None:
+        self.registry.release(claim)
+        self.released += 1
+
+    @precondition(lambda self: len(self.admission))
+    @rule(index=st.integers(0, 9))
+    def a_waiting_client_leaves(self, index: int) -> None:
+        waiting = [f"t{n}" for n in range(self.serial + 1) if f"t{n}" in self.admission]
+        self.admission.remove(waiting[index % len(waiting)])
+        self.pump()
+
+    # ---- what nodes do
+
+    @rule(node_id=NODES, reboot=st.booleans())
+    def a_node_registers(self, node_id: str, reboot: bool) -> None:
+        real = self.real[node_id]
+        if reboot:
+            real.boot += 1
+            real.running = {pool_id: set() for pool_id in MODELS}
+            self.nodes_tasks_are_lost(node_id)
+        lease_id = f"lease-{self.fresh()}"
+        message = Register.model_validate(
+            {"node_id": node_id, "boot_id": f"{real.boot}", "draining": real.draining, "pools": real.reports()}
+        )
+        self.registry.register(message, now=self.now, wall=WALL, peer="10.0.0.1", lease_id=lease_id)
+        real.lease_id = lease_id
+        self.registry.link_up(node_id, lease_id, self.now)
+        self.pump()
+
+    def nodes_tasks_are_lost(self, node_id: str) -> None:
+        """Its link ended: what ran there goes back to the front, as dispatch does for tasks that had shown nothing."""
+        self.registry.link_lost(node_id, self.now)
+        lost = [(w, c) for w, c in self.opening if c.node_id == node_id]
+        self.opening = [pair for pair in self.opening if pair not in lost]
+        lost += [(self.held.pop(c), c) for c in list(self.held) if c.node_id == node_id]
+        for waiter, claim in lost:
+            self.release(claim)
+            self.admission.requeue_front(waiter)
+
+    @rule(node_id=NODES, delta=st.booleans(), stale=st.booleans())
+    def a_node_beats(self, node_id: str, delta: bool, stale: bool) -> None:
+        real = self.real[node_id]
+        message = Heartbeat.model_validate(
+            {
+                "lease_id": "stale" if stale else real.lease_id,
+                "delta": delta,
+                "draining": real.draining,
+                "pools": real.reports(),
+            }
+        )
+        try:
+            self.registry.heartbeat(node_id, message, now=self.now, wall=WALL)
+        except LlorchError as error:
+            node = self.registry.nodes.get(node_id)
+            assert stale or node is None or not node.online
+            assert error.code in (Code.NODE_UNKNOWN, Code.LEASE_STALE)
+        self.pump()
+
+    @rule(node_id=NODES)
+    def a_link_ends(self, node_id: str) -> None:
+        self.nodes_tasks_are_lost(node_id)
+        self.pump()
+
+    @rule(node_id=NODES, ok=st.booleans())
+    def a_node_is_probed(self, node_id: str, ok: bool) -> None:
+        self.registry.probed(node_id, ok, self.now)
+        self.pump()
+
+    @rule(node_id=NODES, pool_id=POOLS, ready=st.booleans(), draining=st.booleans(), others=st.integers(0, SLOTS))
+    def a_node_changes(self, node_id: str, pool_id: str, ready: bool, draining: bool, others: int) -> None:
+        real = self.real[node_id]
+        real.ready[pool_id], real.draining = ready, draining
+        real.others[pool_id] = min(others, SLOTS - len(real.running[pool_id]))
+
+    @rule(node_id=NODES, pool_id=POOLS)
+    def a_pool_goes(self, node_id: str, pool_id: str) -> None:
+        message = Heartbeat.model_validate(
+            {
+                "lease_id": self.real[node_id].lease_id,
+                "delta": True,
+                "pools": [{"pool_id": pool_id, "gone": True}],
+            }
+        )
+        node = self.registry.nodes.get(node_id)
+        if node is not None and node.online:
+            self.registry.heartbeat(node_id, message, now=self.now, wall=WALL)
+            self.pump()
+
+    @rule(node_id=NODES)
+    def a_node_leaves(self, node_id: str) -> None:
+        self.nodes_tasks_are_lost(node_id)
+        self.registry.deregister(node_id, self.now)
+        self.pump()
+
+    @rule(seconds=st.sampled_from([0.2, 1.0, 12.0, 31.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for node in self.registry.expire(self.now):
+            assert self.now - node.last_beat > self.registry.offline_after_s
+        self.admission.expired(self.now)
+        self.pump()
+
+    # ---- what is always true
+
+    def claims(self) -> list[Claim]:
+        return [claim for _, claim in self.opening] + list(self.held)
+
+    @invariant()
+    def claims_never_exceed_slots(self) -> None:
+        held: dict[tuple[str, str], int] = {}
+        for claim in self.claims():
+            key = (claim.node_id, claim.pool_id)
+            held[key] = held.get(key, 0) + 1
+            assert held[key] <= SLOTS
+        for node in self.registry.nodes.values():
+            for pool in node.pools.values():
+                assert pool.claimed == held.get((pool.node_id, pool.pool_id), 0)
+                assert 0 <= pool.slots_free(self.now) <= SLOTS - pool.claimed
+
+    @invariant()
+    def a_task_is_never_both_queued_and_running(self) -> None:
+        running = [claim.task_id for claim in self.claims()]
+        assert len(running) == len(set(running))
+        assert not any(task_id in self.admission for task_id in running)
+
+    @invariant()
+    def no_waiter_that_could_be_placed_is_left_waiting(self) -> None:
+        for waiter in list(self.admission._waiters.values()):
+            assert pick(waiter.wish, self.registry.pool_facts(self.now, waiter.wish.model)) is None
+
+    @invariant()
+    def the_queue_adds_up(self) -> None:
+        depths = self.admission.depths()
+        assert sum(depths.values()) == len(self.admission) == self.admission.depth()
+        assert all(depths.values())
+        for model, depth in depths.items():
+            waiting = [w.task_id for w in self.admission._waiters.values() if w.wish.model == model]
+            assert sorted(self.admission.position(task_id) or 0 for task_id in waiting) == list(range(1, depth + 1))
+
+    @invariant()
+    def kept_facts_are_as_true_as_fresh_ones(self) -> None:
+        kept = self.registry.pool_facts(self.now)
+        for node in self.registry.nodes.values():
+            for pool in node.pools.values():
+                pool.facts = None
+        assert self.registry.pool_facts(self.now) == kept
+        for model in ("m", "n"):
+            narrowed = [fact.key for fact in self.registry.pool_facts(self.now, model)]
+            assert sorted(narrowed) == sorted(fact.key for fact in kept if fact.model == model)
+
+    @invariant()
+    def bound_is_what_it_says(self) -> None:
+        for node in self.registry.nodes.values():
+            for pool in node.pools.values():
+                ready = bool(pool.report.ready and not pool.report.draining)
+                assert pool.bound == (node.online and not node.draining and ready)
+
+    def teardown(self) -> None:
+        """Once all has ended and every node has said so, every slot is free again."""
+        for claim in self.claims():
+            self.real[claim.node_id].running[claim.pool_id].discard(claim)
+            self.registry.release(claim)
+        for node_id, real in self.real.items():
+            real.others, real.ready, real.draining = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, True), False
+            self.registry.deregister(node_id, self.now)
+            message = Register.model_validate({"node_id": node_id, "boot_id": "last", "pools": real.reports()})
+            self.registry.register(message, now=self.now, wall=WALL, peer=None, lease_id="last")
+        assert not self.registry._claims
+        assert all(fact.slots_free == SLOTS for fact in self.registry.pool_facts(self.now))
+
+
+Control.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestControl = Control.TestCase

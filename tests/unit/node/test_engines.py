@@ -1,0 +1,193 @@
+"""How engines are started, and which one `auto` means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llorch.config_pools import PoolSpec
+from llorch.errors import ConfigError
+from llorch.messages import model_id_ok
+from llorch.node.engines.auto import ENGINES, EngineFacts, choose, engine
+from llorch.node.engines.external import External
+from llorch.node.engines.llama_server import RESERVED, LlamaServer
+from llorch.node.engines.llamacpp import LlamaCpp
+from llorch.node.engines.simulated import Simulated
+from llorch.node.engines.spec import Engine, Launch
+from llorch.node.modelref import model_id
+from llorch.node.plans import Plan, plan_pool
+
+SPEC = PoolSpec(id="p", engine="llama-server", model="demo", slots=3, ctx=1000, args=("--flash-attn", "on"))
+SERVER = LlamaServer("/usr/bin/llama-server", "b9000")
+
+
+def start(made: Engine, spec: PoolSpec = SPEC) -> Launch:
+    return made.launch(spec, model_id="m", port=4321, key_file="/run/key", model_path="/models/m.gguf")
+
+
+def value(launch: Launch, flag: str) -> str:
+    return launch.argv[launch.argv.index(flag) + 1]
+
+
+@pytest.mark.parametrize("made", [SERVER, LlamaCpp("/usr/bin/python"), Simulated("/usr/bin/python")])
+def test_every_engine_listens_on_loopback_behind_a_key_that_is_not_in_argv(made: Engine) -> None:
+    launch = start(made)
+    assert value(launch, "--host") == "127.0.0.1" and value(launch, "--port") == "4321"
+    assert value(launch, "--api-key-file") == "/run/key" and "--api-key" not in launch.argv
+    assert value(launch, "--alias") == "m" and value(launch, "--parallel") == "3"
+    assert value(launch, "--ctx-size") == "3000", "the context is divided between the slots"
+    assert launch.argv[-2:] == ("--flash-attn", "on")
+
+
+@pytest.mark.parametrize("made", [SERVER, LlamaCpp("/usr/bin/python")])
+def test_no_state_is_shared_between_requests_through_the_ram_cache(made: Engine) -> None:
+    launch = start(made)
+    assert value(launch, "--cache-ram") == "0"
+    assert "--no-cache-idle-slots" in launch.argv and "--no-webui" in launch.argv
+    assert value(launch, "--model") == "/models/m.gguf"
+
+
+def test_flags_that_an_older_build_does_not_know_are_left_out() -> None:
+    launch = start(replace(SERVER, flags=frozenset({"--no-webui"})))
+    assert "--no-webui" in launch.argv and "--cache-ram" not in launch.argv
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layers", "visible"), [(None, None, None), ((), "0", ""), ((1,), "999", "1"), ((0, 2), "999", "0,2")]
+)
+def test_the_gpus_of_a_pool_are_the_ones_its_engine_sees(gpus: Any, layers: str | None, visible: str | None) -> None:
+    launch = start(SERVER, replace(SPEC, gpus=gpus))
+    assert launch.env.get("CUDA_VISIBLE_DEVICES") == visible
+    assert (value(launch, "--n-gpu-layers") if layers else None) == layers
+    assert ("--n-gpu-layers" in launch.argv) is (layers is not None)
+
+
+@pytest.mark.parametrize("flag", sorted(RESERVED))
+@pytest.mark.parametrize("made", [SERVER, LlamaCpp("/usr/bin/python"), Simulated("/usr/bin/python")])
+def test_what_llorch_rests_on_cannot_be_changed_by_args(made: Engine, flag: str) -> None:
+    for args in ((flag, "x"), (f"{flag}=x",)):
+        with pytest.raises(ConfigError, match="can't be given in a pool's args"):
+            start(made, replace(SPEC, args=args))
+
+
+def test_an_external_engine_is_not_started() -> None:
+    with pytest.raises(ConfigError):
+        start(External())
+
+
+# ---------------------------------------------------------------- the choice
+
+NOTHING = EngineFacts("/usr/bin/python")
+WHEEL = replace(NOTHING, xllamacpp_version="1")
+WHEEL_GPU = replace(WHEEL, xllamacpp_gpu=True)
+SERVER_CPU = replace(NOTHING, llama_server="/bin/llama-server", llama_server_version="b1")
+SERVER_GPU = replace(SERVER_CPU, llama_server_gpu=True)
+BROKEN = replace(SERVER_GPU, llama_server_problem="it failed")
+
+
+def both(one: EngineFacts, other: EngineFacts) -> EngineFacts:
+    return replace(one, xllamacpp_version=other.xllamacpp_version, xllamacpp_gpu=other.xllamacpp_gpu)
+
+
+@pytest.mark.parametrize(
+    ("facts", "gpus", "allow_cpu", "name"),
+    [
+        (both(SERVER_GPU, WHEEL_GPU), True, False, "llama-server"),
+        (both(SERVER_CPU, WHEEL_GPU), True, False, "llamacpp"),
+        (both(BROKEN, WHEEL_GPU), True, False, "llamacpp"),
+        (both(SERVER_CPU, WHEEL), True, True, "llamacpp"),
+        (SERVER_CPU, True, True, "llama-server"),
+        (WHEEL, False, False, "llamacpp"),
+        (SERVER_GPU, False, False, "llama-server"),
+    ],
+)
+def test_auto_takes_what_can_use_the_gpu(facts: EngineFacts, gpus: bool, allow_cpu: bool, name: str) -> None:
+    assert choose(facts, gpus=gpus, allow_cpu=allow_cpu) == name
+    assert engine("auto", facts, gpus=gpus, allow_cpu=allow_cpu).name == name
+
+
+@pytest.mark.parametrize("facts", [WHEEL, SERVER_CPU, both(SERVER_CPU, WHEEL), both(BROKEN, WHEEL)])
+def test_a_gpu_left_unused_is_refused_with_the_mend(facts: EngineFacts) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose(facts, gpus=True, allow_cpu=False)
+    assert caught.value.hint is not None and "--allow-cpu" in caught.value.hint
+
+
+@pytest.mark.parametrize("facts", [NOTHING, BROKEN])
+def test_with_no_engine_at_all_it_says_what_to_install(facts: EngineFacts) -> None:
+    for gpus in (True, False):
+        with pytest.raises(ConfigError) as caught:
+            choose(facts, gpus=gpus, allow_cpu=True)
+        assert caught.value.hint == "pip install 'llorch[llamacpp]'"
+
+
+def test_an_engine_that_was_asked_for_by_name_is_not_replaced() -> None:
+    with pytest.raises(ConfigError, match="GPU that the engine llamacpp can't use"):
+        engine("llamacpp", both(SERVER_GPU, WHEEL), gpus=True, allow_cpu=False)
+    with pytest.raises(ConfigError, match="not found"):
+        engine("llama-server", WHEEL, gpus=False, allow_cpu=False)
+    with pytest.raises(ConfigError, match="it failed"):
+        engine("llama-server", BROKEN, gpus=False, allow_cpu=False)
+    for name in ENGINES:
+        assert engine(name, both(SERVER_GPU, WHEEL_GPU), gpus=True, allow_cpu=False).name == name
+
+
+# ---------------------------------------------------------------- plans
+
+
+def plan(spec: PoolSpec, facts: EngineFacts = WHEEL, gpu_count: int = 0, allow_cpu: bool = False) -> Plan:
+    return plan_pool(spec, facts, lambda ref: f"/found/{ref}", gpu_count=gpu_count, allow_cpu=allow_cpu)
+
+
+def test_a_plan_names_the_engine_that_was_chosen() -> None:
+    made = plan(replace(SPEC, engine="auto"))
+    assert (made.spec.engine, made.engine.name, made.model_id) == ("llamacpp", "llamacpp", "demo")
+    assert made.model_path == "/found/demo"
+
+
+def test_an_engine_without_a_model_file_needs_none() -> None:
+    made = plan(replace(SPEC, engine="simulated", model="llama-3-8b", gpus=(7,)), NOTHING)
+    assert (made.model_id, made.model_path) == ("llama-3-8b", None)
+    assert plan(replace(SPEC, engine="external", model=None, url="http://127.0.0.1:1"), NOTHING).model_id == "p"
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu_count", "why"),
+    [
+        ({"model": None}, 0, "pool p: it needs a model"),
+        ({"gpus": (2,)}, 2, "pool p: there is no GPU 2: this machine has 2"),
+        ({"gpus": None}, 1, "pool p: this machine has a GPU"),
+        ({"gpus": (0,)}, 1, "pool p: this machine has a GPU"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused(changes: dict[str, Any], gpu_count: int, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(replace(SPEC, engine="auto", **changes), gpu_count=gpu_count)
+    assert caught.value.message.startswith(why) and caught.value.hint
+
+
+def test_a_pool_kept_off_the_gpus_may_use_the_cpu() -> None:
+    assert plan(replace(SPEC, engine="auto", gpus=()), gpu_count=1).engine.name == "llamacpp"
+    assert plan(replace(SPEC, engine="auto"), gpu_count=1, allow_cpu=True).engine.name == "llamacpp"
+
+
+@pytest.mark.parametrize(
+    ("ref", "expected"),
+    [
+        ("demo", "demo"),
+        ("file:/models/llama-3-8b.Q4_K_M.gguf", "llama-3-8b.Q4_K_M"),
+        ("file:/m/big-00001-of-00003.gguf", "big"),
+        ("file:/m/my model (v2).gguf", "my-model--v2-"),
+        ("file:/m/a..b.gguf", "a.b"),
+        ("file:/m/...gguf", "model"),
+        ("hf:org/repo:Q4_K_M", "org/repo:Q4_K_M"),
+        ("https://example.com/m/tiny.gguf?download=true", "tiny"),
+        ("llama-3-8b", "llama-3-8b"),
+        ("org/name:latest", "org/name:latest"),
+    ],
+)
+def test_a_reference_is_called_by_an_id(ref: str, expected: str) -> None:
+    assert model_id(ref) == expected
+    assert model_id_ok(model_id(ref))

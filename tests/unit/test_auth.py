@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import secrets
+
+import pytest
+
+from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, Scope, TokenRing, authorize, parse_tokens
+from llorch.errors import Code, LlorchError
+
+ONE, TWO, ADMIN = (secrets.token_hex(16) for _ in range(3))
+RING = TokenRing([("alice", ONE, CLIENT_SCOPES), ("bob", TWO, CLIENT_SCOPES), ("root", ADMIN, ADMIN_SCOPES)])
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_several_tokens_are_valid_at_once_and_name_their_principal() -> None:
+    assert authorize(RING, bearer(ONE), Scope.SUBMIT).name == "alice"
+    assert authorize(RING, bearer(TWO), Scope.READ).name == "bob"
+
+
+@pytest.mark.parametrize("header", ["api-key", "x-api-key"])
+def test_other_clients_headers_carry_a_token_too(header: str) -> None:
+    assert authorize(RING, {header: ONE}, Scope.SUBMIT).name == "alice"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        bearer("x" * 32),
+        bearer(""),
+        {"Authorization": f"Basic {ONE}"},
+        {"Authorization": ONE},
+        bearer(ONE + " "[:0] + "x"),
+    ],
+)
+def test_missing_and_wrong_are_the_same_401(headers: dict[str, str]) -> None:
+    with pytest.raises(LlorchError) as caught:
+        authorize(RING, headers, Scope.SUBMIT)
+    assert (caught.value.code, caught.value.message) == (Code.UNAUTHENTICATED, "no valid token was presented")
+
+
+def test_too_little_scope_is_403_and_says_what_is_needed() -> None:
+    with pytest.raises(LlorchError) as caught:
+        authorize(RING, bearer(ONE), Scope.ADMIN)
+    assert caught.value.code is Code.FORBIDDEN
+    assert caught.value.details == {"needs": ["admin"]}
+
+
+def test_admin_implies_the_client_scopes_but_is_no_node() -> None:
+    for scope in (Scope.SUBMIT, Scope.READ, Scope.METRICS, Scope.ADMIN):
+        assert authorize(RING, bearer(ADMIN), scope).name == "root"
+    for scope in (Scope.NODE, Scope.CONTROL):
+        with pytest.raises(LlorchError):
+            authorize(RING, bearer(ADMIN), scope)
+
+
+def test_one_of_several_scopes_will_do() -> None:
+    assert authorize(RING, bearer(ADMIN), Scope.NODE, Scope.ADMIN).name == "root"
+
+
+def test_an_empty_ring_admits_nobody() -> None:
+    with pytest.raises(LlorchError):
+        authorize(TokenRing(), bearer(ONE), Scope.SUBMIT)
+
+
+def test_every_entry_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hmac
+
+    seen = []
+    real = hmac.compare_digest
+    monkeypatch.setattr("llorch.auth.hmac.compare_digest", lambda a, b: seen.append(1) or real(a, b))
+    RING.identify(ONE)
+    assert len(seen) == len(RING)
+
+
+def test_nothing_printable_holds_a_token() -> None:
+    principal = RING.identify(ONE)
+    assert ONE not in repr(RING) + repr(principal) + repr(RING._entries)
+
+
+def test_lists_take_commas_lines_names_and_comments() -> None:
+    text = f"# rotation of May\nci={ONE},{TWO}\n\n  ops={ADMIN}  \n"
+    assert parse_tokens(text) == [("ci", ONE), ("default", TWO), ("ops", ADMIN)]
+
+
+def test_base64_padding_is_no_name() -> None:
+    token = "A" * 42 + "=="
+    assert parse_tokens(token) == [("default", token)]
+    assert parse_tokens(f"ci={token}") == [("ci", token)]
+
+
+@pytest.mark.parametrize("bad", ["brief0", "ci=brief0", "x" * 31, "x" * 600, "é" * 40, "a b" * 20])
+def test_a_bad_token_is_named_by_position_and_never_quoted(bad: str) -> None:
+    with pytest.raises(ValueError, match="token 2") as caught:
+        parse_tokens(f"{ONE},{bad}")
+    assert bad not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["\ud800" * 32, "\x00", "ü"])
+def test_a_strange_token_is_just_wrong(token: str) -> None:
+    assert RING.identify(token) is None

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llorch.errors import Code, LlorchError
+from llorch.messages import Heartbeat, Register, TaskBody, decode_json, decode_object, model_id_ok, parse
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+def test_json_comes_back_as_it_was(value: Any) -> None:
+    assert decode_json(json.dumps(value).encode()) == value
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"  \n",
+        b"{",
+        b'{"a":1,"a":2}',
+        b'{"x":{"a":1,"a":1}}',
+        b"NaN",
+        b"[Infinity]",
+        b"-Infinity",
+        b'"\\ud800"',
+        b'{"\\udc00":1}',
+        b"\xef\xbb\xbf{}",
+        b"\xff\xfe",
+        b'{"a":"\xc3\x28"}',
+        b"[" * 33 + b"]" * 33,
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b"1" * 5_000,
+        b"1e999",
+        b"{} {}",
+        b"{'a':1}",
+        b'{"a":1,}',
+        b"\x00",
+    ],
+)
+def test_what_is_not_strict_json_is_refused_without_a_traceback(raw: bytes) -> None:
+    with pytest.raises(LlorchError) as caught:
+        decode_json(raw)
+    assert caught.value.code is Code.INVALID_REQUEST
+
+
+def test_depth_32_is_allowed_and_brackets_in_strings_do_not_count() -> None:
+    assert decode_json(b"[" * 32 + b"]" * 32)
+    assert decode_json(b'["' + b"[{" * 100 + b'"]')
+    assert decode_json(b'["\\"' + b"[" * 100 + b'"]')
+
+
+def test_a_surrogate_pair_is_a_character() -> None:
+    assert decode_json(b'"\\ud83d\\ude00"') == "😀"
+
+
+@pytest.mark.parametrize("raw", [b"[]", b'"x"', b"1", b"null"])
+def test_a_body_is_an_object(raw: bytes) -> None:
+    with pytest.raises(LlorchError, match="not a JSON object"):
+        decode_object(raw)
+
+
+def test_the_smallest_task_is_a_task() -> None:
+    body = parse(TaskBody, {"prompt": "Hello", "model": "llama-3-8b"})
+    assert (body.model, body.prompt, body.detach, body.priority) == ("llama-3-8b", "Hello", False, "interactive")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": 1}, "model"),
+        ({"model": "../etc"}, "model"),
+        ({"model": "a/../b"}, "model"),
+        ({"model": "-x"}, "model"),
+        ({"prompt": None}, None),
+        ({"messages": [{"role": "user", "content": "x"}]}, None),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": "x"}, "stop"),
+        ({"priority": "urgent"}, "priority"),
+        ({"deadline_ms": 0}, "deadline_ms"),
+        ({"placement": {"pin": 1}}, "placement.pin"),
+        ({"placement": {"pinn": "n"}}, "placement.pinn"),
+        ({"task_id": "1"}, "task_id"),
+        ({"n_discard": -1}, "n_discard"),
+        ({"max_token": 5}, "max_token"),
+        ({"detach": "yes"}, "detach"),
+    ],
+)
+def test_a_bad_native_field_is_named(change: dict[str, Any], field: str | None) -> None:
+    body = {"prompt": "Hello", "model": "m"} | change
+    body = {name: value for name, value in body.items() if value is not None}
+    with pytest.raises(LlorchError) as caught:
+        parse(TaskBody, body)
+    assert caught.value.code is Code.INVALID_REQUEST
+    assert caught.value.param == field
+
+
+def test_an_unknown_native_field_lists_the_known_ones() -> None:
+    with pytest.raises(LlorchError) as caught:
+        parse(TaskBody, {"prompt": "x", "model": "m", "max_token": 1})
+    assert "max_tokens" in (caught.value.hint or "")
+
+
+def test_an_error_never_quotes_a_prompt() -> None:
+    with pytest.raises(LlorchError) as caught:
+        parse(TaskBody, {"prompt": ["CANARY"], "model": "m"})
+    assert "CANARY" not in json.dumps(caught.value.to_wire())
+
+
+def test_the_minimal_registration_and_heartbeat_are_valid() -> None:
+    register = parse(Register, {"node_id": "n", "address": "x:1", "pools": ["p0"], "capabilities": {"gpus": []}})
+    assert [pool.pool_id for pool in register.pools] == ["p0"]
+    beat = parse(Heartbeat, {"pools": [{"pool_id": "p0", "ready": True}]})
+    assert beat.pools is not None
+    assert (beat.pools[0].ready, beat.pools[0].model, beat.lease_id) == (True, None, None)
+
+
+def test_between_roles_unknown_fields_are_ignored() -> None:
+    assert parse(Register, {"node_id": "n", "from_the_future": 1}).node_id == "n"
+
+
+@pytest.mark.parametrize("node_id", ["", "-a", "a b", "a/b", "x" * 64, "n\n"])
+def test_a_node_id_is_a_plain_word(node_id: str) -> None:
+    with pytest.raises(LlorchError):
+        parse(Register, {"node_id": node_id})
+
+
+@pytest.mark.parametrize(
+    ("text", "ok"),
+    [
+        ("llama-3-8b", True),
+        ("org/model:Q4_K_M", True),
+        ("a@b", True),
+        ("", False),
+        ("a..b", False),
+        ("x" * 129, False),
+        ("m\n", False),
+    ],
+)
+def test_model_ids(text: str, ok: bool) -> None:
+    assert model_id_ok(text) is ok

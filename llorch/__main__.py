@@ -1,12 +1,14 @@
-"""`python -m llorch` and the command `llorch`: the command line, and nothing else."""
+"""`python -m llorch`, and the `llorch` command."""
 
 from __future__ import annotations
+
+import sys
 
 
 def main() -> None:
     from llorch.cli.main import run
 
-    run()
+    sys.exit(run())
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def text(name: str = "text", pattern: str | None = None, *, allowed: str = "", e
         if any(ord(char) < 32 or ord(char) == 127 for char in value):
             raise BadValue("has control characters")
         if rule and not rule.fullmatch(value):
-            raise BadValue(f"{quote(value)} is not a {name}", f"{allowed}, for example {example}")
+            raise BadValue(f"{quote(value)} is not a valid {name}", f"{allowed}, for example {example}")
         return value
 
     return Kind(name, parse, example, _string(f"^{pattern}$" if pattern else None))
@@ -203,7 +203,7 @@ def byte_size(low: str, high: str) -> Kind[int]:
 
 
 def _bytes(value: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,9}))? ?([A-Za-z]{0,3})", value.strip())
+    match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))? ?([A-Za-z]{0,3})", value.strip())
     unit = _BYTES.get(match[3].lower()) if match else None
     if not match or unit is None:
         raise BadValue(f"{quote(value)} is not a size", "a number and KiB, MiB, GiB or TiB, for example 64MiB")

@@ -1,4 +1,4 @@
-"""The harness of the e2e tests: real `llorch` processes on free loopback ports, awaited by their ready lines, no sleeps.
+"""The harness of the e2e tests: real `llorch` processes on free loopback ports, awaited by their ready lines.
 
 Owns the processes it starts and ends them by pid. Tokens are made at run time and travel in environments only.
 """
@@ -78,7 +78,7 @@ class Running:
         self.log = folder / f"{name}-{secrets.token_hex(2)}.log"
         with self.log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llorch", *argv],
+                [sys.executable, "/tmp/roles.py", *argv],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,

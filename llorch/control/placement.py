@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeAlias
 
 from llorch.errors import Code, LlorchError
 
@@ -71,16 +72,18 @@ class PoolFacts:
     zone: str | None = None
     reported_at: float | None = None
     last_error: str | None = None
-    placeable: bool = field(init=False)  # all that does not depend on the wish, in one look for `pick`
+    # What does not depend on the wish, worked out once for `pick`: whether it may be placed on, and its place in the
+    # order of those that may. Facts are read far more often than they change.
+    placeable: bool = field(init=False)
+    key: tuple[str, str] = field(init=False)
+    order: tuple[float, int, tuple[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
         up = self.online and self.reachable and not self.suspect
         staying = not self.node_draining and not self.pool_draining and self.state not in FAILED_STATES
         object.__setattr__(self, "placeable", up and staying and self.ready and self.slots_free > 0)
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return (self.node_id, self.pool_id)
+        object.__setattr__(self, "key", (self.node_id, self.pool_id))
+        object.__setattr__(self, "order", (self.load, -self.vram_free_bytes, self.key))
 
     @property
     def name(self) -> str:
@@ -216,6 +219,8 @@ FILTERS: tuple[Filter, ...] = (
 
 # ---------------------------------------------------------------- score and pick
 
+Order: TypeAlias = tuple[bool, bool, tuple[float, int, tuple[str, str]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -226,9 +231,9 @@ class Score:
     load: float
     vram_free_bytes: int
 
-    def order(self, key: tuple[str, str]) -> tuple[bool, bool, float, int, tuple[str, str]]:
+    def order(self, key: tuple[str, str]) -> Order:
         """Least is best. The ids come last, so that two pools never tie."""
-        return (self.avoided, not self.preferred, self.load, -self.vram_free_bytes, key)
+        return (self.avoided, not self.preferred, (self.load, -self.vram_free_bytes, key))
 
 
 def score(wish: Wish, pool: PoolFacts) -> Score:
@@ -246,20 +251,18 @@ def _wanted(wish: Wish, pool: PoolFacts) -> bool:
     return not named(pool, wish.avoid) and (not wish.prefer or named(pool, wish.prefer))
 
 
+_own_order = attrgetter("order")
+
+
 def pick(wish: Wish, pools: Iterable[PoolFacts]) -> tuple[str, str] | None:
     """The (node, pool) that `decide` would pick, without its explanations: the hot path."""
-    model, constrained, ordered = wish.model, wish.constrained, bool(wish.prefer or wish.avoid)
-    best: PoolFacts | None = None
-    best_order: tuple[bool, bool, float, int, tuple[str, str]] | None = None
-    for pool in pools:
-        if not pool.placeable or pool.model != model or (constrained and not _wanted(wish, pool)):
-            continue
-        avoided = ordered and named(pool, wish.avoid)
-        preferred = ordered and named(pool, wish.prefer)
-        order = (avoided, not preferred, pool.load, -pool.vram_free_bytes, pool.key)
-        if best_order is None or order < best_order:
-            best, best_order = pool, order
-    return None if best is None else best.key
+    model, constrained = wish.model, wish.constrained
+    fit = [p for p in pools if p.placeable and p.model == model and (not constrained or _wanted(wish, p))]
+    if not fit:
+        return None
+    if wish.prefer or wish.avoid:
+        return min(fit, key=lambda p: (named(p, wish.avoid), not named(p, wish.prefer), p.order)).key
+    return min(fit, key=_own_order).key
 
 
 # ---------------------------------------------------------------- wait or refuse

@@ -1,13 +1,13 @@
-"""The model in the box: a tiny llama with random weights, so that a first task runs offline and without a download.
+"""The model in the box: a tiny one with random weights, so that everything can be tried with nothing to download.
 
-Owns where that file is. Never reads it: `tests/make_demo_model.py` made it, an engine opens it.
+Owns where it lies. Its text is noise on purpose; its card is README.md beside this file.
 """
 
 from __future__ import annotations
 
-from importlib.resources import files
+from pathlib import Path
 
 
 def model_path() -> str:
-    """The absolute path of the GGUF."""
-    return str(files(__name__) / "demo.gguf")
+    """The absolute path of the demo model, a GGUF."""
+    return str(Path(__file__).resolve().with_name("demo.gguf"))

@@ -210,7 +210,6 @@ async def run(settings: NodeSettings) -> int:
         guard.loop(runner.sweep, "sweep")
         guard.loop(lambda: _refresh(node, changed), "refresh")
         guard.spawn(_digest(catalog, node, changed), "digests")
-        await supervisor.start()
         token = parse_tokens(settings.node_token or settings.service_token or "", min_chars=1)[0][1]
         calls = LinkCalls(node)
         memberships += [
@@ -220,12 +219,13 @@ async def run(settings: NodeSettings) -> int:
             for url in settings.join
         ]
         members = Guard("node.members")
-        for membership in memberships:
-            members.spawn(membership.run(), membership.url)
-        _settle()
-        print(f"ready url={server.url}", file=sys.stderr, flush=True)
-        systemd.notify("READY=1")
         try:
+            await supervisor.start()
+            for membership in memberships:
+                members.spawn(membership.run(), membership.url)
+            _settle()
+            print(f"ready url={server.url}", file=sys.stderr, flush=True)
+            systemd.notify("READY=1")
             await stop.wanted.wait()
             systemd.notify("STOPPING=1")
             supervisor.post(ev.Drain())

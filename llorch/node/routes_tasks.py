@@ -157,8 +157,7 @@ async def _pour(
                 log.warning("reader.slow", task_id=entry.task_id, offset=reader.offset)
                 return False
         elif source.tail is not None:
-            streamed = source.head is not None and source.head.headers.get("content-type") == "text/event-stream"
-            return source.tail.error is None or streamed
+            return source.tail.error is None or entry.streamed
         else:
             await reader.news()
 

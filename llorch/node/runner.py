@@ -38,6 +38,8 @@ FORWARDED_HEADERS = frozenset(
     {"traceparent", "tracestate", "x-request-id", "anthropic-version", "anthropic-beta", "openai-beta"}
 )
 
+_BROKEN = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)  # a connection to an engine
+
 log = Log("node.runner")
 
 
@@ -181,6 +183,7 @@ class Runner:
     def ended(self, execution: Execution, tail: Tail) -> None:
         """`execution` has sealed its log."""
         entry = execution.entry
+        entry.run = None  # what it took to run it is not kept with what it said
         self._executions.discard(execution)
         if not self._executions:
             self._idle.set()
@@ -236,7 +239,6 @@ class Execution:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._decoder: Decoder | None = None
-        self._stream = True
         self._head = Head()
         self._pending = b""  # decoded, and not yet in the log
         self._stopped: LlorchError | None = None
@@ -265,7 +267,7 @@ class Execution:
 
     def check(self, now: float) -> None:
         """Called by the sweep: an engine that has begun its stream must not fall silent."""
-        began = self._stream and self._decoder is not None and self._decoder.first_content
+        began = self.entry.streamed and self._decoder is not None and self._decoder.first_content
         if began and not self._pending and now - self._heard_at > STALL_AFTER_S:
             self.stop(LlorchError(Code.ENGINE_STALLED, f"the engine sent nothing for {STALL_AFTER_S:.0f} s"))
 
@@ -302,19 +304,23 @@ class Execution:
         else:
             request = openai_api.encode_openai(opening.path, value, model)
             self._decoder = openai_api.openai_decoder(self._facts, request)
-        self._stream = request.stream
+        self.entry.streamed = request.stream
         return request
 
     async def _exchange(self, request: EngineRequest) -> None:
         headers = {"Content-Type": "application/json"}
-        headers.update((name, value) for name, value in self.entry.opening.headers.items() if name in FORWARDED_HEADERS)
+        headers.update(
+            (name, value)
+            for name, value in self.entry.opening.headers.items()
+            if name in FORWARDED_HEADERS and value.isascii() and value.isprintable()
+        )
         if self.lease.api_key_file is not None:
             headers["Authorization"] = f"Bearer {self._runner.keys.read(self.lease.api_key_file)}"
         try:
             response = await self._runner.session.post(
                 self.lease.url.rstrip("/") + request.path, data=request.body, headers=headers, allow_redirects=False
             )
-        except (aiohttp.ClientError, OSError) as error:
+        except _BROKEN as error:
             raise LlorchError(
                 Code.ENGINE_FAILED, "the engine can't be reached", details={"reason": type(error).__name__}
             ) from None
@@ -339,7 +345,7 @@ class Execution:
                     await self._write(data)
                 if decoder.done:
                     break
-        except (aiohttp.ClientError, OSError):
+        except _BROKEN:
             cut = True
         last = decoder.finish(clock(), cut)
         if last:
@@ -355,7 +361,7 @@ class Execution:
         self._pending = data
         while self._pending:
             # Blocks of a stream stay whole: what is pending when the task is stopped is written before its last event.
-            piece = self._pending[:PIECE_BYTES]
+            piece = self._pending[: min(PIECE_BYTES, entry.log.kept_bytes)]
             if not await entry.log.room(len(piece), ROOM_TIMEOUT_S):
                 log.warning("reader.overtaken", task_id=entry.task_id, node_id=self._runner.node_id)
             self._pending = self._pending[len(piece) :]
@@ -433,7 +439,7 @@ async def _error_body(response: aiohttp.ClientResponse) -> bytes:
             while size < MAX_ERROR_BYTES and (part := await response.content.read(MAX_ERROR_BYTES - size)):
                 parts.append(part)
                 size += len(part)
-    except (aiohttp.ClientError, OSError, TimeoutError):
+    except _BROKEN:
         pass
     return b"".join(parts)
 

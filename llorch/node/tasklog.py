@@ -24,7 +24,7 @@ from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Head, Open, Tail
 
 KEPT_BYTES = 4 * 1024 * 1024
-ENTRY_BYTES = 2 * 1024  # what a log costs besides its bytes: thousands of short answers are not free
+ENTRY_BYTES = 4 * 1024  # what a task costs besides its bytes, measured: thousands of short answers are not free
 SEALED_V1_S = 30.0
 LOST_GRACE_S = 30.0  # a /v1 client can't come back, but a control that restarts may
 MOST_REPORTED_SEALED = 1_000
@@ -54,14 +54,14 @@ class Reader(Protocol):
 class TaskLog:
     """The bytes of one attempt, exactly as a client is to see them."""
 
-    __slots__ = ("_blocked", "_buffer", "_digest", "_kept", "_readers", "_start", "head", "tail")
+    __slots__ = ("_blocked", "_buffer", "_digest", "_readers", "_start", "head", "kept_bytes", "tail")
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._buffer = bytearray()
         self._start = 0  # the offset of the oldest byte that is kept
         self._digest = hashlib.sha256()
         self._readers: tuple[Reader, ...] = ()
-        self._kept = kept_bytes
+        self.kept_bytes = kept_bytes
         self._blocked: asyncio.Future[None] | None = None  # the writer, while it waits for readers
         self.head: Head | None = None
         self.tail: Tail | None = None
@@ -115,10 +115,10 @@ class TaskLog:
         self._wake()
 
     def fits(self, count: int) -> bool:
-        """True if `count` more bytes push out nothing that an attached reader has yet to read."""
-        if len(self._buffer) + count <= self._kept:
+        """True if `count` more bytes (at most `kept_bytes`) push out nothing that a reader has yet to read."""
+        if len(self._buffer) + count <= self.kept_bytes:
             return True
-        oldest_kept = self.end + count - self._kept
+        oldest_kept = self.end + count - self.kept_bytes
         return all(reader.offset >= oldest_kept or reader.offset < self._start for reader in self._readers)
 
     async def room(self, count: int, timeout_s: float) -> bool:
@@ -140,7 +140,7 @@ class TaskLog:
     def _put(self, data: bytes) -> None:
         self._buffer += data
         self._digest.update(data)
-        excess = len(self._buffer) - self._kept
+        excess = len(self._buffer) - self.kept_bytes
         if excess > 0:
             del self._buffer[:excess]
             self._start += excess
@@ -249,6 +249,7 @@ class TaskEntry:
     sealed_at: float | None = None
     sealed_wall: float | None = None
     lost_at: float | None = None
+    streamed: bool = True  # events, which can carry an error; not one whole answer
     tokens_out: int = 0
     told: set[str] = field(default_factory=set)  # epochs of the controls that were sent the TAIL
     final: dict[str, Any] | None = None  # the report, once nothing in it can change

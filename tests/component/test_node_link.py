@@ -182,12 +182,15 @@ async def test_control_that_breaks_the_protocol_loses_its_link(tmp_path: Path, k
         elif kind == "even_id":
             link.send(2, Type.OPEN, b"{}")
         elif kind == "reused_id":
-            stream = link.prompt()
+            stream = link.open(b"{}")
+            await ended(stream)
             link.send(stream.id, Type.ATTACH, b"{}")
         elif kind == "never_opened":
             link.send(99, Type.CANCEL)
         elif kind == "from_node":
-            link.send(link.prompt().id, Type.DATA, b"x")
+            stream = link.open(b"{}")
+            await ended(stream)
+            link.send(stream.id, Type.DATA, b"x")
         else:
             link.send(link.stream().id, Type.OPEN, b"not json")
         await eventually(lambda: link.reason is not None, what="the link ends")
@@ -329,6 +332,37 @@ async def test_deadline_ends_the_task(tmp_path: Path) -> None:
         assert stream.events_seen[-1][0] == "error"
         await asyncio.wait_for(call.disconnected.wait(), 1.0)
         await eventually(lambda: setup.node.slots_free == 2)
+
+
+async def test_engine_that_falls_silent_ends_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llorch.node.runner.STALL_AFTER_S", 0.3)
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        slow = link.prompt()
+        waiting = await setup.engine.asked()
+        stalled = link.prompt()
+        call = await setup.engine.asked()
+        call.say("t0 ")
+        tail = await ended(stalled)
+        assert tail["error"]["code"] == "ENGINE_STALLED"
+        assert stalled.text == "t0 "
+        await asyncio.wait_for(call.disconnected.wait(), 1.0)
+        assert slow.tail is None  # a long prefill is not a stall
+        waiting.end()
+        await ended(slow)
+
+
+async def test_headers_that_would_break_a_request_stay_here(tmp_path: Path) -> None:
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        stream = link.prompt(
+            headers={"traceparent": "x\r\nX-Evil: 1", "anthropic-version": "2023-06-01", "cookie": "c"}
+        )
+        call = await setup.engine.asked()
+        assert call.headers["anthropic-version"] == "2023-06-01"
+        assert not {"traceparent", "x-evil", "cookie"} & call.headers.keys()
+        call.end()
+        await ended(stream)
 
 
 async def test_attach_at_offsets(tmp_path: Path) -> None:

@@ -12,22 +12,29 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from llorch import demo
 from llorch.config_pools import PoolSpec
 from llorch.errors import Code, ConfigError, LlorchError
+from llorch.messages import TaskBody
 from llorch.node import pool_events as ev
 from llorch.node.engine_process import start_time
 from llorch.node.engines.external import External
+from llorch.node.engines.llamacpp import LlamaCpp
+from llorch.node.engines.openai_api import NativeDecoder, TaskFacts, encode_native
 from llorch.node.engines.simulated import Simulated
 from llorch.node.handoff import Handoff, render
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
+from llorch.node.probing import read_key
 from llorch.node.supervisor import Supervisor
+from llorch.web import client_session
 
 DEADLINE_S = 30.0
 
@@ -208,6 +215,27 @@ async def test_a_second_agent_in_the_same_directory_is_refused(tmp_path: Path) -
             await other.start()
         await other.close()
         assert ready(supervisor) and alive(pid_of(tmp_path))
+
+
+@pytest.mark.llama
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+async def test_real_llama_cpp_becomes_ready_and_answers_through_its_lease(tmp_path: Path) -> None:
+    spec = PoolSpec(id="p", engine="llamacpp", model="demo", slots=2, ctx=256, gpus=())
+    async with supervised(tmp_path, Plan(spec, LlamaCpp(sys.executable), "demo", demo.model_path())) as supervisor:
+        await until(lambda: ready(supervisor))
+        report = supervisor.pools.pool_report("p")
+        assert (report["slots_total"], report["ctx"], report["last_error"]) == (2, 256, None)
+        lease = supervisor.pools.acquire("p", "t")
+        made = encode_native(TaskBody(model="demo", prompt="Hello", max_tokens=3), lease.model)
+        decoder = NativeDecoder(TaskFacts("t", "n", "p", "demo"))
+        assert lease.api_key_file is not None
+        key = {"Authorization": f"Bearer {read_key(lease.api_key_file)}"}
+        async with client_session() as http, http.post(lease.url + made.path, data=made.body, headers=key) as response:
+            raw = decoder.feed(await response.read(), 1.0) + decoder.finish(2.0)
+        assert raw.count(b"event: end\n") == 1 and raw.count(b"event: error\n") == 0
+        assert decoder.usage.tokens_out == 3 and decoder.finish_reason == "length"
+        async with client_session() as http, http.post(lease.url + made.path, data=made.body) as response:
+            assert response.status == 401
 
 
 # ---------------------------------------------------------------- engines of others

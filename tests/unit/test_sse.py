@@ -58,7 +58,7 @@ def test_blocks_do_not_depend_on_the_chunks(parts: list[bytes], draw: st.DataObj
     data = b"".join(parts)
     cut = draw.draw(st.integers(0, len(data)))
     whole, cutter = Splitter(), Splitter()
-    expected = whole.feed(data) + [whole.finish()]
+    expected = [*whole.feed(data), whole.finish()]
     assert cutter.feed(data[:cut]) + cutter.feed(data[cut:]) + [cutter.finish()] == expected
 
 
@@ -90,7 +90,10 @@ def test_an_event_without_end_is_refused_at_the_limit() -> None:
         splitter.feed(b"x" * 20)
 
 
-@given(st.text(alphabet=st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"]), max_size=50), st.text(max_size=100))
+@given(
+    st.text(alphabet=st.characters(exclude_characters="\r\n\0", exclude_categories=["Cs"]), max_size=50),
+    st.text(max_size=100),
+)
 def test_what_was_encoded_is_decoded(kind: str, data: str) -> None:
     same_but_for_line_ends = data.replace("\r\n", "\n").replace("\r", "\n")
     assert decoded(sse.encode(kind, data, id="00ff")) == [Event(kind, same_but_for_line_ends, "00ff")]

@@ -177,15 +177,18 @@ class Meter:
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
         details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-        cached = details.get("cached_tokens") if isinstance(details, Mapping) else usage.get("cache_read_input_tokens")
+        cached = _count(details.get("cached_tokens")) if isinstance(details, Mapping) else None
         sent = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
+        if cached is None and (cached := _count(usage.get("cache_read_input_tokens"))) is not None and sent is not None:
+            # Anthropic counts as input what was neither read from a cache nor written to one.
+            sent += cached + (_count(usage.get("cache_creation_input_tokens")) or 0)
         got = _count(usage.get("completion_tokens", usage.get("output_tokens")))
         if sent is not None:
             self.usage.tokens_in = sent
         if got is not None:
             self.usage.tokens_out = got
-        if (known := _count(cached)) is not None:
-            self.usage.cached_tokens = known
+        if cached is not None:
+            self.usage.cached_tokens = cached
 
     def _read_timings(self, timings: Mapping[str, Any]) -> None:
         self._prompt_tps = _rate(timings.get("prompt_per_second"))

@@ -10,8 +10,7 @@ Surface:
 Owns what may reach an engine and what its answer becomes in the log, with exactly one terminal event. Never does I/O,
 keeps a connection or knows a slot. Bytes go in as they come from a 200 answer; nothing is given out before the first
 content, so an attempt whose decoder gave out nothing may still run elsewhere: it ends with `error` set and no bytes.
-The surfaces: https://platform.openai.com/docs/api-reference, https://docs.anthropic.com/en/api and llama.cpp's
-tools/server/README.md.
+Surfaces: https://platform.openai.com/docs/api-reference, https://docs.anthropic.com/en/api, llama.cpp tools/server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Registry, placement and admission together, under any order of events, beside a model of what the nodes really run."""
+"""Registry, placement and admission together, under any order of events, beside a model of what nodes really run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llorch.control.admission import Admission, Waiter
 from llorch.control.placement import Outcome, Wish, decide, pick
@@ -144,6 +144,11 @@ class Control(RuleBasedStateMachine):
         self.pump()
 
     # ---- what nodes do
+
+    @initialize()
+    def both_nodes_are_up(self) -> None:
+        for node_id in self.real:
+            self.a_node_registers(node_id, reboot=False)
 
     @rule(node_id=NODES, reboot=st.booleans())
     def a_node_registers(self, node_id: str, reboot: bool) -> None:
@@ -303,5 +308,5 @@ class Control(RuleBasedStateMachine):
         assert all(fact.slots_free == SLOTS for fact in self.registry.pool_facts(self.now))
 
 
-Control.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Control.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestControl = Control.TestCase

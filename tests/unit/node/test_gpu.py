@@ -15,7 +15,7 @@ class Nvml:
 
     NVML_TEMPERATURE_GPU = 0
 
-    def __init__(self, *broken: str) -> None:
+    def __init__(self, *broken: str | tuple[str, int]) -> None:
         self.broken = broken
         self.inits = self.shutdowns = 0
 
@@ -75,9 +75,7 @@ def test_a_card_that_tells_little_is_still_there() -> None:
 
 
 def test_a_card_that_is_gone_does_not_hide_the_other() -> None:
-    library = Nvml()
-    library.broken = (("nvmlDeviceGetHandleByIndex", 0),)  # type: ignore[assignment]
-    [only] = GpuInventory(library).read()
+    [only] = GpuInventory(Nvml(("nvmlDeviceGetHandleByIndex", 0))).read()
     assert only.index == 1
 
 

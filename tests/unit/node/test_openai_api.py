@@ -78,7 +78,7 @@ def request(path: str = CHAT, **body: Any) -> EngineRequest:
     return encode_openai(path, {"stream": True} | body, "m")
 
 
-ASKED = {"stream_options": {"include_usage": True}}
+ASKED: dict[str, Any] = {"stream_options": {"include_usage": True}}
 
 # ---------------------------------------------------------------- native streams
 
@@ -176,7 +176,7 @@ def test_an_anthropic_stream_passes_and_is_read() -> None:
     def named(kind: str, **rest: Any) -> bytes:
         return f"event: {kind}\n".encode() + data({"type": kind} | rest)
 
-    start = named("message_start", message={"usage": {"input_tokens": 7, "cache_read_input_tokens": 5}})
+    start = named("message_start", message={"usage": {"input_tokens": 2, "cache_read_input_tokens": 5}})
     delta = named("content_block_delta", delta={"type": "text_delta", "text": "hi"})
     last = named("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3})
     stop = named("message_stop")

@@ -241,7 +241,7 @@ async def test_writer_waits_until_the_reader_has_made_room() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     source.take(reader, 1)
-    assert await waiting
+    assert await asyncio.wait_for(waiting, 5)
 
 
 async def test_writer_goes_on_when_the_slow_reader_leaves() -> None:
@@ -252,7 +252,7 @@ async def test_writer_goes_on_when_the_slow_reader_leaves() -> None:
     waiting = asyncio.ensure_future(source.room(5, 30))
     await asyncio.sleep(0)
     source.detach(reader)
-    assert await waiting
+    assert await asyncio.wait_for(waiting, 5)
 
 
 async def test_writer_waits_no_longer_than_its_limit() -> None:

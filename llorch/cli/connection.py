@@ -1,0 +1,28 @@
+"""From a command's target to a client, within the time that the caller allows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llorch.cli.target import Target
+    from llorch.client.api import LlorchClient
+
+
+@contextlib.asynccontextmanager
+async def connected(target: Target) -> AsyncIterator[LlorchClient]:
+    """A client for `target`. Raises TimedOut when the block takes longer than its --timeout."""
+    from llorch.client.api import LlorchClient
+    from llorch.client.faults import TimedOut
+
+    try:
+        async with (
+            asyncio.timeout(target.timeout_s),
+            LlorchClient(target.url, target.token, tls_ca=target.tls_ca) as client,
+        ):
+            yield client
+    except TimeoutError:
+        raise TimedOut(f"it took longer than --timeout, {target.timeout_s:g} s") from None

@@ -1,0 +1,222 @@
+"""The processes of one `llorch dev`, seen from it: the keeper, a control, some nodes, and when they are ready.
+
+Owns what the roles are given (flags, an environment with tokens made now, nothing of this machine's own settings) and
+the waiting for their ready lines and pools. Ends nothing itself: it lets go of the keeper's pipe, and the keeper ends
+everything (see `llorch.cli.keeper`). Tokens travel in the environment and in that pipe, never in an argument list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llorch
+from llorch.cli import contexts
+from llorch.cli.keeper import ROLE_GRACE_S, STRAY_GRACE_S, is_alive
+from llorch.cli.output import Failure
+
+READY_WITHIN_S = 60.0  # a role that has printed no ready line by then never will
+LOOK_EVERY_S = 0.05
+SHOWN_LOG_LINES = 15
+CONTEXT = "dev"
+_OWN_SETTINGS = ("LLORCH_", "ORCHESTRATORD_", "POOL_MANAGERD_", "NOTIFY_SOCKET")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Made for one run. The admin token is for nobody but whoever reads the context file."""
+
+    api: str = field(repr=False)
+    service: str = field(repr=False)
+    node: str = field(repr=False)
+
+    @classmethod
+    def make(cls) -> Tokens:
+        return cls(*(secrets.token_hex(24) for _ in range(3)))
+
+
+class LogTail:
+    """The lines of a role's log as they are written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+
+    def new_lines(self) -> list[str]:
+        """Whole lines since the last look."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        except OSError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return whole.decode("utf-8", "replace").splitlines()
+
+    def last_lines(self) -> str:
+        try:
+            text = self._path.read_text("utf-8", "replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-SHOWN_LOG_LINES:])
+
+
+class Cluster:
+    """Use `starting()`. `on_line(role, line)` gets every line that a role writes."""
+
+    def __init__(self, process: asyncio.subprocess.Process, hello: Mapping[str, str], tokens: Tokens) -> None:
+        self.state = Path(hello["state"])
+        self.identity = hello["keeper"]
+        self.tokens = tokens
+        self.ended: dict[str, int] = {}
+        self.changed = asyncio.Event()
+        self._process = process
+        self._tails: dict[str, LogTail] = {}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def starting(cls, tokens: Tokens) -> AsyncIterator[Cluster]:
+        """A keeper and nothing else yet. When the block ends, everything ends."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "llorch.cli.keeper",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": _python_path()},
+        )
+        assert process.stdin is not None and process.stdout is not None
+        listener: asyncio.Task[None] | None = None
+        try:
+            hello = await process.stdout.readline()
+            if not hello:
+                raise Failure("the keeper of `llorch dev` did not start")
+            cluster = cls(process, json.loads(hello), tokens)
+            listener = asyncio.create_task(cluster._listen(), name="dev.keeper")
+            yield cluster
+        finally:
+            process.stdin.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROLE_GRACE_S + STRAY_GRACE_S + 5.0):
+                    await process.wait()
+            if listener is not None:
+                listener.cancel()
+                await asyncio.gather(listener, return_exceptions=True)
+
+    async def _listen(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            message = json.loads(line)
+            if "ended" in message:
+                self.ended[message["ended"]] = message["code"]
+            self.changed.set()
+        self.ended.setdefault("keeper", 0)
+        self.changed.set()
+
+    async def _tell(self, order: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        await self._process.stdin.drain()
+
+    # ------------------------------------------------------------ roles
+
+    async def start_role(self, name: str, words: list[str]) -> None:
+        """`llorch WORDS` as a child of the keeper, its output in `<state>/<name>.log`."""
+        self._tails[name] = LogTail(self.state / f"{name}.log")
+        argv = [sys.executable, "-m", "llorch", *words]
+        await self._tell({"start": name, "argv": argv, "env": self._environment()})
+
+    def _environment(self) -> dict[str, str]:
+        """This process's, without its settings: what is meant for this machine's own roles is not meant for these."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
+        return kept | {
+            "PYTHONPATH": _python_path(),
+            "PYTHONUNBUFFERED": "1",
+            "LLORCH_API_TOKEN": self.tokens.api,
+            "LLORCH_SERVICE_TOKEN": self.tokens.service,
+            "LLORCH_NODE_TOKEN": self.tokens.node,
+        }
+
+    async def ready_url(self, name: str) -> str:
+        """The URL of a role, from its ready line. Raises Failure if it ends, or takes too long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(READY_WITHIN_S):
+                while True:
+                    ended = name in self.ended  # looked at before the log: its last lines are there then
+                    for line in self._tails[name].new_lines():
+                        word, _, url = line.partition(" url=")
+                        if word == "ready":
+                            return url.strip()
+                    if ended or "keeper" in self.ended:
+                        raise self.failure(name)
+                    await asyncio.sleep(LOOK_EVERY_S)
+        raise self.failure(name)
+
+    def failure(self, name: str) -> Failure:
+        """Why a role did not get ready: its own last words."""
+        code = self.ended.get(name)
+        what = "did not get ready in time" if code is None else f"ended with {_exit_words(code)}"
+        return Failure(f"{name} {what}", why=self._tails[name].last_lines() or None)
+
+    def new_lines(self) -> list[tuple[str, str]]:
+        """What the roles wrote since the last look."""
+        return [(name, line) for name, tail in self._tails.items() for line in tail.new_lines()]
+
+    # ------------------------------------------------------------ the context
+
+    async def add_context(self, url: str) -> tuple[str, bool]:
+        """Write a context for this cluster; its name, and whether it is the current one. A context that somebody else
+        made, or that another `llorch dev` uses, is left alone: this one gets a number.
+        """
+        path = contexts.contexts_path(os.environ)
+        name = _free_name(contexts.load(path))
+        # The keeper knows before it is there: there is no moment at which it could stay behind.
+        self.changed.clear()
+        await self._tell({"context": name, "path": str(path)})
+        async with asyncio.timeout(READY_WITHIN_S):
+            await self.changed.wait()
+        with contexts.changing(path) as known:
+            if name in known.named and not _stale(known.named[name]):
+                raise Failure(f"the context {name} was taken just now", hint="try again")
+            known.named[name] = contexts.Context(url=url, token=self.tokens.api, keeper=self.identity)
+            if known.current is None:
+                known.current = name
+            return name, known.current == name
+
+
+def _stale(context: contexts.Context) -> bool:
+    """Left by a `llorch dev` whose keeper was killed."""
+    return context.keeper is not None and not is_alive(context.keeper)
+
+
+def _free_name(known: contexts.Contexts) -> str:
+    names = (CONTEXT if number == 1 else f"{CONTEXT}-{number}" for number in range(1, 1000))
+    return next(name for name in names if name not in known.named or _stale(known.named[name]))
+
+
+def _python_path() -> str:
+    """Where this very llorch is, first: the roles run it from another directory."""
+    own = str(Path(llorch.__file__).resolve().parent.parent)
+    return os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _exit_words(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"code {code}"
+
+
+def exit_words(code: int) -> str:
+    return _exit_words(code)
+
+
+OnLine = Callable[[str, str], None]

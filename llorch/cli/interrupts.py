@@ -1,0 +1,71 @@
+"""^C while a task runs: the first one cancels the task, the second one leaves at once.
+
+Owns the signal handlers of that time. A first signal that finds the program blocked in a write (a pager that does not
+read) breaks out of the write; otherwise it cancels the asyncio task that runs the command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from llorch.cli.exits import Exit
+from llorch.cli.output import abandon_output
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """Raised in a write that was blocked when the signal came."""
+
+
+class Interrupts:
+    """Use around the work that a signal is to end; `hit` tells whether one came."""
+
+    def __init__(self) -> None:
+        self.hit = False
+        self._writing = False
+        self._before: dict[int, Any] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    def __enter__(self) -> Interrupts:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in SIGNALS:
+            try:
+                ignored = signal.getsignal(number) is signal.SIG_IGN  # nohup: it is not to be ended by this
+                if not ignored:
+                    self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread, so signals are somebody else's
+                break
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.hit:
+            os._exit(Exit.INTERRUPTED)
+        self.hit = True
+        if self._writing:
+            abandon_output()
+            raise Interrupted
+        assert self._loop is not None and self._task is not None
+        self._loop.call_soon_threadsafe(self._task.cancel)
+
+    def guarded(self, write: Callable[[str], None]) -> Callable[[str], None]:
+        """`write`, such that a signal breaks out of it."""
+
+        def writing(text: str) -> None:
+            self._writing = True
+            try:
+                write(text)
+            finally:
+                self._writing = False
+
+        return writing

@@ -1,0 +1,72 @@
+"""`llorch status`: is the cluster fit to take tasks? Exit 1 if something that should serve does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+from llorch.cli.connection import connected
+from llorch.cli.exits import Exit
+from llorch.cli.flags import Call, client_command
+from llorch.cli.node import NODE_COLUMNS
+from llorch.cli.output import Format, write_out
+
+
+def problems(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong, one line each. Draining is a wish of somebody's, and nothing wrong."""
+    found = []
+    for node in nodes:
+        if node.get("state") not in ("online", "draining"):
+            found.append(f"node {node.get('node_id')} is {node.get('state')}")
+        elif node.get("suspect"):
+            found.append(f"node {node.get('node_id')} is suspect: it has missed heartbeats")
+    for pool in pools:
+        name = f"pool {pool.get('node_id')}/{pool.get('pool_id')}"
+        if pool.get("state") == "failed":
+            error = pool.get("last_error")
+            found.append(f"{name} has failed" + (f": {error}" if error else ""))
+    if not any(pool.get("bound") or pool.get("ready") for pool in pools):
+        found.append("no pool is ready" if pools else "there is no pool" if nodes else "no node has joined")
+    return found
+
+
+async def status(call: Call) -> int:
+    """Show the control, its nodes and their slots; exit 1 if anything is wrong."""
+    async with connected(call.target) as client:
+        control, nodes, pools = await client.ready(), await client.nodes(), await client.pools()
+    found = problems(nodes, pools)
+    if control.get("status") != "ok":
+        found.insert(0, f"the control is {control.get('status')}")
+    if call.output.format is Format.TABLE:
+        _print(call.target.url, control, nodes, pools, found)
+        if nodes:
+            call.output.rows(nodes, NODE_COLUMNS, name=str)
+    else:
+        document = {"url": call.target.url, "control": control, "problems": found, "nodes": nodes, "pools": pools}
+        call.output.one(document, name="ok" if not found else "degraded")
+    return Exit.FAILED if found else Exit.OK
+
+
+def _print(
+    url: str,
+    control: Mapping[str, Any],
+    nodes: Sequence[Mapping[str, Any]],
+    pools: Sequence[Mapping[str, Any]],
+    found: Sequence[str],
+) -> None:
+    free, total = (sum(pool.get(name) or 0 for pool in pools) for name in ("slots_free", "slots_total"))
+    ready = sum(bool(pool.get("ready")) for pool in pools)
+    write_out(
+        f"control  {url}  {control.get('status')}  version {control.get('version')}\n"
+        f"nodes    {sum(node.get('state') == 'online' for node in nodes)} of {len(nodes)} online\n"
+        f"pools    {ready} of {len(pools)} ready, {free} of {total} slots free\n"
+    )
+    from llorch.client.text import one_line
+
+    write_out("".join(f"problem  {one_line(problem)}\n" for problem in found) + ("\n" if nodes else ""))
+
+
+def register(app: typer.Typer) -> None:
+    app.command("status")(client_command(status))

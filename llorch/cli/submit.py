@@ -1,0 +1,213 @@
+"""`llorch submit`: send a prompt, print the answer as it comes.
+
+Owns where the prompt comes from (argument, standard input, both), the body that is made of the flags, and that a task
+whose output nobody can take any more is cancelled: on ^C, on a closed pipe, when --timeout has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llorch.cli.connection import connected
+from llorch.cli.exits import Exit
+from llorch.cli.flags import Call, client_command
+from llorch.cli.interrupts import Interrupted, Interrupts
+from llorch.cli.output import (
+    Failure,
+    Format,
+    OutputClosed,
+    OutputFailed,
+    hint,
+    is_terminal,
+    usage,
+    write_err,
+    write_out,
+)
+from llorch.config_kinds import BadValue, duration
+
+if TYPE_CHECKING:
+    from llorch.client.api import LlorchClient
+
+CANCEL_WITHIN_S = 2.0  # after ^C: long enough for a control that lives, short enough for a person
+_DEADLINE = duration("1ms", "1d")
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="[PROMPT|-]", help="The prompt; what is piped in comes before it.", show_default=False),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="May be left out if there is only one.", show_default=False),
+]
+System = Annotated[str | None, typer.Option("--system", "-s", help="A system message; implies --chat.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message, through the chat template.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=1)]
+Temperature = Annotated[float | None, typer.Option("--temperature", metavar="T", min=0)]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0)]
+Pin = Annotated[str | None, typer.Option("--pin", metavar="NODE[/POOL]", help="Run it there or not at all.")]
+Prefer = Annotated[list[str] | None, typer.Option("--prefer", metavar="NODE[/POOL]", help="Take it first. Repeatable.")]
+Avoid = Annotated[list[str] | None, typer.Option("--avoid", metavar="NODE[/POOL]", help="Take it last. Repeatable.")]
+Zone = Annotated[str | None, typer.Option("--zone", metavar="ZONE", help="Run it in this zone or not at all.")]
+Priority = Annotated[str | None, typer.Option("--priority", metavar="interactive|batch")]
+Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="Fail after this long, e.g. 30s.")]
+OnNodeLoss = Annotated[str | None, typer.Option("--on-node-loss", metavar="fail|continue")]
+
+
+async def submit(
+    call: Call,
+    prompt: Prompt = None,
+    model: Model = None,
+    system: System = None,
+    chat: Chat = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    pin: Pin = None,
+    prefer: Prefer = None,
+    avoid: Avoid = None,
+    zone: Zone = None,
+    priority: Priority = None,
+    deadline: Deadline = None,
+    on_node_loss: OnNodeLoss = None,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")] = True,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave it with the cluster; print its id.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Keep control characters on a terminal.")] = False,
+) -> int:
+    """Send a prompt and print the answer as it comes.
+
+    The prompt is the argument, or what is piped in, or both: what is piped in, a newline, the argument. With --json,
+    each event is one line of JSON; with --no-stream, the finished task is one JSON document.
+    """
+    if call.output.format is Format.NAME and not detach:
+        raise usage("-q prints ids, and an answer has none", "add --detach, or leave -q out")
+    text = read_prompt(prompt)
+    body = task_body(text, system, chat=chat)
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "priority": priority}
+    options |= {"deadline_ms": deadline_ms(deadline), "on_node_loss": on_node_loss}
+    body |= {name: value for name, value in options.items() if value is not None}
+    wish = placement_wish(pin, prefer, avoid, zone)
+    if wish:
+        body["placement"] = wish
+    async with connected(call.target) as client:
+        body["model"] = model or await only_model(client)
+        stream = stream and call.output.format is not Format.YAML  # which is one document
+        return await _run(client, call, body, stream=stream, detach=detach, raw=raw)
+
+
+async def _run(client: LlorchClient, call: Call, body: dict[str, Any], *, stream: bool, detach: bool, raw: bool) -> int:
+    from llorch.cli.answer import print_stream, print_whole
+    from llorch.client.api import with_task_id
+
+    task = with_task_id(body)
+    with Interrupts() as interrupts:
+        try:
+            if detach:
+                return print_detached(await client.detach(task), call)
+            if not stream:
+                return print_whole(await client.submit_whole(task), call.output, raw=raw)
+            write = interrupts.guarded(write_out)
+            return await print_stream(client.submit(task), call.output, raw=raw, write=write)
+        except (asyncio.CancelledError, Interrupted, OutputClosed, OutputFailed) as ended:
+            running = asyncio.current_task()
+            if interrupts.hit and running is not None and isinstance(ended, asyncio.CancelledError):
+                running.uncancel()  # it was ours, and it is dealt with here
+            canceled = await cancel_quietly(client, task["task_id"])
+            if not interrupts.hit:
+                raise
+            write_err("canceled\n" if canceled else f"interrupted; task {task['task_id']} may still be running\n")
+            return Exit.INTERRUPTED
+
+
+async def cancel_quietly(client: LlorchClient, task_id: str) -> bool:
+    """Cancel a task whose output is not wanted any more; what brought us here is told, a failure of this is not."""
+    from llorch.client.faults import ClientFault
+    from llorch.errors import LlorchError
+
+    try:
+        async with asyncio.timeout(CANCEL_WITHIN_S):
+            await client.cancel(task_id)
+    except (LlorchError, ClientFault, TimeoutError):
+        return False
+    return True
+
+
+def print_detached(answer: dict[str, Any], call: Call) -> int:
+    task_id = str(answer.get("task_id"))
+    call.output.one(answer, name=task_id, text=lambda: f"{task_id}\n")
+    if call.output.format is Format.TABLE and is_terminal(sys.stderr):
+        hint(f"llorch task logs {task_id}")
+    return Exit.OK
+
+
+# ---------------------------------------------------------------- the body
+
+
+def read_prompt(argument: str | None) -> str:
+    """The prompt from the argument and from what is piped in. Raises Failure (usage) when there is none."""
+    piped = ""
+    if argument == "-" or not is_terminal(sys.stdin):
+        piped = _piped().rstrip("\n")
+    parts = [part for part in (piped, argument if argument != "-" else None) if part]
+    text = "\n".join(parts)
+    if not text.strip():
+        raise usage("there is no prompt", 'llorch submit "Hello", or pipe it in')
+    return text
+
+
+def _piped() -> str:
+    if sys.stdin is None or sys.stdin.closed:
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise usage(f"what is piped in is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise usage(f"standard input can't be read: {error.strerror}") from None
+
+
+def task_body(text: str, system: str | None, *, chat: bool) -> dict[str, Any]:
+    """A raw prompt, unless a system message or --chat asks for the model's chat template."""
+    if system is None and not chat:
+        return {"prompt": text}
+    lead = [{"role": "system", "content": system}] if system is not None else []
+    return {"messages": [*lead, {"role": "user", "content": text}]}
+
+
+def placement_wish(
+    pin: str | None, prefer: list[str] | None, avoid: list[str] | None, zone: str | None
+) -> dict[str, Any]:
+    wish = {"pin": pin, "prefer": _names(prefer), "avoid": _names(avoid), "zone": zone}
+    return {name: value for name, value in wish.items() if value}
+
+
+def _names(given: list[str] | None) -> list[str]:
+    return [name.strip() for entry in given or () for name in entry.split(",") if name.strip()]
+
+
+def deadline_ms(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return max(1, round(_DEADLINE.parse(text) * 1000))
+    except BadValue as bad:
+        raise usage(f"--deadline {bad.message}", bad.hint) from None
+
+
+async def only_model(client: LlorchClient) -> str:
+    """The one model there is. Raises Failure that lists them if there are several."""
+    models = await client.models()
+    if len(models) == 1:
+        return models[0]
+    if models:
+        raise usage(f"there are {len(models)} models: {', '.join(sorted(models))}", "choose one with -m MODEL")
+    raise Failure(
+        "there is no model", code=Exit.NO_CAPACITY, hint="`llorch status` shows what is wrong; a node brings a model"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command("submit")(client_command(submit))

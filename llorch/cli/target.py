@@ -1,0 +1,71 @@
+"""Which control a client command talks to, and with which token.
+
+Owns the precedence flag > --context > environment > current context > files > default, and the rule that a token which
+came with one URL is sent to no other. Never opens a connection.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llorch.auth import parse_tokens
+from llorch.cli import contexts
+from llorch.cli.sources import read_secret, resolve_here
+from llorch.config import ClientSettings
+from llorch.config_kinds import plain_http_abroad
+from llorch.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`withheld`: there was a token that belongs to another URL, and it says which."""
+
+    url: str
+    token: str | None = field(repr=False)
+    tls_ca: str | None
+    timeout_s: float | None
+    warnings: tuple[str, ...] = ()
+    withheld: str | None = None
+
+
+def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | None) -> Target:
+    """Raises ConfigError for settings or contexts that can't be used."""
+    resolved = resolve_here(ClientSettings, flags, config=config, local=False)
+    settings, origin = resolved.settings, resolved.origin
+    warnings = list(resolved.warnings)
+    known = contexts.load(contexts.contexts_path(os.environ))
+    name = context if context is not None else known.current
+    chosen = known.get(name) if name is not None else None
+    stronger = ("flag --",) if context is not None else ("flag --", "env LLORCH_")
+    url, token, tls_ca, withheld = settings.url, settings.token, settings.tls_ca, None
+    own_url = origin["url"].startswith(stronger)
+    own_token = token is not None and origin["token"].startswith(stronger)
+    if chosen is not None:
+        if not own_url:
+            url = chosen.url
+            tls_ca = tls_ca if origin["tls-ca"].startswith(stronger) else chosen.tls_ca or tls_ca
+        if not own_token:
+            # What a file or a weaker source gave was meant for the URL of that source.
+            token = token if own_url else None
+            if url == chosen.url:
+                token = _token_of(chosen, name)
+            elif chosen.token or chosen.token_file:
+                withheld = f"the token of context {name} goes to {chosen.url} only"
+        if token is not None and plain_http_abroad(url) and not own_url:
+            warnings.append(f"context {name}: http:// sends the token unencrypted over the network; use https://")
+    return Target(url, token, tls_ca, settings.timeout, tuple(warnings), withheld if token is None else None)
+
+
+def _token_of(context: contexts.Context, name: str | None) -> str | None:
+    if context.token_file is None:
+        return context.token
+    try:
+        tokens = parse_tokens(read_secret(context.token_file), min_chars=1)
+    except (OSError, ValueError):
+        raise ConfigError(f"context {name}: its token file {context.token_file} can't be used") from None
+    if not tokens:
+        raise ConfigError(f"context {name}: its token file {context.token_file} holds no token")
+    return tokens[0][1]

@@ -1,0 +1,69 @@
+"""Looking for engines with real programs in PATH: what they say, what they don't, and what hangs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from llorch.node.engines import detect as module
+from llorch.node.engines.detect import detect
+
+VERSION = 'echo "version: 9000 (abc)" >&2'
+HELP = 'echo "--cache-ram N  --ui, --no-webui"'
+DEVICES = 'echo "Available devices:"; echo "  BLAS: OpenBLAS (0 MiB, 0 MiB free)"'
+CUDA = 'echo "  CUDA0: NVIDIA H200 (143771 MiB, 143000 MiB free)"'
+
+
+def program(directory: Path, version: str = VERSION, usage: str = HELP, devices: str = DEVICES) -> dict[str, str]:
+    """A llama-server that answers so, and an environment in which it is found."""
+    path = directory / "llama-server"
+    path.write_text(
+        f'#!/bin/sh\ncase "$1" in\n--version) {version};;\n--help) {usage};;\n--list-devices) {devices};;\nesac\n'
+    )
+    path.chmod(0o755)
+    return {"PATH": f"{directory}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_a_llama_server_in_the_path_is_asked_what_it_can(tmp_path: Path) -> None:
+    facts = detect(None, env=program(tmp_path, devices=f"{DEVICES}; {CUDA}"), look_for_gpus=False)
+    assert (facts.llama_server, facts.llama_server_version) == (str(tmp_path / "llama-server"), "9000")
+    assert facts.llama_server_flags == {"--cache-ram", "--no-webui"}
+    assert facts.llama_server_gpu and facts.has_llama_server
+    assert facts.python == sys.executable
+
+
+def test_one_without_a_gpu_says_so(tmp_path: Path) -> None:
+    facts = detect(None, env=program(tmp_path), look_for_gpus=False)
+    assert facts.has_llama_server and not facts.llama_server_gpu
+
+
+def test_one_that_fails_is_there_and_cannot_be_used(tmp_path: Path) -> None:
+    env = program(tmp_path, version='echo "libcuda.so.1: cannot open" >&2; exit 127')
+    facts = detect(None, env=env, look_for_gpus=False)
+    assert not facts.has_llama_server and "libcuda.so.1" in (facts.llama_server_problem or "")
+
+
+def test_one_that_hangs_is_left_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASK_TIMEOUT_S", 0.2)
+    facts = detect(None, env=program(tmp_path, version="exec sleep 60"), look_for_gpus=False)
+    assert not facts.has_llama_server and "no answer" in (facts.llama_server_problem or "")
+
+
+def test_a_path_that_was_given_must_exist(tmp_path: Path) -> None:
+    facts = detect(str(tmp_path / "nothing"), env={"PATH": "/nowhere"}, look_for_gpus=False)
+    assert facts.llama_server_problem == "there is no such program"
+    facts = detect(None, env={"PATH": "/nowhere"}, look_for_gpus=False)
+    assert facts.llama_server is None and facts.llama_server_problem is None
+
+
+@pytest.mark.llama
+def test_the_wheel_is_found_and_asked_for_gpus_in_a_process_of_its_own() -> None:
+    before = "xllamacpp" in sys.modules
+    facts = detect(None, env={"PATH": "/nowhere"})
+    if facts.xllamacpp_version is None:
+        pytest.skip("xllamacpp is not installed")
+    assert isinstance(facts.xllamacpp_gpu, bool)
+    assert ("xllamacpp" in sys.modules) is before

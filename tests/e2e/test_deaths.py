@@ -1,0 +1,191 @@
+"""Parts that die: what the others notice, how fast, and that nobody has to do anything."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from tests.cluster import Cluster, alive, descendants, eventually, expected_text, simulated
+
+LONG = ("--tokens", "100000", "--delay-ms", "20")
+
+
+async def test_a_killed_node_gets_nothing_more_within_a_second_and_is_offline_at_30_s(llorch: Cluster) -> None:
+    await llorch.start_control("--heartbeat-interval", "1s", "--offline-after", "3s")
+    a = await llorch.start_node("a", [simulated("p0", "sim", 4, "--tokens", "64")])
+    await llorch.start_node("b", [simulated("p0", "sim", 4, "--tokens", "64")])
+    a.kill()
+    killed = time.monotonic()
+
+    async def a_is_passed_over() -> bool:
+        _, decision = await llorch.post(
+            "/v2/placement", {"model": "sim", "prompt": "x", "placement": {"prefer": ["a"]}}
+        )
+        return bool(decision["node_id"] == "b")
+
+    await eventually(a_is_passed_over, within_s=1.0)
+    assert time.monotonic() - killed < 1.0
+    done = await asyncio.gather(*(llorch.complete(placement={"prefer": ["a"]}) for _ in range(8)))
+    assert {task["node_id"] for task in done} == {"b"}
+
+    async def offline() -> bool:
+        node = await llorch.get("/v2/nodes/a")
+        return bool(node["state"] == "offline")
+
+    assert not await offline()  # its lease runs on: not reachable is another fact than offline
+    await eventually(offline, within_s=5.0)
+    assert 2.5 <= time.monotonic() - killed <= 5.0
+
+
+async def test_offline_after_is_30_s_by_default(llorch: Cluster) -> None:
+    await llorch.start_control()
+    status, answer = 0, {}
+    async with llorch.session.post(
+        llorch.url + "/v2/nodes/register",
+        json={"node_id": "n", "pools": []},
+        headers=llorch.headers(llorch.tokens["LLORCH_NODE_TOKEN"]),
+    ) as response:
+        status, answer = response.status, await response.json()
+    assert status == 200
+    assert (answer["offline_after_ms"], answer["heartbeat_interval_ms"]) == (30_000, 10_000)
+
+
+async def test_tasks_with_no_output_move_on_and_the_others_end_in_one_node_lost(llorch: Cluster) -> None:
+    await llorch.start_control()
+    a = await llorch.start_node(
+        "a", [simulated("p0", "slow-start", 2, "--tokens", "8", "--ttft-ms", "60000")], wait=False
+    )
+    # The readiness token takes a minute too: not ready, so nothing is placed there.
+    b = await llorch.start_node("b", [simulated("p0", "sim", 2, *LONG)])
+    running = asyncio.ensure_future(
+        llorch.post("/v2/tasks", {"model": "sim", "prompt": "x", "max_tokens": 10_000}, accept="text/event-stream")
+    )
+
+    async def streaming() -> bool:
+        tasks = (await llorch.get("/v2/tasks"))["tasks"]
+        return any(task["state"] == "streaming" for task in tasks)
+
+    await eventually(streaming)
+    b.kill()
+    status, text = await asyncio.wait_for(running, 5)
+    assert status == 200
+    assert text.count("event: error") == 1
+    assert text.count("event: end") == 0
+    assert "NODE_LOST" in text.rstrip().splitlines()[-1]
+    said = "".join(line.split('"t":"')[1].split('"')[0] for line in text.splitlines() if line.startswith('data: {"t"'))
+    assert expected_text(10_000).startswith(said)
+    assert said
+    await a.stop()
+
+
+async def test_a_killed_control_has_its_nodes_back_within_3_s(llorch: Cluster) -> None:
+    control = await llorch.start_control()
+    port = int(control.url.rpartition(":")[2])
+    for name in ("a", "b"):
+        await llorch.start_node(name, [simulated("p0", "sim", 2, "--tokens", "64")])
+    control.kill()
+    await llorch.start_control(port=port)
+    back = time.monotonic()
+
+    async def both_bound() -> bool:
+        pools = (await llorch.get("/v2/pools"))["pools"]
+        return sum(pool["bound"] for pool in pools) == 2
+
+    await eventually(both_bound, within_s=3.0)
+    assert time.monotonic() - back <= 3.0
+    done = await asyncio.gather(*(llorch.complete() for _ in range(8)))
+    assert {task["node_id"] for task in done} == {"a", "b"}
+
+
+async def test_a_native_task_outlives_its_control_and_is_followed_at_the_next(llorch: Cluster) -> None:
+    control = await llorch.start_control()
+    port = int(control.url.rpartition(":")[2])
+    await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "100", "--delay-ms", "20")])
+    got = b""
+    headers = llorch.headers()
+    async with llorch.session.post(
+        llorch.url + "/v2/tasks", json={"model": "sim", "prompt": "x", "max_tokens": 100}, headers=headers
+    ) as response:
+        task_id = response.headers["X-Llorch-Task"]
+        while got.count(b"event: token") < 5:
+            got += await response.content.readany()
+        control.kill()
+    whole = got[: got.rindex(b"\n\n") + 2]
+    last_id = whole.rsplit(b"id: ", 1)[1].split(b"\n", 1)[0].decode()
+    await llorch.start_control(port=port)
+
+    async def rest() -> bytes:
+        async with llorch.session.get(
+            f"{llorch.url}/v2/tasks/{task_id}/events", headers=headers | {"Last-Event-ID": last_id}
+        ) as response:
+            assert response.status == 200, await response.text()
+            return await response.read()
+
+    text = (whole + await eventually(rest, within_s=5.0)).decode()
+    tokens = [line for line in text.splitlines() if line.startswith('data: {"t":')]
+    assert tokens == [f'data: {{"t":"t{i} ","i":{i}}}' for i in range(100)]
+    assert text.count("event: end") == 1
+
+
+async def test_sigterm_lets_a_node_finish_end_its_engines_and_sign_off_last(llorch: Cluster) -> None:
+    await llorch.start_control()
+    node = await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "1000", "--delay-ms", "20")])
+    engines = descendants(node.pid)
+    assert engines
+    running = asyncio.ensure_future(llorch.complete(tokens=60))
+
+    async def placed() -> bool:
+        return bool((await llorch.get("/v2/nodes/a"))["in_flight"])
+
+    await eventually(placed)
+    ending = asyncio.ensure_future(node.stop())
+
+    async def draining() -> bool:
+        return bool((await llorch.get("/v2/nodes/a"))["draining"])
+
+    await eventually(draining)
+    _, decision = await llorch.post("/v2/placement", {"model": "sim", "prompt": "x"})
+    assert decision["outcome"] == "refuse"
+    assert (await running)["text"] == expected_text(60)
+    assert await ending == 0
+    assert [pid for pid in engines if alive(pid)] == []
+
+    async def gone() -> bool:
+        async with llorch.session.get(llorch.url + "/v2/nodes/a", headers=llorch.headers()) as response:
+            return response.status == 404 or (await response.json())["state"] == "offline"
+
+    await eventually(gone, within_s=2.0)
+    lines = node.text().splitlines()
+    last_engine = max(i for i, line in enumerate(lines) if "engine.exited" in line)
+    signed_off = max(i for i, line in enumerate(lines) if "node.deregistered" in line)
+    assert last_engine < signed_off
+
+
+async def test_a_killed_agent_leaves_no_engine(llorch: Cluster) -> None:
+    await llorch.start_control()
+    node = await llorch.start_node("a", [simulated("p0", "sim", 1, "--ignore-sigterm")])
+    engines = descendants(node.pid)
+    node.kill()
+    await eventually(lambda: not [pid for pid in engines if alive(pid)], within_s=3.0)
+
+
+async def test_sigterm_to_a_control_refuses_new_tasks_and_lets_running_ones_end(llorch: Cluster) -> None:
+    control = await llorch.start_control()
+    await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "1000", "--delay-ms", "20")])
+    running = asyncio.ensure_future(llorch.complete(tokens=60))
+
+    async def placed() -> bool:
+        return bool((await llorch.get("/v2/nodes/a"))["in_flight"])
+
+    await eventually(placed)
+    ending = asyncio.ensure_future(control.stop())
+
+    async def not_ready() -> bool:
+        async with llorch.session.get(llorch.url + "/readyz") as response:
+            return response.status == 503
+
+    await eventually(not_ready)
+    status, body = await llorch.post("/v2/tasks", {"model": "sim", "prompt": "x"})
+    assert (status, body["error"]["code"]) == (503, "DRAINING")
+    assert (await running)["text"] == expected_text(60)
+    assert await ending == 0

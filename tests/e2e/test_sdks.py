@@ -1,0 +1,177 @@
+"""The clients people have: the openai and anthropic SDKs against a real cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from tests.cluster import Cluster, cluster, expected_text, simulated
+
+
+@pytest.fixture
+async def sim(llorch: Cluster) -> Cluster:
+    await llorch.start_control()
+    await llorch.start_node("a", [simulated("p0", "sim", 4, "--tokens", "64")])
+    return llorch
+
+
+@pytest.fixture
+async def client(sim: Cluster) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{sim.url}/v1", api_key=sim.token, max_retries=0) as made:
+        yield made
+
+
+ASK: Any = [{"role": "user", "content": "go"}]
+
+
+async def engine_requests(running: Cluster, node: str = "a") -> list[dict[str, Any]]:
+    """What the simulated engine was asked, from the engine itself."""
+    runtime = running.folder / node / ".runtime"
+    (handoff,) = [json.loads(path.read_text()) for path in (runtime / "engines").glob("*.json")]
+    key = Path(handoff["api_key_file"]).read_text().strip()
+    async with running.session.get(
+        handoff["url"] + "/simulated/requests", headers={"Authorization": f"Bearer {key}"}
+    ) as response:
+        return await response.json()  # type: ignore[no-any-return]
+
+
+async def test_it_lists_models(client: openai.AsyncOpenAI) -> None:
+    assert [model.id async for model in client.models.list()] == ["sim"]
+    assert (await client.models.retrieve("sim")).id == "sim"
+
+
+async def test_it_chats(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(model="sim", messages=ASK, max_tokens=5)
+    assert answer.choices[0].message.content == expected_text(5)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 5
+
+
+async def test_it_streams_without_usage(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(model="sim", messages=ASK, max_tokens=5, stream=True)
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected_text(5)
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+async def test_it_streams_with_usage(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="sim", messages=ASK, max_tokens=5, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 5
+
+
+async def test_it_completes_and_embeds(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="sim", prompt="t3 ", max_tokens=3)
+    assert answer.choices[0].text == expected_text(3, first=4)
+    vectors = await client.embeddings.create(model="sim", input=["a", "b"], encoding_format="float")
+    assert [len(row.embedding) for row in vectors.data] == [8, 8]
+
+
+async def test_unknown_fields_reach_the_engine(sim: Cluster, client: openai.AsyncOpenAI) -> None:
+    await client.chat.completions.create(
+        model="sim", messages=ASK, max_tokens=1, extra_body={"from_the_future": {"depth": [1, 2]}, "mirostat": 2}
+    )
+    (body,) = [seen["body"] for seen in await engine_requests(sim) if "from_the_future" in seen["body"]]
+    assert (body["from_the_future"], body["mirostat"]) == ({"depth": [1, 2]}, 2)
+
+
+async def test_engine_internal_fields_are_refused(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="n_discard"):
+        await client.chat.completions.create(model="sim", messages=ASK, extra_body={"n_discard": -1})
+
+
+async def test_a_wrong_key_is_an_authentication_error(sim: Cluster) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{sim.url}/v1", api_key="wrong", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            await stranger.models.list()
+    assert caught.value.code == "UNAUTHENTICATED"
+
+
+async def test_an_unknown_model_is_a_not_found_error(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.chat.completions.create(model="nope", messages=ASK)
+    assert caught.value.code == "MODEL_NOT_FOUND"
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("nope")
+
+
+async def test_bad_json_and_bad_types_are_bad_requests(sim: Cluster, client: openai.AsyncOpenAI) -> None:
+    bad: Any = 7
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model=bad, messages=ASK)
+    assert caught.value.code == "INVALID_REQUEST"
+    assert caught.value.param == "model"
+    for raw in (b"{", b'{"model":"sim","model":"sim"}', b"[" * 50, b'{"model":"sim","x":NaN}'):
+        async with sim.session.post(
+            f"{sim.url}/v1/chat/completions",
+            data=raw,
+            headers=sim.headers() | {"Content-Type": "application/json"},
+        ) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["code"] == "INVALID_REQUEST"
+
+
+async def test_an_engine_that_refuses_is_a_rate_limit_or_server_error(llorch: Cluster) -> None:
+    await llorch.start_control()
+    # The readiness token would be refused too, so this engine is one that others started and handed over.
+    await llorch.start_node("a", [simulated("ok", "sim", 1, "--truncate-after", "3", "--tokens", "8")])
+    async with openai.AsyncOpenAI(base_url=f"{llorch.url}/v1", api_key=llorch.token, max_retries=0) as client:
+        stream = await client.chat.completions.create(model="sim", messages=ASK, stream=True)
+        said = ""
+        with pytest.raises(openai.APIError) as caught:
+            async for chunk in stream:
+                said += chunk.choices[0].delta.content or ""
+    assert said == expected_text(3)
+    assert caught.value.code == "ENGINE_FAILED"
+
+
+@pytest.mark.llama
+async def test_the_sdks_reach_real_llama_cpp(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as running:
+        await running.start_control()
+        await running.start_node("a", [{"id": "p0", "engine": "llamacpp", "model": "demo", "slots": 2, "ctx": 512}])
+        async with anthropic.AsyncAnthropic(base_url=running.url, api_key=running.token, max_retries=0) as claude:
+            message = await claude.messages.create(model="demo", max_tokens=8, messages=ASK)
+            assert message.content[0].type == "text"
+            assert message.usage.output_tokens == 8
+            text = ""
+            async with claude.messages.stream(model="demo", max_tokens=8, messages=ASK) as stream:
+                async for piece in stream.text_stream:
+                    text += piece
+            assert text
+            with pytest.raises(anthropic.NotFoundError):
+                await claude.messages.create(model="nope", max_tokens=8, messages=ASK)
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=running.token, max_retries=0) as client:
+            assert [model.id async for model in client.models.list()] == ["demo"]
+            answer = await client.chat.completions.create(model="demo", messages=ASK, max_tokens=8, seed=1)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 8
+            chunks = [
+                chunk
+                async for chunk in await client.chat.completions.create(
+                    model="demo", messages=ASK, max_tokens=8, stream=True, stream_options={"include_usage": True}
+                )
+            ]
+            assert chunks[-1].usage is not None
+            assert chunks[-1].usage.completion_tokens == 8
+            plain = [
+                chunk
+                async for chunk in await client.chat.completions.create(
+                    model="demo", messages=ASK, max_tokens=8, stream=True
+                )
+            ]
+            assert all(chunk.choices and chunk.usage is None for chunk in plain)
+        task = await running.complete("demo", tokens=8, seed=1)
+        assert task["tokens_out"] == 8
+        assert task["text"]

@@ -1,0 +1,107 @@
+"""Canaries: no token, prompt or output reaches a log, an argument list, an error body or an engine's environment."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster, descendants, simulated
+
+CANARY_PROMPT = f"canary{secrets.token_hex(8)}"
+
+
+def of_all(pids: set[int], what: str) -> str:
+    out = ""
+    for pid in pids:
+        try:
+            out += Path(f"/proc/{pid}/{what}").read_bytes().decode("utf-8", "replace").replace("\0", " ") + "\n"
+        except OSError:
+            continue
+    return out
+
+
+async def test_no_secret_in_argv_logs_error_bodies_or_engine_environments(llorch: Cluster) -> None:
+    control = await llorch.start_control("--log-level", "debug")
+    node = await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "8")], "--log-level", "debug")
+    bodies: list[str] = []
+    bad_tokens = [secrets.token_hex(16), "é" * 16, "x" * 5000]
+    for path in ("/v2/tasks", "/v1/chat/completions", "/v2/nodes/register"):
+        for token in bad_tokens:
+            async with llorch.session.post(
+                llorch.url + path,
+                data=b"{}",
+                headers={"Authorization": f"Bearer {token}".encode("latin-1", "replace").decode("latin-1")},
+            ) as response:
+                bodies.append(await response.text())
+    raw_bodies = [
+        f'{{"model": "sim", "prompt": "{CANARY_PROMPT}", "x": 1}}',
+        f'{{"model": "{CANARY_PROMPT}", "prompt": "x"}}',
+        f'{{"model": "sim", "prompt": ["{CANARY_PROMPT}"]}}',
+        f'{{"model": "sim", "prompt": "{CANARY_PROMPT}"',
+        f'{{"model": "sim", "prompt": "{CANARY_PROMPT}", "max_tokens": 3}}',
+    ]
+    for raw in raw_bodies:
+        for path in ("/v2/tasks", "/v1/completions"):
+            async with llorch.session.post(
+                llorch.url + path, data=raw.encode(), headers=llorch.headers() | {"Content-Type": "application/json"}
+            ) as response:
+                text = await response.text()
+                if response.status != 200 and f'"model": "{CANARY_PROMPT}' not in raw:
+                    bodies.append(text)
+    processes = {control.pid, node.pid} | descendants(control.pid) | descendants(node.pid)
+    engines = descendants(node.pid)
+    argv, engine_env = of_all(processes, "cmdline"), of_all(engines, "environ")
+    keys = [path.read_text().strip() for path in (llorch.folder / "a" / ".runtime").rglob("*.key")]
+    assert keys
+    assert engines
+    await asyncio.gather(control.stop(), node.stop())
+    logs = "".join(path.read_text(errors="replace") for path in llorch.folder.rglob("*.log"))
+    assert "task.ended" in logs
+    found = {
+        (where, kind)
+        for kind, canaries in (
+            ("token", [*llorch.tokens.values(), *(token for token in bad_tokens), *keys]),
+            ("prompt", [CANARY_PROMPT]),
+            ("output", ["t0 t1", "t1 "]),
+        )
+        for where, text in (
+            ("argv", argv),
+            ("logs", logs if kind != "prompt" else re.sub(r"no node has the model \S+", "", logs)),
+            ("error bodies", "".join(bodies)),
+            ("engine environment", engine_env),
+        )
+        if any(canary in text for canary in canaries)
+    }
+    assert found == set()
+
+
+async def test_private_files_are_private(llorch: Cluster) -> None:
+    await llorch.start_control()
+    await llorch.start_node("a", [simulated()])
+    runtime = llorch.folder / "a" / ".runtime"
+    assert runtime.stat().st_mode & 0o077 == 0
+    for path in [*runtime.rglob("*.key"), *(runtime / "pids").iterdir()]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.mark.parametrize("role", ["control", "node"])
+async def test_a_role_without_tokens_does_not_start(llorch: Cluster, role: str) -> None:
+    argv = [role, "--bind", "127.0.0.1:0"] + (["--join", "http://127.0.0.1:1"] if role == "node" else [])
+    running = llorch.start(role, argv)
+    assert await asyncio.to_thread(running.process.wait, 20) == 2
+    text = running.text()
+    assert "ready url" not in text
+    assert "token" in text
+    assert "openssl rand -hex 32" in text
+
+
+@pytest.mark.parametrize("role", ["control", "node"])
+async def test_a_bind_beyond_loopback_without_tls_is_refused(llorch: Cluster, role: str) -> None:
+    argv = [role, "--bind", "0.0.0.0:0"] + (["--join", "http://127.0.0.1:1"] if role == "node" else [])
+    running = llorch.start(role, argv, **llorch.tokens)
+    assert await asyncio.to_thread(running.process.wait, 20) == 2
+    assert "tls-cert" in running.text()

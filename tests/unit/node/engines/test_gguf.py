@@ -1,0 +1,144 @@
+"""The header of a GGUF: what is read from it, and that no damage or lie in it gets past or costs memory."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llorch.node.engines import gguf
+from llorch.node.engines.gguf import Header, parse_header, read_header
+
+U32, STRING, ARRAY, U64, F64 = 4, 8, 9, 10, 12
+
+
+def text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def tensor(name: str, *shape: int) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, 0)
+
+
+def file(
+    *keys: bytes,
+    tensors: tuple[bytes, ...] = (),
+    version: int = 3,
+    n_keys: int | None = None,
+    n_tensors: int | None = None,
+) -> bytes:
+    counts = (len(tensors) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys)
+    return b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(keys) + b"".join(tensors)
+
+
+ARCHITECTURE = key("general.architecture", STRING, text("llama"))
+WHOLE = file(
+    ARCHITECTURE,
+    key("general.name", STRING, text("a name")),
+    key("general.file_type", U32, struct.pack("<I", 15)),
+    key("llama.context_length", U32, struct.pack("<I", 4096)),
+    key("llama.rope.freq_base", F64, struct.pack("<d", 10000.0)),
+    key("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, 2) + text("a") + text("▁b")),
+    key("tokenizer.ggml.scores", ARRAY, struct.pack("<IQ", U64, 2) + bytes(16)),
+    key("nested", ARRAY, struct.pack("<IQ", ARRAY, 1) + struct.pack("<IQ", U32, 1) + bytes(4)),
+    key("tokenizer.chat_template", STRING, text("{{ messages }}")),
+    tensors=(tensor("token_embd.weight", 64, 2), tensor("output_norm.weight", 64)),
+)
+
+
+def test_a_header_is_read() -> None:
+    assert parse_header(WHOLE) == Header(3, 2, "llama", "a name", 4096, "Q4_K_M", True)
+
+
+def test_what_comes_after_the_header_is_not_looked_at() -> None:
+    assert parse_header(WHOLE + b"\xff" * 100) == parse_header(WHOLE)
+
+
+def test_a_file_is_read_as_bytes_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(WHOLE)
+    assert read_header(path) == parse_header(WHOLE)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_header(tmp_path / "none.gguf")
+
+
+def test_what_a_file_does_not_say_is_none() -> None:
+    assert parse_header(file(ARCHITECTURE)) == Header(3, 0, "llama", None, None, None, False)
+
+
+def test_an_unnamed_file_type_is_its_number() -> None:
+    assert parse_header(file(ARCHITECTURE, key("general.file_type", U32, struct.pack("<I", 999)))).file_type == "999"
+
+
+def test_a_number_where_a_text_belongs_is_no_text() -> None:
+    with pytest.raises(ValueError, match="architecture"):
+        parse_header(file(key("general.architecture", U32, bytes(4))))
+
+
+@pytest.mark.parametrize("length", range(len(WHOLE)))
+def test_a_header_cut_at_any_byte_is_refused(length: int) -> None:
+    with pytest.raises(ValueError):
+        parse_header(WHOLE[:length])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "cut short"),
+        (b"PK\x03\x04" + bytes(40), "does not begin with GGUF"),
+        (file(ARCHITECTURE, version=1), "version is 1"),
+        (struct.pack(">4sIQQ", b"GGUF", 3, 0, 0), "version is 50331648"),  # big-endian
+        (file(), "architecture"),
+        (file(ARCHITECTURE, n_keys=2**64 - 1), "18446744073709551615 keys"),
+        (file(ARCHITECTURE, n_tensors=2**63), "9223372036854775808 tensors"),
+        (file(ARCHITECTURE, n_keys=gguf.MAX_KEYS), "cut short"),
+        (file(ARCHITECTURE, n_tensors=gguf.MAX_TENSORS), "cut short"),
+        (file(ARCHITECTURE, ARCHITECTURE), "twice"),
+        (file(key("k" * 70_000, U32, bytes(4))), "bytes of a key"),
+        (file(key("k", 13, bytes(8))), "unknown type 13"),
+        (file(key("k", STRING, struct.pack("<Q", 2**40))), "bytes of text"),
+        (file(key("k", STRING, struct.pack("<Q", gguf.MAX_STRING_BYTES))), "cut short"),
+        (file(key("k", ARRAY, struct.pack("<IQ", U64, 2**61))), "items in a list"),
+        (file(key("k", ARRAY, struct.pack("<IQ", U64, gguf.MAX_ARRAY_ITEMS))), "cut short"),
+        (file(key("k", ARRAY, struct.pack("<IQ", STRING, gguf.MAX_ARRAY_ITEMS))), "cut short"),
+        (file(key("k", ARRAY, struct.pack("<IQ", 99, 1))), "unknown type 99"),
+        (file(key("k", ARRAY, struct.pack("<IQ", ARRAY, 1) * 10_000)), "unknown type 9"),
+        (file(ARCHITECTURE, tensors=(tensor("t", 1, 1, 1, 1, 1),)), "5 dimensions"),
+        (file(ARCHITECTURE, tensors=(tensor("t" * 65, 1),)), "tensor's name"),
+    ],
+)
+def test_a_lie_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_header(data)
+
+
+def test_a_lie_about_a_length_costs_no_memory() -> None:
+    data = file(key("k", ARRAY, struct.pack("<IQ", U64, gguf.MAX_ARRAY_ITEMS)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            parse_header(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 1024 * 1024
+
+
+@given(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=8))
+def test_damage_is_read_or_refused_but_never_worse(at: int, damage: bytes) -> None:
+    try:
+        parse_header(WHOLE[:at] + damage + WHOLE[at + len(damage) :])
+    except ValueError:
+        pass

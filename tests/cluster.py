@@ -78,7 +78,7 @@ class Running:
         self.log = folder / f"{name}-{secrets.token_hex(2)}.log"
         with self.log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "/tmp/roles.py", *argv],
+                [sys.executable, "-m", "llorch", *argv],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
@@ -100,7 +100,8 @@ class Running:
             for text in self.text().splitlines():
                 if text.startswith("ready url="):
                     return text.removeprefix("ready url=")
-            assert self.process.poll() is None, f"{self.name} ended: {self.text()}"
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.name} ended: {self.text()}")
             return None
 
         self.url = await eventually(line, within_s=READY_WITHIN_S, what=f"{self.name} ready\n{self.text()}") or ""

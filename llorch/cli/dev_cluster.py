@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class LogTail:
 
 
 class Cluster:
-    """Use `starting()`. `on_line(role, line)` gets every line that a role writes."""
+    """Use `starting()`. `ended` has the exit codes of roles that have ended; `changed` is set when one does."""
 
     def __init__(self, process: asyncio.subprocess.Process, hello: Mapping[str, str], tokens: Tokens) -> None:
         self.state = Path(hello["state"])
@@ -133,7 +133,7 @@ class Cluster:
 
     async def start_role(self, name: str, words: list[str]) -> None:
         """`llorch WORDS` as a child of the keeper, its output in `<state>/<name>.log`."""
-        self._tails[name] = LogTail(self.state / f"{name}.log")
+        self._tails[name] = self.tail(name)
         argv = [sys.executable, "-m", "llorch", *words]
         await self._tell({"start": name, "argv": argv, "env": self._environment()})
 
@@ -166,12 +166,15 @@ class Cluster:
     def failure(self, name: str) -> Failure:
         """Why a role did not get ready: its own last words."""
         code = self.ended.get(name)
-        what = "did not get ready in time" if code is None else f"ended with {_exit_words(code)}"
+        what = "did not get ready in time" if code is None else f"ended with {exit_words(code)}"
         return Failure(f"{name} {what}", why=self._tails[name].last_lines() or None)
 
-    def new_lines(self) -> list[tuple[str, str]]:
-        """What the roles wrote since the last look."""
-        return [(name, line) for name, tail in self._tails.items() for line in tail.new_lines()]
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(self._tails)
+
+    def tail(self, name: str) -> LogTail:
+        return LogTail(self.state / f"{name}.log")
 
     # ------------------------------------------------------------ the context
 
@@ -181,11 +184,8 @@ class Cluster:
         """
         path = contexts.contexts_path(os.environ)
         name = _free_name(contexts.load(path))
-        # The keeper knows before it is there: there is no moment at which it could stay behind.
-        self.changed.clear()
+        # The order is in the keeper's pipe before the context is there: at no moment could it stay behind.
         await self._tell({"context": name, "path": str(path)})
-        async with asyncio.timeout(READY_WITHIN_S):
-            await self.changed.wait()
         with contexts.changing(path) as known:
             if name in known.named and not _stale(known.named[name]):
                 raise Failure(f"the context {name} was taken just now", hint="try again")
@@ -211,12 +211,5 @@ def _python_path() -> str:
     return os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _exit_words(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"code {code}"
-
-
 def exit_words(code: int) -> str:
-    return _exit_words(code)
-
-
-OnLine = Callable[[str, str], None]
+    return f"signal {-code}" if code < 0 else f"code {code}"

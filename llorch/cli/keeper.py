@@ -70,7 +70,6 @@ class Keeper:
                 self._start(order)
             elif "context" in order:
                 self._context = (Path(order["path"]), order["context"])
-                self._say({"context": order["context"]})
 
     def _say(self, message: dict[str, Any]) -> None:
         with self._speaking, contextlib.suppress(OSError, ValueError):  # perhaps nobody listens any more
@@ -98,7 +97,7 @@ class Keeper:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # ^C at the terminal is for `llorch dev`, which sees to the roles
-                preexec_fn=die_with_keeper,  # noqa: PLW1509 - the other threads only wait for children
+                preexec_fn=die_with_keeper,
             )
         except OSError as error:
             self._say({"ended": name, "code": 127, "why": error.strerror})

@@ -340,6 +340,8 @@ class Dispatcher:
         if tail.error is None:
             return tail
         error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
+        if error.code in _NOT_A_FAILURE:
+            raise _GoElsewhere(error, busy=True)
         if error.status >= 500 and error.code is not Code.DEADLINE_EXCEEDED:
             raise _GoElsewhere(error)
         if error.code is Code.CANCELED:

@@ -73,7 +73,10 @@ class NodeClient:
         if "deadline_ms" in header:
             headers["X-Llorch-Deadline-Ms"] = str(header["deadline_ms"])
         path = f"/v2/pools/{quote(header['pool_id'], safe='')}/infer"
-        return self._stream(node_id, "POST", path, headers, body, feed, header["task_id"])
+        upstream = self._stream(node_id, "POST", path, headers, body, feed, header["task_id"])
+        if header["path"] != "native":
+            upstream.detach = _cancel_first(upstream)
+        return upstream
 
     def attach(self, node_id: str, task_id: str, offset: int, feed: Feed) -> Upstream:
         link = self._links.get(node_id)
@@ -192,6 +195,18 @@ class _Room:
 
     async def free(self) -> None:
         await self._below.wait()
+
+
+def _cancel_first(upstream: Upstream) -> Callable[[str], None]:
+    """A closed connection tells a node nothing of why; an answer that only its client could read must end with it."""
+    close = upstream.detach
+
+    def detach(reason: str) -> None:
+        if reason in ("left", "slow"):
+            upstream.cancel()
+        close(reason)
+
+    return detach
 
 
 def _cancel_quietly(task: asyncio.Task[Any]) -> None:

@@ -38,7 +38,8 @@ class Node:
     metrics: NodeMetrics
     max_body_bytes: int
     slow_reader_timeout_s: float
-    read_gpus: Callable[[], Sequence[Gpu]] = tuple
+    read_gpus: Callable[[Sequence[int]], Sequence[Gpu]] = lambda _own_pids: ()
+    engine_pids: Callable[[], Sequence[int]] = tuple
     read_models: Callable[[], Sequence[ModelReport]] = tuple
     gpus: Sequence[Gpu] = ()
     models: Sequence[ModelReport] = ()
@@ -50,7 +51,7 @@ class Node:
 
     async def refresh(self) -> None:
         """Read GPUs and catalog again: drivers and disks may take their time, so not on the loop."""
-        self.gpus = await asyncio.to_thread(self.read_gpus)
+        self.gpus = await asyncio.to_thread(self.read_gpus, self.engine_pids())
         self.models = await asyncio.to_thread(self.read_models)
 
     def pool_reports(self) -> list[dict[str, Any]]:

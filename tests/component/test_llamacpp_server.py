@@ -249,6 +249,7 @@ async def test_a_port_that_is_taken_ends_it(tmp_path: Path) -> None:
         (["--port", "70000"], "70000"),
         (["--parallel", "0"], "n_parallel"),
         (["--threads", "many"], "--threads"),
+        (["--seed", "-1"], "sampling.seed"),
         (["--flash-attn", "maybe"], "--flash-attn"),
         (["--api-key-file", "/nonexistent"], "/nonexistent"),
         (["--api-key-file", os.devnull], "no key"),

@@ -42,7 +42,7 @@ async def test_offline_after_is_30_s_by_default(llorch: Cluster) -> None:
     status, answer = 0, {}
     async with llorch.session.post(
         llorch.url + "/v2/nodes/register",
-        json={"node_id": "n", "pools": []},
+        json={"node_id": "n", "address": "127.0.0.1:1", "pools": []},
         headers=llorch.headers(llorch.tokens["LLORCH_NODE_TOKEN"]),
     ) as response:
         status, answer = response.status, await response.json()

@@ -256,6 +256,7 @@ def test_unknown_variables_warn_and_those_of_kubernetes_do_not() -> None:
 
 def test_dev_is_set_by_its_flag_alone() -> None:
     assert control({"dev": True}, {"LLORCH_API_TOKEN": "short"}).settings.dev is True
+    assert control({"dev": "true"}, {"LLORCH_API_TOKEN": "short"}).settings.dev is True
     assert only(faults(control, yaml="dev: true\n")).key == "dev"
     assert any("LLORCH_DEV" in one for one in control(env={"LLORCH_DEV": "1"}).warnings)
     assert not control(env={"LLORCH_DEV": "1"}).settings.dev
@@ -391,7 +392,10 @@ def test_a_key_with_no_value_is_a_fault_and_an_empty_list_is_none(null: str) -> 
         ("gpus: [0, ~]\n", "has no value"),
         ("gpus: [0, 0]\n", "0 is given twice"),
         ("pools: a\n", "expected a list of pools"),
+        ("pools: {a: 1}\n", "expected a list of pools"),
         ("pools: [a]\n", "expected the fields of a pool"),
+        ("pools: [[a]]\n", "expected the fields of a pool"),
+        ("pools: [{id: a, env: A=1}]\n", "expected NAME: value lines"),
         ("queue-limit: true\n", "not a whole number"),
         ("allow-cpu: maybe\n", "neither true nor false"),
     ],
@@ -507,7 +511,7 @@ def test_a_secret_that_cant_be_used_is_a_fault_that_does_not_quote_it(content: s
 def test_standard_input_is_read_once() -> None:
     fault = only(faults(control, {"admin-token": "-", "api-token": "-"}, contents={"-": ADMIN}))
     assert "only once" in fault.message
-    got = control({"admin-token": "-", "api-token-file": "/tok"}, contents={"-": ADMIN, "/tok": API})
+    got = control({"api-token": "-", "admin-token-file": "/tok"}, contents={"-": API, "/tok": ADMIN})
     assert (got.settings.admin_token, got.settings.api_token) == (ADMIN, API)
 
 
@@ -932,9 +936,9 @@ def test_model_references(text: str) -> None:
     assert kinds.MODEL_REF.parse(text) == text
 
 
-@pytest.mark.parametrize("text", ["", "/abs.gguf", "./x.gguf", "~/x.gguf", "file:x", "file://h/x", "file:/a\nb", "hf:o/r/../x",
+@pytest.mark.parametrize("text", ["", "/abs.gguf", "./x.gguf", "~/x.gguf", "file:x", "file://h/x", "file:/a\nb",
                                   "hf:repo", "hf:o/r:", "hf:o/../r", "http://h/x.gguf", "https://u:p@h/x",
-                                  "a..b", "-a", "a b", "x" * 129])  # fmt: skip
+                                  "a..b", "-a", "a b", "x" * 129, "hf:o/r/../x"])  # fmt: skip
 def test_what_is_no_model_reference(text: str) -> None:
     refuses(kinds.MODEL_REF, text)
 

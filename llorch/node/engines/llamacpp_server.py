@@ -170,7 +170,10 @@ def build(llama: Any, given: argparse.Namespace) -> Any:
     fixed = ("model", "host", "port", "alias", "api_key_file", "chat_template_file")
     for attribute, value in flags.items():
         if attribute not in fixed:
-            _set(params, attribute, value)
+            try:
+                _set(params, attribute, value)
+            except OverflowError:
+                _end(MISUSED, f"{value} is out of range for {attribute}")
     params.model.path = given.model
     params.hostnames = [given.host]
     params.port = given.port

@@ -1,53 +1,35 @@
 """The simulated engine, a program: `python -m llorch.node.engines.simulated_server` speaks llama-server's HTTP surface.
 
 Token i is the text `t<i> ` on every path, so that any loss or repetition shows; a prompt that ends in `t<k> ` is gone
-on from. Faults are flags. It holds no model and knows nothing of llorch; requests beyond its slots wait inside, as they do
-in llama-server. Answers are shaped as llama.cpp shapes them.
+on from. Faults are flags. It holds no model; requests beyond its slots wait inside, as they do in llama-server. Answers
+are shaped as llama.cpp shapes them. For tests `GET /simulated/requests` shows the last bodies that reached it and `GET
+/simulated/state` its counts. It never listens beyond loopback and never logs a request.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from aiohttp import web
 
 from llorch.node.engines import simulated_answers as answers
+from llorch.node.engines.simulated_script import Ask, Fault, FaultDueError, Script, ask_of, parse, text_of
 
 KEPT_REQUESTS = 1_000
+FLUSH_S = 5.0  # for a reader to take what was written before a connection is cut
+GARBAGE = b'\x00\xff{]not an event\n\ndata: {"choices": [\n\n'
 MAX_BODY_BYTES = 64 * 1024 * 1024
-_LAST_TOKEN = re.compile(r"(?:^|\s)t(\d+) $")
-
-
-@dataclass(slots=True)
-class Script:
-    """What the flags ask for. Times in ms, counts in tokens; a fault comes after that many tokens of a request."""
-
-    alias: str
-    slots: int
-    ctx: int
-    key: str | None
-    ttft_ms: float
-    delay_ms: float
-    tokens: int
-    load_s: float
-    die_after: int | None
-    hang_after: int | None
-    truncate_after: int | None
-    garbage_after: int | None
-    status: int | None
 
 
 @dataclass(slots=True)
@@ -57,12 +39,14 @@ class Counts:
     started: int = 0
     finished: int = 0
     aborted: int = 0
-    tokens: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 @dataclass(slots=True)
 class Engine:
     script: Script
+    keys: frozenset[str]
     free: asyncio.Semaphore
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
@@ -73,67 +57,36 @@ class Engine:
         return time.monotonic() - self.began < self.script.load_s
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One generation: where to begin, how far to go, how it ends."""
-
-    first: int
-    count: int
-    finish: str  # "stop" or "length"
-    prompt_tokens: int
-
-
 ENGINE = web.AppKey("engine", Engine)
 
 
-def text_of(content: object) -> str:
-    """A message's text: a string, or the text parts of a list."""
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def ask_of(body: dict[str, Any], script: Script) -> Ask:
-    prompt = body.get("prompt", body.get("input"))
-    last = prompt[0] if isinstance(prompt, list) and prompt else prompt
-    words = text_of(last)
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        said = [message for message in messages if isinstance(message, dict)]
-        words = text_of(said[-1].get("content")) if said and said[-1].get("role") == "assistant" else ""
-        last = " ".join(text_of(message.get("content")) for message in said)
-    match = _LAST_TOKEN.search(words)
-    bound = next(
-        (
-            body[name]
-            for name in ("max_tokens", "max_completion_tokens", "n_predict", "max_output_tokens")
-            if isinstance(body.get(name), int) and body[name] >= 0
-        ),
-        None,
-    )
-    count = script.tokens if bound is None else min(bound, script.tokens)
-    finish = "length" if bound is not None and bound <= script.tokens else "stop"
-    return Ask(int(match.group(1)) + 1 if match else 0, count, finish, max(1, len(text_of(last).split())))
-
-
-async def generate(engine: Engine, ask: Ask) -> AsyncIterator[str]:
-    """The texts of a request's tokens, at the script's pace, with its faults."""
+async def generate(engine: Engine, ask: Ask, told: answers.Told) -> AsyncIterator[str]:
+    """The texts of a request's tokens, at the script's pace. Raises FaultDueError."""
     script = engine.script
+    began = time.monotonic()
     if script.ttft_ms:
         await asyncio.sleep(script.ttft_ms / 1_000)
+    told.prompt_s = time.monotonic() - began
+    engine.counts.tokens_in += ask.prompt_tokens
     for sent in range(ask.count):
-        if sent and script.delay_ms:
+        if sent:  # also with no delay: it is the others' turn, and a chance to be cancelled
             await asyncio.sleep(script.delay_ms / 1_000)
-        if script.die_after is not None and sent >= script.die_after:
-            os._exit(1)
-        if script.hang_after is not None and sent >= script.hang_after:
-            await asyncio.Event().wait()
-        engine.counts.tokens += 1
+        script.check(sent)
+        engine.counts.tokens_out += 1
+        told.tokens_out = sent + 1
+        told.predicted_s = time.monotonic() - began - told.prompt_s
         yield f"t{ask.first + sent} "
 
 
+@dataclass(slots=True)
+class Stay:
+    """A request's time in a slot."""
+
+    finished: bool = False
+
+
 @contextlib.asynccontextmanager
-async def slot(engine: Engine) -> AsyncIterator[None]:
+async def slot(engine: Engine) -> AsyncIterator[Stay]:
     counts = engine.counts
     counts.waiting += 1
     try:
@@ -142,14 +95,13 @@ async def slot(engine: Engine) -> AsyncIterator[None]:
         counts.waiting -= 1
     counts.active += 1
     counts.started += 1
-    finished = False
+    stay = Stay()
     try:
-        yield
-        finished = True
+        yield stay
     finally:
         counts.active -= 1
-        counts.finished += finished
-        counts.aborted += not finished
+        counts.finished += stay.finished
+        counts.aborted += not stay.finished
         engine.free.release()
 
 
@@ -160,43 +112,87 @@ async def serve_generation(request: web.Request, shape: answers.Shape) -> web.St
     if script.status is not None:
         return failure(script.status, "the script says so")
     ask = ask_of(body, script)
-    started = time.monotonic()
-    async with slot(engine):
-        told = answers.Told(
-            script.alias,
-            ask.prompt_tokens,
-            ask.finish,
-            bool(isinstance(body.get("stream_options"), dict) and body["stream_options"].get("include_usage")),
-        )
-        if not body.get("stream"):
-            texts = [text async for text in generate(engine, ask)]
-            told.took(len(texts), time.monotonic() - started)
-            return web.json_response(shape.whole(told, "".join(texts)))
-        return await stream(request, engine, ask, shape, told, started)
+    options = body.get("stream_options")
+    wanted = isinstance(options, dict) and options.get("include_usage") is True
+    told = answers.Told(script.alias, ask.prompt_tokens, ask.finish, wanted)
+    async with slot(engine) as stay:
+        tokens = generate(engine, ask, told)
+        if body.get("stream"):
+            return await stream(request, tokens, shape, told, stay)
+        return await whole(request, tokens, shape, told, stay)
+
+
+async def whole(
+    request: web.Request, tokens: AsyncIterator[str], shape: answers.Shape, told: answers.Told, stay: Stay
+) -> web.StreamResponse:
+    text, fault = "", None
+    try:
+        async for token in tokens:
+            text += token
+    except FaultDueError as due:
+        fault = due.fault
+    if fault in (Fault.DIE, Fault.HANG):
+        await break_off(request, fault)
+    body = json.dumps(shape.whole(told, text)).encode()
+    response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
+    response.content_length = len(body)
+    await response.prepare(request)
+    if fault is None:
+        await response.write(body)
+        await response.write_eof()
+        stay.finished = True
+    elif fault is Fault.GARBAGE:
+        await response.write((GARBAGE * (len(body) // len(GARBAGE) + 1))[: len(body)])
+    else:
+        await response.write(body[: len(body) // 2])
+        await break_off(request, fault)
+    return response
 
 
 async def stream(
-    request: web.Request, engine: Engine, ask: Ask, shape: answers.Shape, told: answers.Told, started: float
+    request: web.Request, tokens: AsyncIterator[str], shape: answers.Shape, told: answers.Told, stay: Stay
 ) -> web.StreamResponse:
-    script = engine.script
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
-    sent = 0
-    lead = b"".join(shape.lead(told))
-    async for text in generate(engine, ask):
-        if script.truncate_after is not None and sent >= script.truncate_after:
-            assert request.transport is not None
-            request.transport.abort()
-            return response
-        if script.garbage_after is not None and sent >= script.garbage_after:
-            await response.write(b'\x00\xff{]not an event\n\ndata: {"choices": [\n\n')
-            return response
-        await response.write(lead + shape.token(told, text))
-        lead = b""
-        sent += 1
-    told.took(sent, time.monotonic() - started)
-    await response.write(lead + b"".join(shape.end(told)))
+    headers = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
+    response = web.StreamResponse(headers=headers)
+    said: list[str] = []
+    try:
+        async for text in tokens:
+            if not said:  # llama.cpp sends no head before its first token
+                await response.prepare(request)
+                await response.write(b"".join(shape.lead(told)) + shape.token(told, text))
+            else:
+                await response.write(shape.token(told, text))
+            said.append(text)
+    except FaultDueError as due:
+        if not response.prepared and due.fault in (Fault.TRUNCATE, Fault.GARBAGE):
+            await response.prepare(request)
+        if due.fault is Fault.GARBAGE:
+            await response.write(GARBAGE)
+        else:
+            await break_off(request, due.fault)
+        return response
+    if not response.prepared:
+        await response.prepare(request)
+        await response.write(b"".join(shape.lead(told)))
+    await response.write(b"".join(shape.end(told, "".join(said))))
+    await response.write_eof()
+    stay.finished = True
     return response
+
+
+async def break_off(request: web.Request, fault: Fault) -> None:
+    """End an answer in the middle, after all that was written has left this process."""
+    if fault is Fault.HANG:
+        await asyncio.Event().wait()
+    transport = request.transport
+    until = time.monotonic() + FLUSH_S
+    while transport is not None and transport.get_write_buffer_size() and time.monotonic() < until:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.001)  # uvloop writes at the end of a turn
+    if fault is Fault.DIE:
+        os._exit(1)
+    if transport is not None:
+        transport.close()
 
 
 # ---------------------------------------------------------------- the surface
@@ -209,12 +205,14 @@ async def read_json(request: web.Request) -> dict[str, Any]:
         raise refusal(400, "the body is not JSON") from None
     if not isinstance(body, dict):
         raise refusal(400, "the body is not an object")
-    headers = {name.lower(): value for name, value in request.headers.items() if name.lower() != "authorization"}
+    headers = {name: value for key, value in request.headers.items() if (name := key.lower()) not in SECRET_HEADERS}
     request.app[ENGINE].requests.append({"path": request.path, "headers": headers, "body": body})
     return body
 
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 503: "unavailable_error"}
+OPEN_PATHS = frozenset({"/health", "/v1/health"})
+SECRET_HEADERS = frozenset({"authorization", "x-api-key"})
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
@@ -233,18 +231,23 @@ def refusal(status: int, message: str) -> web.HTTPException:
 @web.middleware
 async def guard(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
     engine = request.app[ENGINE]
-    if request.path == "/health":
-        if engine.loading:
-            return failure(503, "Loading model")
-        return web.json_response({"status": "ok"})
-    if engine.script.key is not None:
-        presented = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.headers.get("X-Api-Key")
-        if presented != engine.script.key:
-            return failure(401, "Invalid API Key")
-    if engine.loading:
+    if engine.loading:  # llama.cpp says so on every path and before it asks for a key
         return failure(503, "Loading model")
-    answer: web.StreamResponse = await handler(request)
+    if request.path not in OPEN_PATHS and engine.keys:
+        presented = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.headers.get("X-Api-Key")
+        if presented not in engine.keys:
+            return failure(401, "Invalid API Key")
+    try:
+        answer: web.StreamResponse = await handler(request)
+    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+        return failure(404, "File Not Found")
+    except web.HTTPRequestEntityTooLarge:
+        return failure(413, "the body is too large")
     return answer
+
+
+async def health(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"status": "ok"})
 
 
 async def embeddings(request: web.Request) -> web.StreamResponse:
@@ -254,7 +257,8 @@ async def embeddings(request: web.Request) -> web.StreamResponse:
         return failure(engine.script.status, "the script says so")
     inputs = body.get("input")
     texts = inputs if isinstance(inputs, list) else [inputs]
-    async with slot(engine):
+    async with slot(engine) as stay:
+        stay.finished = True
         return web.json_response(answers.embeddings(engine.script.alias, [text_of(text) for text in texts]))
 
 
@@ -277,33 +281,30 @@ async def models(request: web.Request) -> web.StreamResponse:
 
 async def slots(request: web.Request) -> web.StreamResponse:
     engine = request.app[ENGINE]
-    active = engine.counts.active
-    return web.json_response([{"id": i, "is_processing": i < active} for i in range(engine.script.slots)])
+    active, ctx = engine.counts.active, engine.script.ctx // engine.script.slots
+    rows = [
+        {"id": i, "n_ctx": ctx, "speculative": False, "is_processing": i < active} for i in range(engine.script.slots)
+    ]
+    return web.json_response(rows)
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:
     counts = request.app[ENGINE].counts
-    lines = [
-        f"llamacpp:requests_processing {counts.active}",
-        f"llamacpp:requests_deferred {counts.waiting}",
-        f"llamacpp:n_decode_total {counts.tokens}",
-        f"llamacpp:tokens_predicted_total {counts.tokens}",
-    ]
-    return web.Response(text="\n".join(lines) + "\n")
+    text = answers.metrics(counts.active, counts.waiting, counts.tokens_in, counts.tokens_out)
+    return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
 async def state(request: web.Request) -> web.StreamResponse:
-    counts = request.app[ENGINE].counts
-    return web.json_response({name: getattr(counts, name) for name in Counts.__slots__})
+    return web.json_response(asdict(request.app[ENGINE].counts))
 
 
 async def seen(request: web.Request) -> web.StreamResponse:
     return web.json_response(list(request.app[ENGINE].requests))
 
 
-def make_app(script: Script) -> web.Application:
+def make_app(script: Script, keys: frozenset[str]) -> web.Application:
     app = web.Application(middlewares=[guard], client_max_size=MAX_BODY_BYTES)
-    app[ENGINE] = Engine(script, asyncio.Semaphore(script.slots))
+    app[ENGINE] = Engine(script, keys, asyncio.Semaphore(script.slots))
     for path, shape in answers.SHAPES.items():
 
         async def handler(request: web.Request, shape: answers.Shape = shape) -> web.StreamResponse:
@@ -312,9 +313,11 @@ def make_app(script: Script) -> web.Application:
         app.router.add_post(path, handler)
     app.router.add_post("/v1/embeddings", embeddings)
     for path, look in {
-        "/health": state,
+        "/health": health,
+        "/v1/health": health,
         "/props": props,
         "/v1/models": models,
+        "/models": models,
         "/slots": slots,
         "/metrics": metrics,
         "/simulated/state": state,
@@ -324,55 +327,42 @@ def make_app(script: Script) -> web.Application:
     return app
 
 
-def parse(argv: list[str]) -> tuple[Script, str, int, bool]:
-    parser = argparse.ArgumentParser(prog="llorch-simulated", allow_abbrev=False)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--alias", default="simulated")
-    parser.add_argument("--model", help="accepted, not used")
-    parser.add_argument("--parallel", type=int, default=4)
-    parser.add_argument("--ctx-size", type=int, default=16_384)
-    parser.add_argument("--api-key-file")
-    parser.add_argument("--ttft-ms", type=float, default=0)
-    parser.add_argument("--delay-ms", type=float, default=0)
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--load-s", type=float, default=0)
-    for name in ("--die-after", "--hang-after", "--truncate-after", "--garbage-after", "--status"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("--ignore-sigterm", action="store_true")
-    given = parser.parse_args(argv)
-    key = None
-    if given.api_key_file is not None:
-        key = Path(given.api_key_file).read_text(encoding="ascii").split("\n", 1)[0].strip()
-    script = Script(
-        alias=given.alias,
-        slots=given.parallel,
-        ctx=given.ctx_size,
-        key=key,
-        ttft_ms=given.ttft_ms,
-        delay_ms=given.delay_ms,
-        tokens=given.tokens,
-        load_s=given.load_s,
-        die_after=given.die_after,
-        hang_after=given.hang_after,
-        truncate_after=given.truncate_after,
-        garbage_after=given.garbage_after,
-        status=given.status,
-    )
-    return script, given.host, given.port, given.ignore_sigterm
+def read_keys(path: str | None) -> frozenset[str]:
+    """The keys in a file, a line each. Without a file no key is asked for."""
+    if path is None:
+        return frozenset()
+    try:
+        lines = Path(path).read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        end(2, f"can't read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
+    keys = frozenset(line.strip() for line in lines if line.strip())
+    if not keys:
+        end(2, f"there is no key in {path}")
+    return keys
+
+
+def end(code: int, message: str) -> NoReturn:
+    print(f"simulated_server: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
 
 
 async def run(argv: list[str]) -> None:
-    script, host, port, ignore_sigterm = parse(argv)
+    script, given = parse(argv)
+    keys = read_keys(given.api_key_file)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, (lambda: None) if ignore_sigterm else stopping.set)
+        ignored = given.ignore_sigterm and number == signal.SIGTERM
+        loop.add_signal_handler(number, (lambda: None) if ignored else stopping.set)
     # handler_cancellation: a client that leaves frees its slot, as in llama-server.
-    runner = web.AppRunner(make_app(script), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    runner = web.AppRunner(make_app(script, keys), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
-    await web.TCPSite(runner, host, port, backlog=1024).start()
-    print(f"simulated engine on {host}:{port}", file=sys.stderr, flush=True)
+    site = web.TCPSite(runner, given.host, given.port, backlog=1024)
+    try:
+        await site.start()
+    except OSError as error:
+        end(1, f"can't listen on port {given.port}: {error.strerror}")
+    print(f"simulated_server: listening on {site.name}", file=sys.stderr, flush=True)
     await stopping.wait()
     await runner.cleanup()
 

@@ -196,11 +196,6 @@ class ControlSettings(ServerSettings):
         duration("100ms", "1d"),
         "How long a placed stream may take to its first token before it is tried elsewhere. Long prompts need long.",
     )
-    recovery_window: float = setting(
-        "15s",
-        duration("0s", "10m"),
-        "After a start, how long unknown tasks and models get a retry instead of a 404 while nodes come back.",
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,7 +333,7 @@ def _settings(cls: type[RoleSettings]) -> tuple[Setting, ...]:
             )
         )
         if declared.kind.secret:
-            doc = f"A file with the value of {name}; it is read again when it changes."
+            doc = f"A file with the value of {name}."
             path = f"/etc/llorch/{name}"
             out.append(
                 Setting(f"{name}-file", PATH, None, doc, (cls.role,), (f"{env[0]}_FILE",), file_of=name, example=path)

@@ -78,8 +78,8 @@ def _node_words(engine: str, model: str, slots: str | None, ctx: str | None) -> 
 class _Dev:
     def __init__(self, nodes: int, node_words: list[str], port: int, verbose: bool) -> None:
         self._nodes = [f"dev-{number}" for number in range(1, nodes + 1)]
-        self._node_words = node_words
-        self._port = port
+        self._control_words = ["--bind", f"127.0.0.1:{port}"]
+        self._node_words = ["--bind", "127.0.0.1:0", "--allow-cpu", *node_words]
         self._verbose = verbose
         self._terminal = is_terminal(sys.stderr)
         self._serving = False
@@ -137,16 +137,24 @@ class _Dev:
         state = cluster.state
         await cluster.start_role(
             "control",
-            ["control", *common, "--bind", f"127.0.0.1:{self._port}", "--data-dir", str(state / "control.d")]
-            + ["--recovery-window", "0s"],
+            ["control", *common, *self._control_words, "--data-dir", str(state / "control.d")],
         )
         url = await cluster.ready_url("control")
         self._progress("starting the nodes ...")
         for name in self._nodes:
             await cluster.start_role(
                 name,
-                ["node", *common, "--join", url, "--bind", "127.0.0.1:0", "--node-id", name]
-                + ["--data-dir", str(state / f"{name}.d"), "--allow-cpu", *self._node_words],
+                [
+                    "node",
+                    *common,
+                    *self._node_words,
+                    "--join",
+                    url,
+                    "--node-id",
+                    name,
+                    "--data-dir",
+                    f"{state / name}.d",
+                ],
             )
         for name in self._nodes:
             await cluster.ready_url(name)

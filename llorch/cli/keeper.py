@@ -1,10 +1,10 @@
 """The keeper of one `llorch dev`: it starts the roles, and ends everything when its standard input ends.
 
 Owns the role processes, their state directory and the context of one `llorch dev`. Its input is a pipe whose other end
-only that process holds, so whatever ends it, SIGKILL included, ends the pipe: there is one way out for every ending. The
-roles are the keeper's children, so no process id can be taken for another's; it is their subreaper, so what they leave
-behind comes to it. Never decides what to start: lines of JSON on its input say so, lines on its output tell what became
-of it. Imports little: it must be there before anything that could need it.
+only that process holds, so whatever ends it, SIGKILL included, ends the pipe: there is one way out for every ending.
+The roles are the keeper's children, so no process id can be taken for another's; it is their subreaper, so what they
+leave behind comes to it. Never decides what to start: lines of JSON on its input say so, lines on its output tell what
+became of it. Imports little: it must be there before anything that could need it.
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ def _run(given: dict[str, Any]) -> int | None:
     flags = flag_values(NodeSettings, given)
     if context.invoked_subcommand is not None:
         if config is not None or any(value not in (None, []) for value in flags.values()):
-            raise usage(
-                f"flags of `llorch node` have no meaning before {context.invoked_subcommand}", "put them after it"
-            )
+            raise usage(f"flags of a node mean nothing before {context.invoked_subcommand}", "put them after it")
         return None
     settings = role_settings(NodeSettings, flags, config)
     from llorch.node.app import main

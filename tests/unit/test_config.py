@@ -122,7 +122,7 @@ def test_every_role_can_be_built_from_its_defaults() -> None:
 def test_the_defaults_are_those_of_the_contract() -> None:
     got, on_node = ControlSettings(), NodeSettings()
     assert (got.heartbeat_interval, got.offline_after, got.probe_interval) == (10.0, 30.0, 5.0)
-    assert (got.queue_limit, got.queue_timeout, got.ttft_timeout, got.recovery_window) == (1024, 120.0, 120.0, 15.0)
+    assert (got.queue_limit, got.queue_timeout, got.ttft_timeout) == (1024, 120.0, 120.0)
     assert (got.max_body, got.slow_reader_timeout, got.shutdown_grace) == (64 * 2**20, 30.0, 30.0)
     assert (on_node.slots, on_node.ctx, on_node.engine, on_node.early_beat) == (4, 4096, "auto", 0.25)
     assert (on_node.log_limit, on_node.logs_limit, on_node.log_retention) == (4 * 2**20, 256 * 2**20, 600.0)

@@ -21,7 +21,10 @@ CANNOT_START = 127  # what shells use for a program that isn't there
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent ends. Exits at once if it has already ended: the signal would never come."""
+    """Be killed when the parent ends. Exits at once if it has already ended: the signal would never come.
+
+    Linux means the parent's *thread* that started this process: it has to be one that lives as long as the agent.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(descriptor, 2)
         os.close(descriptor)
     die_with_parent(given.parent)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, which a program inherits
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)
     except OSError as error:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.docs import MAP, README, ROOT, commands, control_routes, metric_docs, node_route_table, with_generated
 
 LOG_EVENTS = (

@@ -211,6 +211,11 @@ class Control(RuleBasedStateMachine):
         real.ready[pool_id], real.draining = ready, draining
         real.others[pool_id] = min(others, SLOTS - len(real.running[pool_id]))
 
+    @rule(node_id=NODES)
+    def a_node_ends_tasks_that_nobody_reads(self, node_id: str) -> None:
+        for running in self.real[node_id].running.values():
+            running &= set(self.held)
+
     @rule(node_id=NODES, pool_id=POOLS)
     def a_pool_goes(self, node_id: str, pool_id: str) -> None:
         message = Heartbeat.model_validate(
@@ -297,10 +302,10 @@ class Control(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Once all has ended and every node has said so, every slot is free again."""
         for claim in self.claims():
-            self.real[claim.node_id].running[claim.pool_id].discard(claim)
             self.registry.release(claim)
         for node_id, real in self.real.items():
             real.others, real.ready, real.draining = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, True), False
+            real.running = {pool_id: set() for pool_id in MODELS}
             self.registry.deregister(node_id, self.now)
             message = Register.model_validate({"node_id": node_id, "boot_id": "last", "pools": real.reports()})
             self.registry.register(message, now=self.now, wall=WALL, peer=None, lease_id="last")

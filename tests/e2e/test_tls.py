@@ -111,7 +111,10 @@ async def test_a_node_that_does_not_trust_the_control_sends_it_no_token(llorch: 
     config.write_text(json.dumps({"pools": [simulated()]}))
     node = llorch.start(
         "n",
-        ["node", "--join", f"https://127.0.0.1:{port}", "--node-id", "n", "--bind", "127.0.0.1:0", "--config", str(config), "--data-dir", str(llorch.folder / "n")],
+        [
+            "node", "--join", f"https://127.0.0.1:{port}", "--node-id", "n", "--bind", "127.0.0.1:0",
+            "--config", str(config), "--data-dir", str(llorch.folder / "n"),
+        ],
         **llorch.tokens,
     )  # fmt: skip
     await node.ready()

@@ -1,7 +1,8 @@
 """The client's side of a task: one class per form of answer.
 
 Owns what is written to a client and when: the commit to a status, `queued` events, pings, error events and frames. Log
-bytes pass through as they came. Every write is bounded in time, so that a reader that stalls costs 30 s, not for ever.
+bytes pass through as they came; only when an answer fails does this look whether they had ended already. Every write is
+bounded in time, so that a reader that stalls costs 30 s, not for ever.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llorch.messages import Head, Tail
 from llorch.web import error_response, json_response, limit_send_buffer
 
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+QUEUED_EVERY_S = 0.99  # `queued` events come at most once a second; timers may be a little early
 MAX_COLLECTED_BYTES = 16 * 1024 * 1024  # a native answer that was asked for as one JSON document
 
 # Of an engine's headers these mean something to the client; the rest are the engine's own business.
@@ -50,6 +52,13 @@ def error_event(error: LlorchError, request_id: str, task_id: str) -> bytes:
     return sse.encode("error", json.dumps(error.to_wire(request_id=request_id, task_id=task_id)))
 
 
+def empty_end(tail: Tail, request_id: str, task_id: str) -> bytes:
+    """The terminal event of a native task whose log is empty."""
+    if tail.error is None or tail.finish_reason == "canceled" or tail.error.get("code") == Code.CANCELED:
+        return canceled_event(tail)
+    return error_event(LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED), request_id, task_id)
+
+
 def task_headers(task: Task) -> dict[str, str]:
     headers = {"X-Llorch-Task": task.task_id}
     if task.node_id is not None and task.pool_id is not None:
@@ -63,6 +72,13 @@ def task_headers(task: Task) -> dict[str, str]:
     return headers
 
 
+def refusal(error: LlorchError, request_id: str, task: Task) -> web.Response:
+    """An error as a whole answer, with what is known of the task."""
+    response = error_response(error, request_id, task.task_id)
+    response.headers.update(task_headers(task))
+    return response
+
+
 class Stream:
     """A response that is written piece by piece. `whole` tells whether the last piece ended an event."""
 
@@ -70,6 +86,7 @@ class Stream:
         self._request = request
         self._write_timeout_s = write_timeout_s
         self._response: web.StreamResponse | None = None
+        self._last = (b"", b"")
         self.whole = True
 
     @property
@@ -86,22 +103,31 @@ class Stream:
     async def write(self, data: bytes) -> None:
         assert self._response is not None
         self.whole = data.endswith(b"\n\n")
+        self._last = (self._last[1], data)
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._response.write(data)
         except TimeoutError:
-            self._abort()
+            self.abort()
             raise SlowReader("the client took no byte in time") from None
 
     async def ping(self) -> None:
         if self.committed and self.whole:
             await self.write(sse.comment("ping"))
 
+    def last_block(self) -> bytes:
+        """The last whole event that was written, as far as the last two pieces hold it; b"" if one was cut."""
+        return b"".join(self._last).removesuffix(b"\n\n").rpartition(b"\n\n")[2] if self.whole else b""
+
+    async def write_last(self, event: bytes) -> None:
+        """One more event, apart from what may have been cut before it."""
+        await self.write(event if self.whole else b"\n\n" + event)
+
     def finished(self) -> web.StreamResponse:
         assert self._response is not None
         return self._response
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
         if self._request.transport is not None:
             self._request.transport.abort()
 
@@ -112,11 +138,16 @@ class NativeStream:
     def __init__(self, request: web.Request, task: Task, write_timeout_s: float) -> None:
         self._task = task
         self._stream = Stream(request, write_timeout_s)
+        self._said_queued_at = float("-inf")
 
     async def _commit(self) -> None:
         await self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
 
     async def waiting(self, position: int, eta_ms: int | None) -> None:
+        now = time.monotonic()
+        if now - self._said_queued_at < QUEUED_EVERY_S:
+            return
+        self._said_queued_at = now
         await self._commit()
         await self._stream.write(sse.encode("queued", json.dumps({"position": position, "eta_ms": eta_ms})))
 
@@ -134,25 +165,24 @@ class NativeStream:
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
         await self._commit()
-        if tail.length == 0 and tail.error is None:
-            await self._stream.write(canceled_event(tail))
+        if tail.length == 0:
+            await self._stream.write(empty_end(tail, self._task.request_id, self._task.task_id))
         return self._stream.finished()
 
     async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
         if not self._stream.committed and error.code is not Code.CANCELED:
-            return error_response(error, request_id, self._task.task_id)
+            return refusal(error, request_id, self._task)
         await self._commit()
-        if error.code is Code.CANCELED:
-            await self._stream.write(canceled_event(None))
-        else:
-            lead = b"" if self._stream.whole else b"\n\n"
-            await self._stream.write(lead + error_event(error, request_id, self._task.task_id))
+        if not _terminal(self._stream.last_block()):  # the node was lost between its last event and its TAIL
+            canceled = error.code is Code.CANCELED
+            task_id = self._task.task_id
+            await self._stream.write_last(canceled_event(None) if canceled else error_event(error, request_id, task_id))
         return self._stream.finished()
 
     async def stopped(self, request_id: str) -> web.StreamResponse:
         """The control goes: no terminal event, so the client knows that there is more to fetch."""
         if not self._stream.committed:
-            return error_response(_stopping(), request_id, self._task.task_id)
+            return refusal(stopping(), request_id, self._task)
         return self._stream.finished()
 
 
@@ -188,22 +218,27 @@ class OpenAiAnswer:
         await self._stream.write(data)
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
-        if not self._stream.committed:
-            raise LlorchError(Code.CANCELED, "the task was canceled")
+        if tail.length == 0:
+            error = LlorchError(Code.CANCELED, "the task was canceled")
+            if tail.error is not None:
+                error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
+            return await self.failed(error, self._task.request_id)
+        if tail.error is not None and not self._task.stream:
+            raise _cut()
         return self._stream.finished()
 
     async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
         if not self._stream.committed:
-            return error_response(error, request_id, self._task.task_id)
+            return refusal(error, request_id, self._task)
         if not self._task.stream:
-            raise ConnectionResetError("the answer can't be completed")  # a cut body tells; a short one would lie
-        lead = b"" if self._stream.whole else b"\n\n"
-        frame = json.dumps(error.envelope(request_id=request_id, task_id=self._task.task_id))
-        await self._stream.write(lead + sse.encode("", frame))
+            raise _cut()
+        if self._stream.last_block() != b"data: [DONE]":
+            frame = json.dumps(error.envelope(request_id=request_id, task_id=self._task.task_id))
+            await self._stream.write_last(sse.encode("", frame))
         return self._stream.finished()
 
     async def stopped(self, request_id: str) -> web.StreamResponse:
-        return await self.failed(_stopping(), request_id)
+        return await self.failed(stopping(), request_id)
 
 
 class NativeJson:
@@ -242,10 +277,10 @@ class NativeJson:
         return json_response(view | {"text": "".join(self._text)}, headers=task_headers(self._task))
 
     async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
-        return error_response(error, request_id, self._task.task_id)
+        return refusal(error, request_id, self._task)
 
     async def stopped(self, request_id: str) -> web.StreamResponse:
-        return error_response(_stopping(), request_id, self._task.task_id)
+        return refusal(stopping(), request_id, self._task)
 
 
 class Detached:
@@ -274,5 +309,15 @@ class Detached:
 Answer = NativeStream | OpenAiAnswer | NativeJson
 
 
-def _stopping() -> LlorchError:
+def stopping() -> LlorchError:
     return LlorchError(Code.DRAINING, "this control is shutting down", retry_after_ms=2_000)
+
+
+def _cut() -> ConnectionResetError:
+    """For an answer in one piece that can't be completed: a cut body tells its client so, a short one would lie."""
+    return ConnectionResetError("the answer can't be completed")
+
+
+def _terminal(block: bytes) -> bool:
+    """Whether an event block of a native stream is its last."""
+    return any(line in (b"event: end", b"event: error") for line in block.split(b"\n"))

@@ -7,10 +7,12 @@ of the rest, close.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
 from functools import partial
 
 from llorch import logs, systemd, tls, web
@@ -53,8 +55,9 @@ def loopback_only(host: str) -> bool:
     return host in ("127.0.0.1", "::1", "localhost")
 
 
-async def run(settings: ControlSettings) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit code."""
+@contextlib.asynccontextmanager
+async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web.Server]]:
+    """A control that serves for as long as the block runs. At its end nodes are told, then all is closed."""
     ring = token_ring(settings)
     service = parse_tokens(settings.service_token or "", min_chars=1)
     server_tls = (
@@ -99,12 +102,29 @@ async def run(settings: ControlSettings) -> int:
             refused=lambda code: metrics.auth_failed(code.value),
             metrics_open=loopback_only(settings.bind.host),
         )
-        table = routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES))
-        app = web.make_app(table, gate, max_body_bytes=settings.max_body)
+        app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
         server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
         guard.loop(partial(expire_step, control), "expire")
         guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
+        try:
+            yield control, server
+        finally:
+            dispatcher.stop()
+            for link in links:
+                link.close("shutdown")
+            await server.close()
+            await guard.close()
+
+
+def routes() -> tuple[web.Route, ...]:
+    """Every route of a control."""
+    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES))
+
+
+async def run(settings: ControlSettings) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code."""
+    async with serving(settings) as (control, server):
         _watch_signals(control)
         print(f"ready url={server.url}", file=sys.stderr, flush=True)
         systemd.notify("READY=1")
@@ -113,10 +133,6 @@ async def run(settings: ControlSettings) -> int:
             await _drain(control, settings.shutdown_grace)
         finally:
             systemd.notify("STOPPING=1")
-            for link in links:
-                link.close("shutdown")
-            await server.close()
-            await guard.close()
     return 0
 
 

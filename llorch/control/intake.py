@@ -66,6 +66,10 @@ def openai_task(
             raise invalid("X-Llorch-Model is not a model id", param="X-Llorch-Model")
     else:
         raise LlorchError(Code.UNSUPPORTED_MEDIA, "only JSON bodies name their model")
+    if headers.get("X-Llorch-On-Node-Loss", "fail") != "fail":
+        raise invalid(
+            "continuation on another node is not available yet", param="X-Llorch-On-Node-Loss", hint='use "fail"'
+        )
     deadline_ms = _deadline_ms(headers.get("X-Llorch-Deadline-Ms"))
     return Task(
         task_id=task_id,

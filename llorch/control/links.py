@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from llorch import records
-from llorch.control.feed import Accepted, Feed, Item, Lost, Refused, Upstream
+from llorch.control.feed import Accepted, Feed, Item, Lost, Refused, Stopped, Upstream
 from llorch.errors import Code, LlorchError
 from llorch.link import Link
 from llorch.logs import Log
@@ -22,8 +22,9 @@ from llorch.records import ReceiveCredit, Record, RecordError, SendCredit, Type
 
 log = Log("control.links")
 
-_KNOWN = frozenset(Type)
+MAX_STREAM_ID = 0xFFFF_FFFF
 
+_KNOWN = frozenset(Type)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -62,6 +63,7 @@ class _Stream:
     unsent: memoryview  # of the body; held back by credit
     may_send: SendCredit = field(default_factory=SendCredit)
     may_arrive: ReceiveCredit = field(default_factory=ReceiveCredit)
+    headed: bool = False
 
 
 class NodeLink:
@@ -98,11 +100,17 @@ class NodeLink:
 
     def close(self, reason: str) -> None:
         """Let go of every stream with a word (the control goes, the tasks stay), then close."""
-        word = "shutdown" if reason == "shutdown" else "lost"
-        for stream_id in list(self._streams):
-            self._detach(stream_id, word)
+        shutdown = reason == "shutdown"
+        for stream_id, stream in list(self._streams.items()):
+            self._detach(stream_id, "shutdown" if shutdown else "lost")
+            stream.feed.put(Stopped() if shutdown else Lost(reason))
         if self.connection is not None:
             self.connection.close(reason)
+
+    def abort(self, reason: str) -> None:
+        """End the link at once: whoever is at its other end has no say any more."""
+        if self.connection is not None:
+            self.connection.abort(reason)
 
     # ---- link.LinkOwner
 
@@ -119,7 +127,13 @@ class NodeLink:
         if item is None:
             return
         if isinstance(item, bytes):
+            if not stream.headed:
+                raise RecordError("DATA before HEAD")
+            if not item:
+                return  # nothing to take, and free of credit: not to be collected
             stream.may_arrive.arrived(len(item))
+        elif isinstance(item, Head):
+            stream.headed = True
         elif isinstance(item, Tail | Refused | Lost):
             del self._streams[record.stream]
         stream.feed.put(item)
@@ -143,9 +157,10 @@ class NodeLink:
             raise RecordError("record on a stream that was never opened")
 
     def _begin(self, feed: Feed, body: bytes) -> tuple[int, _Stream]:
-        self._last_id += 2
-        if self._last_id > 0xFFFF_FFFF:
+        if self._last_id + 2 > MAX_STREAM_ID:
+            self.abort("all its stream ids are used")  # the node opens a new one at once
             raise LlorchError(Code.NODE_LOST, "the link has used all its stream ids")
+        self._last_id += 2
         stream = self._streams[self._last_id] = _Stream(feed, memoryview(body))
         return self._last_id, stream
 
@@ -199,8 +214,8 @@ class Links:
         """The newer link of a node replaces the older one, whose readers lose it."""
         older = self._links.get(link.node_id)
         self._links[link.node_id] = link
-        if older is not None and older.connection is not None:
-            older.connection.abort("replaced by a newer link")
+        if older is not None:
+            older.abort("replaced by a newer link")
 
     def drop(self, link: NodeLink) -> bool:
         """True if `link` was its node's link; a replaced one was not."""

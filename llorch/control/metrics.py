@@ -83,7 +83,7 @@ class ControlMetrics:
         self._child_of(self._retries, reason).inc()
 
     def ended(self, task: Task) -> None:
-        model, node = task.wish.model, task.node_id or ""
+        model, node = task.label, task.node_id or ""
         code = task.error.code.value if task.error is not None else ""
         self._child_of(self._tasks, model, node, task.state.value, code).inc()
         if task.error is not None and node:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import aiohttp
 
 from llorch import records, web
-from llorch.control.feed import Feed, Lost, Refused, Upstream
+from llorch.control.feed import Feed, Lost, Refused, Stopped, Upstream
 from llorch.control.links import Links, read_item
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
@@ -107,7 +107,7 @@ class NodeClient:
                         return _answer(head.status, answer)
                     elif isinstance(item, Refused):
                         raise item.error
-                    elif isinstance(item, Lost):
+                    elif isinstance(item, Lost | Stopped):
                         raise LlorchError(Code.NODE_LOST, "the node was lost while it was asked")
         except TimeoutError:
             raise LlorchError(Code.NODE_LOST, f"the node did not answer within {CALL_TIMEOUT_S:.0f} s") from None
@@ -117,62 +117,78 @@ class NodeClient:
 
     # ---- HTTP, for nodes without a link
 
-    def _request(self, node_id: str, method: str, path: str, headers: dict[str, str], body: bytes) -> Any:
+    def _base(self, node_id: str) -> str:
         base = self._address_of(node_id)
         if base is None or self._session is None:
             raise LlorchError(Code.NODE_LOST, "the node has neither a link nor an address")
+        return base
+
+    def _request(self, method: str, url: str, headers: dict[str, str], body: bytes) -> Any:
+        assert self._session is not None
         headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json", **headers}
-        return self._session.request(method, base + path, headers=headers, data=body or None, allow_redirects=False)
+        return self._session.request(method, url, headers=headers, data=body or None, allow_redirects=False)
 
     async def _call_http(self, node_id: str, method: str, path: str, body: bytes) -> Any:
+        url = self._base(node_id) + path
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S), self._request(node_id, method, path, {}, body) as response:
-                answer = await response.content.read(MAX_CALL_BYTES)
-                return _answer(response.status, answer)
+            async with asyncio.timeout(CALL_TIMEOUT_S), self._request(method, url, {}, body) as response:
+                return _answer(response.status, await _whole(response))
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise LlorchError(Code.NODE_LOST, "the node did not answer") from None
 
     def _stream(
         self, node_id: str, method: str, path: str, headers: dict[str, str], body: bytes, feed: Feed, task_id: str
     ) -> Upstream:
+        url = self._base(node_id) + path
         headers["Accept"] = records.CONTENT_TYPE
-        request = self._request(node_id, method, path, headers, body)
         room = _Room()
-        reading = self._guard.spawn(self._read(request, feed, room), f"read.{task_id}")
+        reading = self._guard.spawn(self._read(method, url, headers, body, feed, room), f"read.{task_id}")
+        reading.add_done_callback(lambda _: room.begun.set())
 
         def cancel() -> None:
-            self._guard.spawn(self._delete(node_id, task_id), f"cancel.{task_id}")
+            self._guard.spawn(self._cancel(node_id, task_id, room), f"cancel.{task_id}")
 
         return Upstream(passed_on=room.passed_on, detach=lambda _reason: _cancel_quietly(reading), cancel=cancel)
 
-    async def _delete(self, node_id: str, task_id: str) -> None:
+    async def _cancel(self, node_id: str, task_id: str, room: _Room) -> None:
+        """Once the node has the task, or never will: a DELETE that overtook its POST would find nothing."""
+        await room.begun.wait()
         try:
             await self._call_http(node_id, "DELETE", f"/v2/tasks/{task_id}", b"")
         except LlorchError as error:
             log.info("task.cancel_failed", task_id=task_id, node_id=node_id, code=error.code)
 
-    async def _read(self, request: Any, feed: Feed, room: _Room) -> None:
+    async def _read(self, method: str, url: str, headers: dict[str, str], body: bytes, feed: Feed, room: _Room) -> None:
         decoder = records.Decoder()
+        headed = False
         try:
-            async with request as response:
+            async with self._request(method, url, headers, body) as response:
                 if response.status != 200:
-                    answer = await response.content.read(MAX_CALL_BYTES)
-                    feed.put(Refused(_error_of(response.status, answer)))
+                    feed.put(Refused(_error_of(response.status, await _whole(response))))
                     return
                 async for chunk in response.content.iter_any():
+                    room.begun.set()
                     for record in decoder.feed(chunk):
                         item = read_item(record)
-                        if item is not None:
+                        if isinstance(item, bytes):
+                            if not headed:
+                                raise records.RecordError("DATA before HEAD")
+                            room.arrived(len(item))
+                        headed = headed or isinstance(item, Head)
+                        if item:
                             feed.put(item)
-                            if isinstance(item, bytes):
-                                room.arrived(len(item))
+                        if feed.ended:
+                            return
                     await room.free()
             feed.put(Lost("the answer ended without a TAIL"))
+        except aiohttp.ClientConnectorError:
+            feed.put(Refused(LlorchError(Code.NODE_LOST, "the node can't be reached")))
         except (aiohttp.ClientError, OSError, records.RecordError, TimeoutError) as error:
             feed.put(Lost(type(error).__name__))
-        except asyncio.CancelledError:
-            feed.put(Lost("left"))
-            raise
+        except LlorchError as error:
+            feed.put(Refused(error))
+        finally:
+            feed.put(Lost("the reading was ended"))
 
 
 class _Room:
@@ -180,6 +196,7 @@ class _Room:
 
     def __init__(self) -> None:
         self._unread = 0
+        self.begun = asyncio.Event()  # the node has answered, or never will
         self._below = asyncio.Event()
         self._below.set()
 
@@ -214,7 +231,22 @@ def _cancel_quietly(task: asyncio.Task[Any]) -> None:
         task.cancel()
 
 
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    """An answer that is not records, to its end. Raises NODE_LOST if it is too large to be one."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > MAX_CALL_BYTES:
+            raise LlorchError(Code.NODE_LOST, "the node's answer is too large")
+        parts.append(part)
+    return b"".join(parts)
+
+
 def _error_of(status: int, answer: bytes) -> LlorchError:
+    if status in (401, 403):
+        # The control's own token is wrong there: nothing that the client sent, or could mend.
+        return LlorchError(Code.INTERNAL, "the node refused this control's service token")
     try:
         wire = decode_json(answer)
     except LlorchError:
@@ -231,9 +263,9 @@ def _answer(status: int, answer: bytes) -> Any:
 
 
 _BY_STATUS = {
-    401: Code.INTERNAL,  # the control's own token is wrong there: nothing the client can mend
-    403: Code.INTERNAL,
     404: Code.POOL_NOT_FOUND,
+    410: Code.GAP,
+    413: Code.PAYLOAD_TOO_LARGE,
     429: Code.ALL_SLOTS_BUSY,
     503: Code.MODEL_NOT_AVAILABLE,
 }

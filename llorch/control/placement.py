@@ -424,6 +424,19 @@ def decide(wish: Wish, pools: Iterable[PoolFacts], now: float, known: Known | No
     return Decision(wish, Outcome.WAIT, None, "it waits for a pool that is busy, loading or suspect", None, verdicts)
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a decision is made from. Kept instead of the decision, which is large and which few ask for."""
+
+    wish: Wish
+    pools: tuple[PoolFacts, ...]
+    now: float
+    known: Known
+
+    def decision(self) -> Decision:
+        return decide(self.wish, self.pools, self.now, self.known)
+
+
 def _judge(wish: Wish, pool: PoolFacts) -> tuple[FilterVerdict, ...]:
     return tuple(
         FilterVerdict(check.name, True)

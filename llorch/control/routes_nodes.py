@@ -30,25 +30,27 @@ log = Log("control.nodes")
 async def register(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     message = await read_model(request, Register)
-    if message.address is not None:
-        await _check_address(message.address, request.remote)
-    link = control.links.get(message.node_id)
-    old_link_dead = link is None or not await link.answers(OLD_LINK_ANSWERS_WITHIN_S)
     lease_id = secrets.token_hex(8)
     try:
-        control.registry.register(
+        if message.address is not None:
+            await _check_address(message.address, request.remote)
+        link = control.links.get(message.node_id)
+        taken = control.registry.register(
             message,
             now=time.monotonic(),
             wall=wall_time(),
             peer=request.remote,
             lease_id=lease_id,
-            old_link_dead=link is not None and old_link_dead,
+            old_link_dead=link is not None and not await link.answers(OLD_LINK_ANSWERS_WITHIN_S),
         )
     except LlorchError as error:
         control.metrics.registered("refused")
         log.warning("node.refused", node_id=message.node_id, code=error.code, peer=request.remote)
         raise
     control.metrics.registered("ok")
+    link = control.links.get(message.node_id)
+    if taken.replaced and link is not None:
+        link.abort("another process has its node id now")
     log.info("node.registered", node_id=message.node_id, peer=request.remote, pools=len(message.pools))
     control.dispatcher.registry_changed()
     if message.boot_id is None:
@@ -91,6 +93,8 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
         log.warning("heartbeat.failed", node_id=node_id, code=error.code)
         raise
     control.metrics.beat(node_id, "ok", seconds=time.monotonic() - started, rtt_ms=message.rtt_ms)
+    if not message.delta and control.links.get(node_id) is not None:
+        control.dispatcher.cancel_surplus(node_id)
     control.dispatcher.registry_changed()
     return json_response({"success": True, "next_heartbeat_ms": round(control.heartbeat_interval_s * 1_000)})
 
@@ -127,6 +131,7 @@ async def open_link(request: web.Request) -> web.StreamResponse:
     connection.start(transport)
     control.links.put(link)
     log.info("link.up", node_id=node_id)
+    control.dispatcher.cancel_surplus(node_id)
     control.dispatcher.registry_changed()
     await asyncio.shield(connection.lost)
     raise ConnectionResetError("the link has ended")

@@ -11,28 +11,24 @@ from aiohttp import web
 from llorch.auth import Principal, Scope
 from llorch.control import intake
 from llorch.control.answers import (
-    SSE_HEADERS,
     Answer,
     Detached,
     NativeJson,
     NativeStream,
     OpenAiAnswer,
-    Stream,
-    canceled_event,
-    error_event,
+    stopping,
     task_headers,
 )
-from llorch.control.dispatch import PING_AFTER_S, ShuttingDown
-from llorch.control.feed import Feed, Lost, Refused, Stopped
+from llorch.control.dispatch import ShuttingDown
+from llorch.control.follow import follow_log
 from llorch.control.state import CONTROL, Control
 from llorch.control.tasks import State, Task, view_of_report
 from llorch.control.views import openai_models
 from llorch.errors import Code, LlorchError
-from llorch.messages import Tail, TaskBody
+from llorch.messages import TaskBody
 from llorch.web import PRINCIPAL, REQUEST_ID, Route, json_response, read_body
 
 MAX_LISTED_TASKS = 1_000
-LOOK_AGAIN_S = 0.1  # a reader of a queued task looks this often whether it was placed
 
 
 async def submit(request: web.Request) -> web.StreamResponse:
@@ -47,7 +43,7 @@ async def submit(request: web.Request) -> web.StreamResponse:
         now=time.monotonic(),
     )
     if _repeated(control, task):
-        return await _follow(request, control, task.task_id, 0, {"Idempotency-Replayed": "true"})
+        return await follow_log(request, control, task.task_id, 0, {"Idempotency-Replayed": "true"})
     if task.detach:
         return await _detach(control, task)
     accept = request.headers.get("Accept", "")
@@ -92,8 +88,10 @@ async def _detach(control: Control, task: Task) -> web.StreamResponse:
     except asyncio.CancelledError:
         running.cancel()  # nobody was told that it was taken
         raise
-    if not client.taken.done() and task.error is not None:
-        raise task.error
+    if running.done():
+        error = running.result()
+        if error is not None and not client.taken.done():
+            raise error
     events_url = f"/v2/tasks/{task.task_id}/events"
     return json_response(
         {"task_id": task.task_id, "state": task.state.value, "events_url": events_url},
@@ -102,11 +100,15 @@ async def _detach(control: Control, task: Task) -> web.StreamResponse:
     )
 
 
-async def _run_detached(control: Control, task: Task, client: Detached) -> None:
+async def _run_detached(control: Control, task: Task, client: Detached) -> LlorchError | None:
+    """Returns why it failed: for its submitter, if that one still waits. The task itself tells whoever asks for it."""
     try:
         await control.dispatcher.run(task, client)
-    except (LlorchError, ShuttingDown):
-        pass  # the task has its end; whoever asks for it is told
+    except LlorchError as error:
+        return error
+    except ShuttingDown:
+        return stopping()
+    return None
 
 
 # ---------------------------------------------------------------- looking
@@ -126,7 +128,7 @@ def _view(control: Control, task_id: str, principal: Principal) -> dict[str, obj
     task = _find(control, task_id, principal)
     known = control.registry.task(task_id)
     if task is not None and not (task.abandoned and known is not None):
-        position, eta_ms = control.dispatcher.queue_place(task)
+        position, eta_ms = control.dispatcher.place_in_line(task)
         return task.view(position=position, eta_ms=eta_ms)
     if known is not None and _may_see(principal, known[1].owner):
         return view_of_report(*known)
@@ -180,8 +182,9 @@ async def task_placement(request: web.Request) -> web.StreamResponse:
     task = _find(control, request.match_info["task_id"], request[PRINCIPAL])
     if task is None:
         raise LlorchError(Code.TASK_NOT_FOUND, "no such task at this control")
-    decision = task.placement or control.dispatcher.explain(task.wish).to_wire()
-    return json_response({"task_id": task.task_id, "state": task.state.value, **decision})
+    made = task.placement
+    decision = made.decision() if made is not None else control.dispatcher.explain(task.wish)
+    return json_response({"task_id": task.task_id, "state": task.state.value, **decision.to_wire()})
 
 
 async def dry_run(request: web.Request) -> web.StreamResponse:
@@ -217,83 +220,14 @@ async def follow(request: web.Request) -> web.StreamResponse:
     control, principal = request.app[CONTROL], request[PRINCIPAL]
     task_id = request.match_info["task_id"]
     _view(control, task_id, principal)
-    task = _find(control, task_id, principal)
-    if task is not None and not task.native:
+    task, known = _find(control, task_id, principal), control.registry.task(task_id)
+    native = task.native if task is not None else known is None or known[1].path == "native"
+    if not native:
         raise LlorchError(
             Code.CONFLICT, "only native tasks can be followed", hint="a /v1 answer goes to its client alone"
         )
     offset = intake.event_offset(request.headers, request.query)
-    return await _follow(request, control, task_id, offset, {})
-
-
-async def _node_of(control: Control, task_id: str) -> str:
-    """Where the task's log is, once it is anywhere."""
-    while True:
-        task = control.dispatcher.tasks.get(task_id)
-        if task is not None and task.ended and task.error is not None and task.node_id is None:
-            raise task.error
-        if task is not None and task.node_id is not None and task.state is not State.QUEUED:
-            return task.node_id
-        if task is None or task.ended:
-            known = control.registry.task(task_id)
-            if known is None:
-                raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
-            return known[0]
-        await asyncio.sleep(LOOK_AGAIN_S)
-
-
-async def _follow(
-    request: web.Request, control: Control, task_id: str, offset: int, headers: dict[str, str]
-) -> web.StreamResponse:
-    """Relay a task's log from `offset`. 204 at a sealed end; of an empty failed log, the error event."""
-    node_id = await _node_of(control, task_id)
-    feed = Feed()
-    upstream = control.nodes.attach(node_id, task_id, offset, feed)
-    stream = Stream(request, control.slow_reader_timeout_s)
-    headers = SSE_HEADERS | {"X-Llorch-Task": task_id, "X-Llorch-Node": node_id} | headers
-    try:
-        while True:
-            item = await feed.next(PING_AFTER_S)
-            if isinstance(item, bytes):
-                await stream.commit(200, headers)
-                await stream.write(item)
-                upstream.passed_on(len(item))
-            elif item is None:
-                await stream.commit(200, headers)
-                await stream.ping()
-            elif isinstance(item, Tail):
-                return await _sealed(request, stream, item, task_id, headers)
-            elif isinstance(item, Refused):
-                raise item.error
-            elif isinstance(item, Lost):
-                raise LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}")
-            elif isinstance(item, Stopped):
-                return stream.finished()
-    except LlorchError as error:
-        if not stream.committed:
-            raise
-        # No terminal event: the task may live on, and this reader may come back for the rest.
-        if request.transport is not None and error.code is Code.NODE_LOST:
-            request.transport.abort()
-        return stream.finished()
-    finally:
-        if not feed.ended:
-            upstream.detach("left")
-
-
-async def _sealed(
-    request: web.Request, stream: Stream, tail: Tail, task_id: str, headers: dict[str, str]
-) -> web.StreamResponse:
-    if not stream.committed and tail.length > 0:
-        return web.Response(status=204, headers={"X-Llorch-Task": task_id})
-    await stream.commit(200, headers)
-    if tail.length == 0:
-        if tail.error is not None:
-            error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
-            await stream.write(error_event(error, request[REQUEST_ID], task_id))
-        else:
-            await stream.write(canceled_event(tail))
-    return stream.finished()
+    return await follow_log(request, control, task_id, offset, {})
 
 
 async def models(request: web.Request) -> web.StreamResponse:

@@ -7,11 +7,11 @@ node; this is what can be answered without asking. Never holds a task's output. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from llorch.control.placement import Wish
+from llorch.control.placement import Snapshot, Wish
 from llorch.errors import LlorchError
 from llorch.messages import Tail, TaskReport
 
@@ -63,12 +63,13 @@ class Task:
     pool_id: str | None = None
     offset: int = 0  # log bytes that were relayed
     queued_ms: float | None = None
-    placement: dict[str, Any] | None = None
+    waited_s: float = 0.0  # in the queue, since its last attempt that was more than a full pool
+    label: str = ""  # the model's name in metrics; empty for one that does not exist
+    placement: Snapshot | None = None
     error: LlorchError | None = None
     tail: Tail | None = None
     cancel_wanted: bool = False
     abandoned: bool = False  # its reader left; the node decides what becomes of it
-    excluded: frozenset[tuple[str, str]] = field(default_factory=frozenset)
 
     @property
     def native(self) -> bool:

@@ -1,0 +1,172 @@
+"""Who waits for a slot, and how the slots are given out.
+
+Owns the step from a task to a claim: at once, after waiting, or a refusal where waiting can't help. Choosing a pool and
+taking its claim is one synchronous step, with no await between the two. Never opens anything on a node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from llorch.control import placement
+from llorch.control.admission import Admission, Waiter
+from llorch.control.metrics import ControlMetrics
+from llorch.control.registry import Claim, Registry
+from llorch.control.tasks import Task, TaskStore
+from llorch.errors import Code, LlorchError
+from llorch.logs import Log
+
+WAIT_TICK_S = 1.0  # how often a waiting task looks up: queue position, whether waiting still makes sense
+REFUSE_AFTER_S = 5.0  # a node's restart takes about 3 s; a queue must not answer NO_CAPACITY meanwhile
+
+Said = Callable[[int, int | None], Awaitable[None]]  # told (position, eta_ms) at every tick
+
+log = Log("control.waiting")
+
+
+class WaitingRoom:
+    """Hands each free slot to exactly one task: to the first that waits for it, else to the one that just came."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        admission: Admission,
+        metrics: ControlMetrics,
+        tasks: TaskStore,
+        *,
+        queue_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._admission = admission
+        self._metrics = metrics
+        self._tasks = tasks
+        self._queue_timeout_s = queue_timeout_s
+        self._clock = clock
+        self._waiting: dict[str, asyncio.Future[Claim]] = {}
+
+    def snapshot(self, wish: placement.Wish) -> placement.Snapshot:
+        """What a decision about `wish` is made from, at this moment."""
+        now = self._clock()
+        return placement.Snapshot(wish, tuple(self._registry.pool_facts(now)), now, self._registry.models())
+
+    def refusal(self, wish: placement.Wish) -> LlorchError | None:
+        """Why waiting would not help; None if a pool can take it, or may soon."""
+        pools = self._registry.pool_facts(self._clock(), model=wish.model)
+        return placement.refusal(wish, pools, self._registry.models())
+
+    def place_in_line(self, task: Task) -> tuple[int | None, int | None]:
+        """(position, estimated wait in ms) of a waiting task."""
+        return self._admission.position(task.task_id), self._admission.eta_ms(task.task_id, self._clock())
+
+    async def claim(self, task: Task, said: Said, *, front: bool) -> Claim:
+        """A slot for `task`. `front`: it was admitted before and comes back. Raises the refusal, or what `end` says."""
+        if task.cancel_wanted:
+            raise LlorchError(Code.CANCELED, "the task was canceled")
+        self._check_deadline(task)
+        now = self._clock()
+        waiter = Waiter(task.task_id, task.wish, now, now + self._queue_timeout_s - task.waited_s, front)
+        if front:
+            self._admission.requeue_front(waiter)
+        else:
+            if self._admission.depth(task.wish.model) == 0:
+                claim = self._place(waiter)
+                if claim is not None:
+                    return claim
+            self._refuse_if_hopeless(task)
+            self._admission.enqueue(waiter, now)
+        future = self._waiting[task.task_id] = asyncio.get_running_loop().create_future()
+        try:
+            self.pump()
+            return await self._wait(task, waiter, future, said)
+        except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._registry.release(future.result())
+            raise
+        finally:
+            self._admission.remove(task.task_id)
+            del self._waiting[task.task_id]
+            task.waited_s += self._clock() - now
+            self._metrics.waited(self._clock() - now)
+            self.pump()  # this one left the queue, perhaps with its slot unused: those behind it may be served now
+
+    def release(self, claim: Claim) -> None:
+        """Give a slot back, and hand it on."""
+        self._registry.release(claim)
+        self.pump()
+
+    def pump(self) -> None:
+        """Hand free slots to waiting tasks. Called after every change of the registry and every claim's end."""
+        if not self._waiting:
+            return
+        for waiter, claim in self._admission.match(self._place):
+            future = self._waiting.get(waiter.task_id)
+            if future is None or future.done():
+                self._registry.release(claim)
+            else:
+                future.set_result(claim)
+
+    def end(self, task_id: str, error: BaseException) -> None:
+        """Have a waiting task's `claim` raise `error`."""
+        waiting = self._waiting.get(task_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(error)
+
+    def end_all(self, make_error: Callable[[], BaseException]) -> None:
+        for task_id in list(self._waiting):
+            self.end(task_id, make_error())
+
+    # ---- inside
+
+    async def _wait(self, task: Task, waiter: Waiter, future: asyncio.Future[Claim], said: Said) -> Claim:
+        hopeless_since: float | None = None
+        until = waiter.expires_at if task.deadline_at is None else min(waiter.expires_at, task.deadline_at)
+        while not future.done():
+            position = self._admission.position(task.task_id) or 1
+            await said(position, self._admission.eta_ms(task.task_id, self._clock()))
+            await asyncio.wait((future,), timeout=min(WAIT_TICK_S, max(0.0, until - self._clock())))
+            if future.done():
+                break
+            now = self._clock()
+            self._check_deadline(task)
+            if now >= waiter.expires_at:
+                raise LlorchError(
+                    Code.QUEUE_TIMEOUT,
+                    f"no slot became free within {self._queue_timeout_s:g} s",
+                    retry_after_ms=5_000,
+                )
+            if self.refusal(task.wish) is None:
+                hopeless_since = None
+            elif hopeless_since is None:
+                hopeless_since = now
+            elif now - hopeless_since >= REFUSE_AFTER_S:
+                self._refuse_if_hopeless(task)
+        return future.result()
+
+    def _place(self, waiter: Waiter) -> Claim | None:
+        """Choose and take, in one step."""
+        now = self._clock()
+        with self._metrics.placing():
+            picked = placement.pick(waiter.wish, self._registry.pool_facts(now, model=waiter.wish.model))
+        if picked is None:
+            return None
+        task = self._tasks.get(waiter.task_id)
+        if task is not None:
+            task.placement = self.snapshot(waiter.wish)  # of the moment before the claim, for the facts move on
+        claim = self._registry.claim(*picked, waiter.task_id, task.attempt + 1 if task else 1)
+        self._metrics.placed("placed", "")
+        log.info("placement.decided", task_id=waiter.task_id, node_id=claim.node_id, pool_id=claim.pool_id)
+        return claim
+
+    def _refuse_if_hopeless(self, task: Task) -> None:
+        error = self.refusal(task.wish)
+        if error is not None:
+            task.placement = self.snapshot(task.wish)
+            self._metrics.placed("refused", error.code)
+            raise error
+
+    def _check_deadline(self, task: Task) -> None:
+        if task.deadline_at is not None and self._clock() >= task.deadline_at:
+            raise LlorchError(Code.DEADLINE_EXCEEDED, "the task's deadline has passed")

@@ -158,9 +158,10 @@ class NodeLink:
 
     def _begin(self, feed: Feed, body: bytes) -> tuple[int, _Stream]:
         if self._last_id + 2 > MAX_STREAM_ID:
-            self.abort("all its stream ids are used")  # the node opens a new one at once
             raise LlorchError(Code.NODE_LOST, "the link has used all its stream ids")
         self._last_id += 2
+        if self._last_id + 2 > MAX_STREAM_ID:
+            self.abort("all its stream ids are used")  # this stream is lost with it; the node opens a new link at once
         stream = self._streams[self._last_id] = _Stream(feed, memoryview(body))
         return self._last_id, stream
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,11 @@ def error_wire(code: Code | str, message: str = "as the test says") -> dict[str,
     return {"code": str(code), "message": message, "type": "server_error", "param": None, "retriable": True}
 
 
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
+def ping_soon(monkeypatch: pytest.MonkeyPatch) -> float:
     """Pings after 0.15 s of silence instead of 15 s."""
     for module in (dispatch, answers, follow):
         monkeypatch.setattr(module, "PING_AFTER_S", 0.15)
-    yield 0.15
+    return 0.15
 
 
 # ---------------------------------------------------------------- what a node was asked, and what it answers
@@ -325,9 +324,6 @@ class HttpAttempt(Attempt):
 
     def break_off(self) -> None:
         self.script.put_nowait(b"")
-
-    def stay_open(self) -> None:
-        """From the next TAIL on the connection stays open, though all has been said."""
 
 
 class DialledNode:
@@ -630,5 +626,5 @@ async def a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
 
 __all__ = [
     "MODEL", "TOKENS", "WINDOW", "Answered", "Asking", "Attempt", "ControlUnderTest", "DialledNode", "LinkedNode",
-    "Stream", "a_control", "bearer", "error_wire", "eventually", "pool", "settings", "soon",
+    "Stream", "a_control", "bearer", "error_wire", "eventually", "ping_soon", "pool", "settings",
 ]  # fmt: skip

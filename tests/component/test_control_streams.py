@@ -414,7 +414,7 @@ async def test_a_v1_stream_that_waits_long_commits_and_pings_wherever_it_waits(m
         assert [value["error"]["code"] for _, value in answer.events] == ["INVALID_REQUEST"]
 
 
-async def test_a_silence_in_the_middle_is_filled_with_pings_only_between_events(
+async def test_a_silence_is_filled_with_pings_only_between_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     soon = ping_soon(monkeypatch)

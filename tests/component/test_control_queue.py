@@ -1,0 +1,218 @@
+"""The queue: first come, first served, bounded in length and time, with a way out for those that can't be served."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from llorch.control import waiting
+from tests.component.control_harness import Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
+
+
+async def full(control: ControlUnderTest, **more: object) -> tuple[LinkedNode, Attempt]:
+    """A node whose one slot is taken."""
+    node = await control.join("a", pool(slots=1))
+    control.submit(prompt="holder")
+    return node, (await node.asked()).begin()
+
+
+async def test_first_come_first_served_one_task_for_each_freed_slot() -> None:
+    async with a_control() as control:
+        node, holding = await full(control)
+        asking = []
+        for number in range(5):
+            asking.append(control.whole(prompt=f"number {number}"))
+            await control.waiting(number + 1)
+        for number in range(5):
+            holding.end()
+            holding = await node.asked()
+            await node.settled()
+            assert json.loads(holding.body)["prompt"] == f"number {number}"
+            assert len(node.opened) == number + 2
+            holding.begin()
+            task = await control.task(holding.task_id)
+            assert (task["state"], task["attempt"]) == ("streaming", 1)
+        holding.end()
+        for each in asking:
+            assert (await each.answer()).json["state"] == "done"
+        await control.idle()
+
+
+async def test_one_that_just_came_does_not_pass_those_that_wait() -> None:
+    async with a_control() as control:
+        node, holding = await full(control)
+        first = control.whole(prompt="first")
+        await control.waiting(1)
+        second = control.whole(prompt="second")
+        await control.waiting(2)
+        task = (await control.get("/v2/tasks"))["tasks"][0]
+        assert (task["state"], task["queue"]["position"]) == ("queued", 2)
+        assert task["queue"]["eta_ms"] >= 0
+        holding.end()
+        for word in ("first", "second"):
+            attempt = await node.asked()
+            assert json.loads(attempt.body)["prompt"] == word
+            attempt.begin().end()
+        await first.answer()
+        await second.answer()
+
+
+async def test_a_slot_that_appears_elsewhere_goes_to_the_one_that_waits() -> None:
+    async with a_control() as control:
+        await full(control)
+        asking = control.whole()
+        await control.waiting(1)
+        other = await control.join("b")
+        (await other.asked()).begin().say("hi").end()
+        assert (await asking.answer()).json["node_id"] == "b"
+
+
+@pytest.mark.parametrize("form", ["native", "json", "v1", "v1 json", "detached"])
+async def test_a_full_queue_refuses_with_a_time_to_come_back(form: str) -> None:
+    async with a_control(queue_limit=1) as control:
+        node, holding = await full(control)
+        waiter = control.whole()
+        await control.waiting(1)
+        asking = {
+            "native": control.submit,
+            "json": control.whole,
+            "v1": control.chat,
+            "v1 json": lambda: control.chat(stream=False),
+            "detached": lambda: control.submit(detach=True),
+        }[form]()
+        answer = await asking.answer()
+        assert (answer.status, answer.code) == (429, "QUEUE_FULL")
+        error = answer.json["error"]
+        assert (error["retriable"], error["type"], bool(error["hint"])) == (True, "rate_limit_error", True)
+        assert int(answer.headers["X-Backoff-Ms"]) == error["retry_after_ms"] > 0
+        assert int(answer.headers["Retry-After"]) == -(-error["retry_after_ms"] // 1000)
+        holding.end()
+        (await node.asked()).begin().end()
+        await waiter.answer()
+        await control.idle()
+
+
+@pytest.mark.parametrize(
+    ("more", "settings", "code"),
+    [({}, {"queue_timeout": 0.2}, "QUEUE_TIMEOUT"), ({"deadline_ms": 200}, {}, "DEADLINE_EXCEEDED")],
+)
+async def test_a_wait_ends_in_time(more: dict[str, int], settings: dict[str, float], code: str) -> None:
+    async with a_control(**settings) as control:
+        node, holding = await full(control)
+        native, whole = control.submit(**more), control.whole(**more)
+        v1 = control.chat(headers={"X-Llorch-Deadline-Ms": "200"} if more else {})
+        answer = await native.answer()
+        assert (answer.status, answer.names[0]) == (200, "queued")
+        assert (answer.terminals, answer.events[-1][1]["code"]) == (["error"], code)
+        for asking in (whole, v1):
+            answer = await asking.answer()
+            assert (answer.status, answer.code) == (504, code)
+        assert len(node.opened) == 1
+        holding.end()
+        await control.idle()
+
+
+async def test_a_deadline_goes_along_to_the_node_and_ends_the_task_if_the_node_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llorch.control.dispatch.DEADLINE_SLACK_S", 0.1)
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=4))
+        for chatty in (False, True):
+            asking = control.submit(deadline_ms=300)
+            attempt = await node.asked()
+            assert 0 < attempt.header["deadline_ms"] <= 300
+            attempt.begin().say("one")
+            while chatty and not attempt.canceled:
+                attempt.say("x")
+                await asyncio.sleep(0.02)
+            answer = await asking.answer()
+            assert (answer.terminals, answer.events[-1][1]["code"]) == (["error"], "DEADLINE_EXCEEDED")
+            await eventually(lambda a=attempt: a.canceled and a.detached == "left")
+        await control.idle()
+
+
+async def test_a_deadline_before_the_first_byte_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llorch.control.dispatch.DEADLINE_SLACK_S", 0.1)
+    async with a_control() as control:
+        node = await control.join("a", pool("p0"), pool("p1"))
+        asking = control.whole(deadline_ms=200)
+        (await node.asked()).accept()
+        assert (await asking.answer()).code == "DEADLINE_EXCEEDED"
+        assert len(node.opened) == 1
+        await control.idle()
+
+
+async def test_what_can_not_be_served_is_refused_at_once_and_what_may_soon_waits() -> None:
+    async with a_control() as control:
+        assert (await control.whole().answer()).code == "MODEL_NOT_FOUND"
+        node = await control.join("a")
+        for placement, status, code in (
+            ({"pin": "nowhere"}, 404, "NODE_NOT_FOUND"),
+            ({"pin": "a/p7"}, 404, "POOL_NOT_FOUND"),
+            ({"zone": "mars"}, 503, "MODEL_NOT_AVAILABLE"),
+        ):
+            answer = await control.whole(placement=placement).answer()
+            assert (answer.status, answer.code) == (status, code)
+        await node.beat(pools=[pool(ready=False, state="loading")])
+        asking = control.whole()
+        await control.waiting(1)
+        await node.beat(pools=[pool()])
+        (await node.asked()).begin().end()
+        await asking.answer()
+        await node.beat(draining=True, pools=[pool()])
+        answer = await control.whole().answer()
+        assert (answer.status, answer.code) == (503, "NO_CAPACITY")
+        assert "Retry-After" in answer.headers
+        assert await control.metric("llorch_placements_total", outcome="refused", reason="NO_CAPACITY") == 1
+
+
+async def test_a_wait_that_has_become_hopeless_ends_only_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "WAIT_TICK_S", 0.05)
+    monkeypatch.setattr(waiting, "REFUSE_AFTER_S", 0.4)
+    async with a_control() as control:
+        node, holding = await full(control)
+        asking, other = control.whole(), control.whole()
+        await control.waiting(2)
+        await node.beat(draining=True, pools=[pool(slots=1, slots_free=0)])
+        await asyncio.wait((asking._task,), timeout=0.2)
+        assert not asking.done
+        await node.beat(draining=False, pools=[pool(slots=1, slots_free=0)])
+        await asyncio.wait((asking._task,), timeout=0.6)
+        assert not asking.done
+        await node.beat(draining=True, pools=[pool(slots=1, slots_free=0)])
+        for each in (asking, other):
+            assert (await each.answer()).code == "NO_CAPACITY"
+        holding.end()
+        await control.idle()
+
+
+async def test_a_task_that_came_back_from_a_lost_node_is_not_refused_while_that_restarts() -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=1))
+        asking = control.whole()
+        (await node.asked()).accept()
+        await control.ask("DELETE", "/v2/nodes/a", who="node").answer()  # gone, and its model with it
+        await control.waiting(1)
+        back = await control.join("a", pool(slots=1))
+        (await back.asked()).begin().say("hi").end()
+        assert (await asking.answer()).json["text"] == "hi"
+
+
+async def test_why_a_task_went_where_it_went_is_told_later_as_it_was_then() -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool("p0", slots=1), pool("p1", model="other"))
+        asking = control.whole()
+        attempt = await node.asked()
+        attempt.begin().end()
+        await asking.answer()
+        await node.beat(pools=[])
+        why = await control.get(f"/v2/tasks/{attempt.task_id}/placement")
+        assert (why["outcome"], why["node_id"], why["pool_id"], why["state"]) == ("placed", "a", "p0", "done")
+        verdicts = {p["pool_id"]: p for p in why["pools"]}
+        assert (verdicts["p0"]["passed"], verdicts["p1"]["code"]) == (True, "model")
+        assert all(check["name"] for p in why["pools"] for check in p["filters"])
+        status, dry = await control.post("/v2/placement", {"model": "m", "prompt": "x"})
+        assert (status, dry["outcome"], dry["error"]["code"]) == (200, "refuse", "MODEL_NOT_FOUND")

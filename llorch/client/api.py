@@ -46,6 +46,13 @@ _BY_STATUS = {
     504: Code.DEADLINE_EXCEEDED,
 }
 _FAILURES = (aiohttp.ClientError, OSError, TimeoutError, sse.SseError)
+# No connection, or one to what does not speak HTTP (ClientResponseError): no control has the request.
+_NEVER_SENT = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.ClientResponseError,
+    aiohttp.InvalidURL,
+)
 
 Answer = contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]
 
@@ -90,7 +97,7 @@ class LlorchClient:
         return self._stream(task["task_id"], lambda: self._request("POST", "/v2/tasks", task, headers))
 
     def follow(self, task_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
-        """The events of a task from its start, or those after the event with id `after`."""
+        """The events of a task from its start, or those after the event with id `after`: none, if that was its last."""
         return self._stream(task_id, lambda: self._follow(task_id, after), after=after)
 
     async def submit_whole(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +115,7 @@ class LlorchClient:
         return await self.call("GET", f"/v2/tasks/{_path(task_id)}")
 
     async def tasks(self) -> list[dict[str, Any]]:
-        return _objects(await self.call("GET", "/v2/tasks"), "tasks")
+        return await self._list("/v2/tasks", "tasks")
 
     async def placement(self, task_id: str) -> dict[str, Any]:
         """Why a task went where it went."""
@@ -121,16 +128,16 @@ class LlorchClient:
     # ------------------------------------------------------------ the cluster
 
     async def nodes(self) -> list[dict[str, Any]]:
-        return _objects(await self.call("GET", "/v2/nodes"), "nodes")
+        return await self._list("/v2/nodes", "nodes")
 
     async def node(self, node_id: str) -> dict[str, Any]:
         return await self.call("GET", f"/v2/nodes/{_path(node_id)}")
 
     async def pools(self) -> list[dict[str, Any]]:
-        return _objects(await self.call("GET", "/v2/pools"), "pools")
+        return await self._list("/v2/pools", "pools")
 
     async def models(self) -> list[str]:
-        return [str(model.get("id")) for model in _objects(await self.call("GET", "/v1/models"), "data")]
+        return [str(model.get("id")) for model in await self._list("/v1/models", "data")]
 
     async def ready(self) -> dict[str, Any]:
         """`{status, version, role}`: a control that drains says so, which is no error."""
@@ -146,9 +153,10 @@ class LlorchClient:
         accept: tuple[int, ...] = (200, 201, 202),
     ) -> dict[str, Any]:
         """One JSON call. Raises ServerError, Unreachable or TimedOut."""
+        limit: asyncio.Timeout | None = None
         try:
             async with (
-                asyncio.timeout(timeout_s),
+                asyncio.timeout(timeout_s) as limit,
                 self._request(method, path, body, {"Accept": "application/json"}) as response,
             ):
                 if response.status not in accept:
@@ -156,10 +164,17 @@ class LlorchClient:
                 return _object(await _read(response, MAX_ANSWER_BYTES), self.url)
         except _Lost as lost:
             raise lost.fault from None
-        except TimeoutError:
-            raise TimedOut(f"{self.url} did not answer within {timeout_s:g} s") from None
         except _FAILURES as error:
+            if timeout_s is not None and limit is not None and limit.expired():
+                raise TimedOut(f"{self.url} did not answer within {timeout_s:g} s") from None
             raise unreachable(self.url, error) from None
+
+    async def _list(self, path: str, name: str) -> list[dict[str, Any]]:
+        """The list of objects under `name`, without what is none."""
+        found = (await self.call("GET", path)).get(name)
+        if not isinstance(found, list):
+            raise _stranger(self.url)
+        return [entry for entry in found if isinstance(entry, dict)]
 
     # ------------------------------------------------------------ underneath
 
@@ -172,11 +187,14 @@ class LlorchClient:
         while True:
             try:
                 async with opener() as response:
+                    if response.status == 204 and after is not None and place.untouched:
+                        return
                     if response.status != 200:
                         raise await _refusal(response, self.url)
                     async with contextlib.aclosing(_events(response, self.url)) as events:
                         async for event in events:
-                            place.moved(event)
+                            if not place.moved(event):
+                                continue
                             yield event
                             if isinstance(event, TERMINAL):
                                 return
@@ -187,6 +205,10 @@ class LlorchClient:
                 why = lost.fault.why or "the connection was lost"
             except _FAILURES as error:
                 why = unreachable(self.url, error).why or "the connection was lost"
+            except ClientFault as fault:
+                if place.untouched:
+                    raise
+                raise place.fault(fault.message) from None
             except LlorchError as error:
                 if place.untouched:
                     raise
@@ -218,8 +240,7 @@ class LlorchClient:
                 method, self.url + path, data=data, headers=sent, allow_redirects=False
             )
         except _FAILURES as error:
-            not_sent = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
-            raise _Lost(unreachable(self.url, error), sent=not not_sent) from None
+            raise _Lost(unreachable(self.url, error), sent=not isinstance(error, _NEVER_SENT)) from None
         async with response:
             yield response
 
@@ -236,10 +257,15 @@ class _Place:
         self._failures = 0
         self._lost_at = 0.0
 
-    def moved(self, event: Event) -> None:
-        self.untouched, self._failures = False, 0
+    def moved(self, event: Event) -> bool:
+        """Note an event. False for one that was there before: nothing is shown twice."""
+        self.untouched = False
+        if event.id is not None and self.last is not None and not _is_after(event.id, self.last):
+            return False
+        self._failures = 0
         self.last = event.id or self.last
         self._began = self._began or isinstance(event, Token)
+        return True
 
     def delay_s(self, now: float, chance: float, why: str) -> float:
         """How long to wait before looking again. Raises when it has been looked for long enough."""
@@ -261,6 +287,14 @@ class _Place:
             why=why,
             hint=f"what is left may still be there: llorch task logs {self.task_id}",
         )
+
+
+def _is_after(id: str, other: str) -> bool:
+    """Ids are offsets in hexadecimal. One that is not is not compared."""
+    try:
+        return int(id, 16) > int(other, 16)
+    except ValueError:
+        return True
 
 
 def with_task_id(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,7 +347,8 @@ async def _refusal(response: aiohttp.ClientResponse, url: str) -> Exception:
     request_id = response.headers.get("X-Request-Id")
     fallback = _BY_STATUS.get(response.status, Code.INTERNAL)
     try:
-        wire = decode_object(await _read(response, MAX_ERROR_BYTES)).get("error")
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            wire = decode_object(await _read(response, MAX_ERROR_BYTES)).get("error")
     except LlorchError:
         wire = None
     if not isinstance(wire, Mapping):
@@ -330,12 +365,6 @@ def _object(raw: bytes, url: str) -> dict[str, Any]:
 
 def _stranger(url: str) -> Unreachable:
     return Unreachable(f"what answers at {url} is not llorch", hint="check the host and the port in --url")
-
-
-def _objects(answer: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """The list of objects under `name`, without what is none."""
-    found = answer.get(name)
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def _path(word: str) -> str:

@@ -24,7 +24,8 @@ class _Event:
     id: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"event": self.kind, **self.wire}
+        place = {} if self.id is None else {"id": self.id}
+        return {"event": self.kind, **place, **self.wire}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

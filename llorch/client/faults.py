@@ -10,6 +10,7 @@ Owns turning a connection's exceptions into words. Quotes nothing that a peer se
 
 from __future__ import annotations
 
+import os
 import ssl
 
 import aiohttp
@@ -55,7 +56,7 @@ def _words(error: Exception) -> tuple[str, str]:
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         return "the TLS handshake failed", "is it http:// rather than https://?"
     if isinstance(error, aiohttp.ClientConnectorError):
-        reason = error.os_error.strerror or "the connection failed"
+        reason = os.strerror(error.os_error.errno) if error.os_error.errno else "the connection failed"
         return reason, "is `llorch control` running there? --url, LLORCH_URL or a context name it"
     if isinstance(error, (aiohttp.ServerTimeoutError, TimeoutError)):
         return "it did not answer in time", "check the host, the port and the firewalls between"

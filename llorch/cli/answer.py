@@ -52,7 +52,7 @@ async def print_stream(
     finally:
         with contextlib.suppress(Exception):  # what made us leave is what matters
             shown.close()
-    return Exit.BROKE_OFF
+    return Exit.OK  # nothing came after the event that was asked for
 
 
 def ended(finish_reason: str) -> int:

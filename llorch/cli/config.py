@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from llorch.cli.flags import with_flags
-from llorch.cli.output import Column, Failure, Format, Output, usage, warn, write_err, write_out
+from llorch.cli.flags import local_command, with_flags
+from llorch.cli.output import Column, Failure, Output, usage, warn, write_err, write_out
 from llorch.cli.sources import config_files, resolve_here
 from llorch.config import (
     ClientSettings,
@@ -32,7 +32,6 @@ ROLES: dict[str, type[RoleSettings]] = {cls.role: cls for cls in (ControlSetting
 
 Config = Annotated[str | None, typer.Option("--config", metavar="FILE", help="A settings file (YAML).")]
 Role = Annotated[str | None, typer.Argument(metavar="[control|node|client]", show_default=False)]
-Form = Annotated[Format, typer.Option("--output", "-o", metavar="|".join(Format), help="How to print.")]
 
 
 def _role(name: str) -> type[RoleSettings]:
@@ -78,11 +77,11 @@ _COLUMNS = (
 )
 
 
-def show_settings(_: object, role: Role = "client", config: Config = None, output: Form = Format.TABLE) -> None:
+def show_settings(output: Output, role: Role = "client", config: Config = None) -> None:
     """Show the settings in force and where each comes from. Secrets are shown as fingerprints."""
     resolved = _resolve(_role(role or "client"), config)
     rows = [{"name": name, "value": value, "origin": origin} for name, value, origin in show(resolved)]
-    Output(output).rows(rows, _COLUMNS, name=lambda row: str(row["name"]))
+    output.rows(rows, _COLUMNS, name=lambda row: str(row["name"]))
 
 
 def init(
@@ -117,5 +116,7 @@ def _command(own: Callable[..., None]) -> Callable[..., None]:
     return with_flags(lambda given: own(None, **given), own, ())
 
 
-for _name, _own in (("check", check), ("show", show_settings), ("init", init), ("schema", schema)):
-    app.command(_name)(_command(_own))
+app.command("check")(_command(check))
+app.command("show")(local_command(show_settings))
+app.command("init")(_command(init))
+app.command("schema")(_command(schema))

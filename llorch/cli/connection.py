@@ -20,9 +20,11 @@ async def connected(target: Target) -> AsyncIterator[LlorchClient]:
 
     try:
         async with (
-            asyncio.timeout(target.timeout_s),
+            asyncio.timeout(target.timeout_s) as limit,
             LlorchClient(target.url, target.token, tls_ca=target.tls_ca) as client,
         ):
             yield client
     except TimeoutError:
+        if target.timeout_s is None or not limit.expired():
+            raise
         raise TimedOut(f"it took longer than --timeout, {target.timeout_s:g} s") from None

@@ -11,15 +11,14 @@ import typer
 
 from llorch.auth import fingerprint
 from llorch.cli import contexts
-from llorch.cli.flags import flag_values, role_flags, with_flags
-from llorch.cli.output import Column, Format, Output, usage, warn, write_err, write_out
+from llorch.cli.flags import flag_values, local_command, role_flags, with_flags
+from llorch.cli.output import Column, Output, usage, warn, write_err, write_out
 from llorch.cli.sources import read_secret
 from llorch.config import ClientSettings, resolve
 
 app = typer.Typer(help="Names for controls, with their tokens.", no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
-Form = Annotated[Format, typer.Option("--output", "-o", metavar="|".join(Format), help="How to print.")]
 
 _COLUMNS = (
     Column("current", lambda row: "*" if row["current"] else ""),
@@ -40,11 +39,11 @@ def _row(name: str, context: contexts.Context, current: str | None) -> dict[str,
     }  # fmt: skip
 
 
-def ls(_: object, output: Form = Format.TABLE) -> None:
+def ls(output: Output) -> None:
     """List the contexts; * is the one in use."""
     known = contexts.load(_path())
     rows = [_row(name, context, known.current) for name, context in sorted(known.named.items())]
-    Output(output).rows(rows, _COLUMNS, name=lambda row: str(row["name"]))
+    output.rows(rows, _COLUMNS, name=lambda row: str(row["name"]))
 
 
 def use(_: object, name: Name) -> None:
@@ -63,10 +62,9 @@ def rm(_: object, name: Name) -> None:
 
 
 def show(
-    _: object,
+    output: Output,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
     token: Annotated[bool, typer.Option("--token", help="Print the token alone, for $(...).")] = False,
-    output: Form = Format.TABLE,
 ) -> None:
     """Show a context, the one in use if none is named."""
     known = contexts.load(_path())
@@ -75,7 +73,7 @@ def show(
         raise usage("no context is in use", "`llorch context use NAME`, or name one here")
     context = known.get(name)
     if not token:
-        Output(output).one(_row(name, context, known.current), name=name)
+        output.one(_row(name, context, known.current), name=name)
     elif context.token is not None:
         write_out(f"{context.token}\n")
     elif context.token_file is not None:
@@ -104,7 +102,7 @@ def _add(given: dict[str, Any]) -> None:
     for warning in resolved.warnings:
         warn(warning)
     settings = resolved.settings
-    by_file = flags.get("token_file")
+    by_file = flags.get("token_file") if flags.get("token_file") != "-" else None  # what was piped in is gone
     context = contexts.Context(
         url=settings.url,
         token=None if by_file else settings.token,
@@ -122,6 +120,9 @@ def _command(own: Callable[..., None]) -> Callable[..., None]:
     return with_flags(lambda given: own(None, **given), own, ())
 
 
-for _own in (ls, use, rm, show):
-    app.command(_own.__name__)(_command(_own))
-app.command("add")(with_flags(_add, add, [flag for flag in role_flags(ClientSettings) if flag.name != "config"]))
+app.command("ls")(local_command(ls))
+app.command("use")(_command(use))
+app.command("rm")(_command(rm))
+app.command("show")(local_command(show))
+_KEPT = ("url", "token", "token_file", "tls_ca")  # of a client's settings
+app.command("add")(with_flags(_add, add, [flag for flag in role_flags(ClientSettings) if flag.name in _KEPT]))

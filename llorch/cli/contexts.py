@@ -70,12 +70,12 @@ def load(path: Path) -> Contexts:
     try:
         stored = json.loads(raw)
         named = {str(name): _context(entry) for name, entry in stored["contexts"].items()}
-        current = stored.get("current")
-    except (ValueError, KeyError, TypeError, AttributeError):
+        current = stored.get("current") if stored.get("current") in named else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(
             f"{path} is not a file of contexts", hint="move it away; `llorch context add` makes a new one"
         ) from None
-    return Contexts(named, current if current in named else None)
+    return Contexts(named, current)
 
 
 def _context(entry: Mapping[str, Any]) -> Context:

@@ -126,7 +126,7 @@ class Call:
 
 
 _FORMATS = "|".join(Format)
-_CLIENT_FLAGS = (
+_FORMAT_FLAGS = (
     _parameter(
         "format",
         Annotated[
@@ -135,14 +135,33 @@ _CLIENT_FLAGS = (
     ),
     _parameter("json_", Annotated[bool | None, typer.Option("--json", help="Same as -o json.", show_default=False)]),
     _parameter("quiet", Annotated[bool | None, typer.Option("--quiet", "-q", help="Ids only.", show_default=False)]),
-    _parameter(
-        "context",
-        Annotated[
-            str | None,
-            typer.Option("--context", metavar="NAME", help="Talk to this context's control.", show_default=False),
-        ],
-    ),
 )
+_CONTEXT_FLAG = _parameter(
+    "context",
+    Annotated[
+        str | None,
+        typer.Option("--context", metavar="NAME", help="Talk to this context's control.", show_default=False),
+    ],
+)
+
+
+def _take_output(given: dict[str, Any]) -> tuple[Output, bool]:
+    """How the result is wanted, and whether that was said at all."""
+    wanted, json_, quiet = given.pop("format", None), given.pop("json_", None), given.pop("quiet", None)
+    chosen = {form for form, on in ((wanted, wanted), (Format.JSON, json_), (Format.NAME, quiet)) if on}
+    if len(chosen) > 1:
+        raise usage("-o, --json and -q say different things", "give one of them")
+    return Output(next(iter(chosen), Format.TABLE)), bool(chosen)
+
+
+def local_command(own: Handler) -> Callable[..., None]:
+    """Make `own(output, ...)` a command that prints a result and talks to nobody."""
+
+    def body(given: dict[str, Any]) -> Any:
+        output, _ = _take_output(given)
+        return own(output, **given)
+
+    return with_flags(body, own, _FORMAT_FLAGS)
 
 
 def client_command(own: Handler) -> Callable[..., None]:
@@ -150,12 +169,8 @@ def client_command(own: Handler) -> Callable[..., None]:
 
     def body(given: dict[str, Any]) -> Any:
         flags = flag_values(ClientSettings, given)
-        wanted, json_, quiet = given.pop("format", None), given.pop("json_", None), given.pop("quiet", None)
+        output, said = _take_output(given)
         context, config = given.pop("context", None), given.pop("config", None)
-        chosen = {form for form, on in ((wanted, wanted), (Format.JSON, json_), (Format.NAME, quiet)) if on}
-        if len(chosen) > 1:
-            raise usage("-o, --json and -q say different things", "give one of them")
-        output = Output(next(iter(chosen), Format.TABLE))
-        return own(Call(flags, config, context, output, bool(chosen)), **given)
+        return own(Call(flags, config, context, output, said), **given)
 
-    return with_flags(body, own, (*_CLIENT_FLAGS, *role_flags(ClientSettings)))
+    return with_flags(body, own, (*_FORMAT_FLAGS, _CONTEXT_FLAG, *role_flags(ClientSettings)))

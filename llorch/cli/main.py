@@ -6,28 +6,48 @@ Owns the list of commands and the last word on errors. Never prints a traceback 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from llorch import __version__
 from llorch.cli import completion, config, context, control, dev, explain, node, pool, status, submit, task, version
+from llorch.cli.completion import COMPLETE_VARIABLE, accept_completion
 from llorch.cli.exits import Exit, of_code
-from llorch.cli.output import Failure, OutputClosed, OutputFailed, abandon_output, report
+from llorch.cli.output import Failure, OutputClosed, OutputFailed, abandon_output, report, write_err, write_out
 from llorch.errors import ConfigError, LlorchError
 
 PROGRAM = "llorch"
 
 app = typer.Typer(
     name=PROGRAM,
-    help="One command that turns machines with GPUs into one place to send prompts to.",
     add_completion=False,  # `llorch completion` prints the script; nothing writes to a shell's start-up files
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write_out(f"{PROGRAM} {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """One command that turns machines with GPUs into one place to send prompts to."""
+
+
 dev.register(app)
 control.register(app)
 app.add_typer(node.app, name="node")
@@ -49,6 +69,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             with contextlib.suppress(ValueError, OSError):
                 stream.reconfigure(errors="replace")  # a locale that lacks a character must not end an answer
+    if COMPLETE_VARIABLE in os.environ:
+        accept_completion()
     try:
         outcome = typer.main.get_command(app).main(args=words, prog_name=PROGRAM, standalone_mode=False)
     except KeyboardInterrupt:
@@ -76,6 +98,9 @@ def explain_error(error: Exception) -> int:
         case Failure():
             report(error.message, why=error.why, hint=error.hint)
             return error.code
+        case typer.TyperException() if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            write_err(f"{error.format_message()}\n")
+            return Exit.USAGE
         case typer.TyperException():
             report(error.format_message(), hint=_usage_hint(error))
             return error.exit_code

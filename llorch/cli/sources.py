@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,11 +65,17 @@ def read_secret(path: str) -> str:
 
 
 def resolve_here(
-    cls: type[S], flags: Mapping[str, Any], *, config: str | None, local: bool, search: bool = True
+    cls: type[S],
+    flags: Mapping[str, Any],
+    *,
+    config: str | None,
+    local: bool,
+    search: bool = True,
+    read_file: Callable[[str], str] = read_secret,
 ) -> Resolved[S]:
     """The settings of a role on this machine, with every path expanded. Raises ConfigFaults, or Failure."""
     files = config_files(config, local=local, env=os.environ, search=search)
-    resolved = resolve(cls, flags=flags, env=os.environ, files=files, read_file=read_secret)
+    resolved = resolve(cls, flags=flags, env=os.environ, files=files, read_file=read_file)
     return dataclasses.replace(resolved, settings=_expanded(resolved))
 
 

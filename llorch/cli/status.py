@@ -27,8 +27,8 @@ def problems(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, An
         if pool.get("state") == "failed":
             error = pool.get("last_error")
             found.append(f"{name} has failed" + (f": {error}" if error else ""))
-    if not any(pool.get("bound") or pool.get("ready") for pool in pools):
-        found.append("no pool is ready" if pools else "there is no pool" if nodes else "no node has joined")
+    if not any(pool.get("bound") for pool in pools):
+        found.append("no pool takes tasks" if pools else "there is no pool" if nodes else "no node has joined")
     return found
 
 

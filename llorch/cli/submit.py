@@ -7,6 +7,7 @@ whose output nobody can take any more is cancelled: on ^C, on a closed pipe, whe
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,16 +46,18 @@ Model = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", "-s", help="A system message; implies --chat.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message, through the chat template.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=1)]
-Temperature = Annotated[float | None, typer.Option("--temperature", metavar="T", min=0)]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0)]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", min=1, help="End after this many tokens.")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", min=0, help="0 always takes the likeliest token.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="The same seed, the same answer.")]
 Pin = Annotated[str | None, typer.Option("--pin", metavar="NODE[/POOL]", help="Run it there or not at all.")]
 Prefer = Annotated[list[str] | None, typer.Option("--prefer", metavar="NODE[/POOL]", help="Take it first. Repeatable.")]
 Avoid = Annotated[list[str] | None, typer.Option("--avoid", metavar="NODE[/POOL]", help="Take it last. Repeatable.")]
 Zone = Annotated[str | None, typer.Option("--zone", metavar="ZONE", help="Run it in this zone or not at all.")]
-Priority = Annotated[str | None, typer.Option("--priority", metavar="interactive|batch")]
+Priority = Annotated[str | None, typer.Option("--priority", metavar="interactive|batch", help="What may wait.")]
 Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="Fail after this long, e.g. 30s.")]
-OnNodeLoss = Annotated[str | None, typer.Option("--on-node-loss", metavar="fail|continue")]
+OnNodeLoss = Annotated[str | None, typer.Option("--on-node-loss", metavar="fail|continue", help="What to do then.")]
 
 
 async def submit(
@@ -84,7 +87,9 @@ async def submit(
     """
     if call.output.format is Format.NAME and not detach:
         raise usage("-q prints ids, and an answer has none", "add --detach, or leave -q out")
-    text = read_prompt(prompt)
+    if temperature is not None and not math.isfinite(temperature):
+        raise usage("--temperature is not a number", "0 to 10")
+    text = read_prompt(prompt, stdin_taken=call.target.took_stdin)
     body = task_body(text, system, chat=chat)
     options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "priority": priority}
     options |= {"deadline_ms": deadline_ms(deadline), "on_node_loss": on_node_loss}
@@ -146,13 +151,21 @@ def print_detached(answer: dict[str, Any], call: Call) -> int:
 # ---------------------------------------------------------------- the body
 
 
-def read_prompt(argument: str | None) -> str:
-    """The prompt from the argument and from what is piped in. Raises Failure (usage) when there is none."""
+def read_prompt(argument: str | None, *, stdin_taken: bool = False) -> str:
+    """The prompt from the argument and from what is piped in. Raises Failure (usage) when there is none.
+
+    `stdin_taken`: a token was piped in. It must never end up in a prompt.
+    """
     piped = ""
-    if argument == "-" or not is_terminal(sys.stdin):
+    if stdin_taken:
+        if argument == "-":
+            raise usage("standard input holds the token, so it can't hold the prompt", "use --token-file FILE")
+    elif argument == "-" or not is_terminal(sys.stdin):
         piped = _piped().rstrip("\n")
     parts = [part for part in (piped, argument if argument != "-" else None) if part]
     text = "\n".join(parts)
+    if not text.isprintable() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise usage("the prompt is not UTF-8 text")
     if not text.strip():
         raise usage("there is no prompt", 'llorch submit "Hello", or pipe it in')
     return text

@@ -15,13 +15,17 @@ from llorch.auth import parse_tokens
 from llorch.cli import contexts
 from llorch.cli.sources import read_secret, resolve_here
 from llorch.config import ClientSettings
-from llorch.config_kinds import plain_http_abroad
+from llorch.config_kinds import URL, BadValue, plain_http_abroad
 from llorch.errors import ConfigError
+
+_OWN_ENV = ("env LLORCH_URL", "env LLORCH_TOKEN", "env LLORCH_TLS_CA")  # LLORCH_API_TOKEN is a control's first of all
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`withheld`: there was a token that belongs to another URL, and it says which."""
+    """`withheld`: there was a token that belongs to another URL, and it says which. `took_stdin`: the token came from
+    standard input, so nothing else can.
+    """
 
     url: str
     token: str | None = field(repr=False)
@@ -29,34 +33,50 @@ class Target:
     timeout_s: float | None
     warnings: tuple[str, ...] = ()
     withheld: str | None = None
+    took_stdin: bool = False
 
 
 def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | None) -> Target:
     """Raises ConfigError for settings or contexts that can't be used."""
-    resolved = resolve_here(ClientSettings, flags, config=config, local=False)
+    read: list[str] = []
+
+    def reading(path: str) -> str:
+        read.append(path)
+        return read_secret(path)
+
+    resolved = resolve_here(ClientSettings, flags, config=config, local=False, read_file=reading)
     settings, origin = resolved.settings, resolved.origin
     warnings = list(resolved.warnings)
     known = contexts.load(contexts.contexts_path(os.environ))
     name = context if context is not None else known.current
     chosen = known.get(name) if name is not None else None
-    stronger = ("flag --",) if context is not None else ("flag --", "env LLORCH_")
+    stronger = ("flag --",) if context is not None else ("flag --", *_OWN_ENV)
     url, token, tls_ca, withheld = settings.url, settings.token, settings.tls_ca, None
     own_url = origin["url"].startswith(stronger)
     own_token = token is not None and origin["token"].startswith(stronger)
     if chosen is not None:
         if not own_url:
-            url = chosen.url
+            url = _url_of(chosen, name)
             tls_ca = tls_ca if origin["tls-ca"].startswith(stronger) else chosen.tls_ca or tls_ca
         if not own_token:
-            # What a file or a weaker source gave was meant for the URL of that source.
-            token = token if own_url else None
-            if url == chosen.url:
-                token = _token_of(chosen, name)
+            # What a file gave was meant for that file's URL. LLORCH_API_TOKEN is better than none.
+            borrowed = token if context is None and origin["token"].startswith("env ") else None
+            if not own_url or url == chosen.url.rstrip("/"):
+                token = _token_of(chosen, name) or borrowed
             elif chosen.token or chosen.token_file:
                 withheld = f"the token of context {name} goes to {chosen.url} only"
         if token is not None and plain_http_abroad(url) and not own_url:
             warnings.append(f"context {name}: http:// sends the token unencrypted over the network; use https://")
-    return Target(url, token, tls_ca, settings.timeout, tuple(warnings), withheld if token is None else None)
+    withheld = withheld if token is None else None
+    return Target(url, token, tls_ca, settings.timeout, tuple(warnings), withheld, took_stdin="-" in read)
+
+
+def _url_of(context: contexts.Context, name: str | None) -> str:
+    """Checked here as a setting is: the file of contexts may have been written by hand."""
+    try:
+        return URL.parse(context.url)
+    except BadValue as bad:
+        raise ConfigError(f"context {name}: {bad.message}", hint=bad.hint) from None
 
 
 def _token_of(context: contexts.Context, name: str | None) -> str | None:

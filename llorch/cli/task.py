@@ -8,7 +8,7 @@ import typer
 
 from llorch.cli.connection import connected
 from llorch.cli.flags import Call, client_command
-from llorch.cli.output import Column, write_err
+from llorch.cli.output import Column, Format, usage, write_err
 
 app = typer.Typer(help="Look at tasks, read and cancel them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -59,6 +59,8 @@ async def logs(
     """Print a task's output from its start, and follow it to its end."""
     from llorch.cli.answer import print_stream
 
+    if call.output.format in (Format.NAME, Format.YAML):
+        raise usage("a task's output is text, or JSON lines with --json")
     async with connected(call.target) as client:
         return await print_stream(client.follow(task_id, after), call.output, raw=raw)
 

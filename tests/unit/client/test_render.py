@@ -1,0 +1,69 @@
+"""What of a stream reaches a terminal, a pipe, a script."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llorch.client.events import End, Event, Migrated, Queued, Started, Token
+from llorch.client.render import JsonLines, Progress, TextRenderer
+from llorch.client.text import one_line, plain
+
+QUEUED = Queued(wire={}, position=2, eta_ms=None)
+STARTED = Started(wire={}, task_id="t", node_id="n\x1b[2J", pool_id="p\n", model="m", attempt=1)
+END = End(wire={}, finish_reason="stop", tokens_in=1, tokens_out=1)
+MIGRATED = Migrated(wire={}, attempt=2, source="a/p", target="b/p")
+
+
+def token(text: str) -> Token:
+    return Token(wire={"t": text}, text=text, index=0)
+
+
+def shown(*events: Event, terminal: bool = True, raw: bool = False, progress: bool = True) -> tuple[str, str]:
+    """What went to standard output and to standard error."""
+    out: list[str] = []
+    err: list[str] = []
+    renderer = TextRenderer(out.append, Progress(err.append if progress else None), terminal=terminal, raw=raw)
+    for event in events:
+        renderer.show(event)
+    renderer.close()
+    return "".join(out), "".join(err)
+
+
+def test_a_pipe_gets_every_byte_and_nothing_more() -> None:
+    text = "\x1b[31m[bold]\x00\r\n\x9b[/foo]"
+    assert shown(QUEUED, STARTED, token(text), END, terminal=False, progress=False) == (text, "")
+
+
+def test_a_terminal_gets_text_without_control_characters_and_a_last_newline() -> None:
+    assert shown(token("a\x1b[31mb\x07\r"), token("\tc"), END, progress=False)[0] == "a[31mb\tc\n"
+    assert shown(token("a\n"), END, progress=False)[0] == "a\n"
+    assert shown(token("\x1b"), END, progress=False)[0] == ""
+    assert shown(END, progress=False)[0] == ""
+    assert shown(token("a\x1b[31m"), END, raw=True, progress=False)[0] == "a\x1b[31m\n"
+
+
+def test_progress_is_one_line_that_goes_before_the_first_token_and_can_not_be_forged() -> None:
+    out, err = shown(QUEUED, STARTED, token("x"), MIGRATED, END)
+    assert out == "x\n"
+    assert err == "\r\x1b[Kqueued, position 2\r\x1b[Krunning on n[2J/p\r\x1b[K"
+    assert shown(MIGRATED)[1] == "\r\x1b[Kmoved from a/p to b/p\r\x1b[K"
+
+
+@given(st.text())
+def test_text_fit_for_a_terminal_has_no_control_characters_and_loses_nothing_else(text: str) -> None:
+    kept = plain(text)
+    assert not any((ord(char) < 32 and char not in "\t\n") or 127 <= ord(char) < 160 for char in kept)
+    assert kept == "".join(char for char in text if char in kept)
+    assert "\n" not in one_line(text)
+    assert plain(kept) == kept
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_json_lines_are_one_line_an_event_whatever_is_in_it(text: str) -> None:
+    lines: list[str] = []
+    JsonLines(lines.append).show(token(text))
+    assert lines[0].count("\n") == 1
+    assert json.loads(lines[0]) == {"event": "token", "t": text}

@@ -312,10 +312,11 @@ class HttpAttempt(Attempt):
         self.script: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.status: int | None = None
         self.gone = asyncio.Event()
+        self.stays_open = False  # the connection, after the TAIL
 
     def emit(self, kind: int, payload: bytes = b"") -> None:
         self.script.put_nowait(records.encode(0, kind, payload))
-        if kind == Type.TAIL:
+        if kind == Type.TAIL and not self.stays_open:
             self.script.put_nowait(None)
 
     def refuse(self, code: Code, status: int | None = None) -> None:

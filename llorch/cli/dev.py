@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +27,7 @@ MODEL_WITHIN_S = 600.0  # for pools to get ready: a large model on a slow disk
 LOOK_EVERY_S = 0.1
 TASK_GRACE = "2s"  # for what still runs when the command is ended
 MAX_NODES = 64
+ANSWER_TOKENS = 128  # a paragraph: a model with random weights ends only where its context does
 
 
 def dev(
@@ -38,6 +39,12 @@ def dev(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="PROMPT", help="Print one answer, and end.")
     ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", metavar="N", min=1, help=f"How long -p's answer may get. Default: {ANSWER_TOKENS}."
+        ),
+    ] = None,
     model: Annotated[str, typer.Option("--model", "-m", metavar="REF", help="demo, or file:/abs/path.gguf")] = "demo",
     slots: Annotated[str | None, typer.Option("--slots", metavar="N", help="Sequences at a time, per node.")] = None,
     ctx: Annotated[str | None, typer.Option("--ctx", metavar="N", help="Tokens of context per slot.")] = None,
@@ -48,9 +55,11 @@ def dev(
 
 
 def _run(given: dict[str, Any]) -> Any:
-    engine, prompt = given["engine"], given.pop("prompt")
+    engine, prompt, max_tokens = given["engine"], given.pop("prompt"), given.pop("max_tokens")
     if prompt is not None and not prompt.strip():
         raise usage("the prompt is empty", 'llorch dev -p "Hello"')
+    if max_tokens is not None and prompt is None:
+        raise usage("--max-tokens is for -p", 'llorch dev -p "Hello" --max-tokens 32')
     if engine == "auto":
         engine = "llamacpp"
     if engine not in ("llamacpp", "simulated"):
@@ -61,8 +70,9 @@ def _run(given: dict[str, Any]) -> Any:
             code=Exit.USAGE,
             hint="pip install 'llorch[llamacpp]', or use --engine simulated",
         )
+    body = None if prompt is None else {"prompt": prompt, "max_tokens": max_tokens or ANSWER_TOKENS}
     node_words = _node_words(engine, given["model"], given["slots"], given["ctx"])
-    return _Dev(given["nodes"], node_words, given["port"], given["verbose"]).run(prompt)
+    return _Dev(given["nodes"], node_words, given["port"], given["verbose"]).run(body)
 
 
 def _node_words(engine: str, model: str, slots: str | None, ctx: str | None) -> list[str]:
@@ -84,14 +94,15 @@ class _Dev:
         self._terminal = is_terminal(sys.stderr)
         self._serving = False
 
-    async def run(self, prompt: str | None) -> int:
+    async def run(self, body: Mapping[str, Any] | None) -> int:
+        """`body`: a task without its model, to be answered and no more."""
         from llorch.cli.dev_cluster import Cluster, Tokens
         from llorch.cli.interrupts import Interrupted, Interrupts
 
         with Interrupts() as interrupts:
             try:
                 async with Cluster.starting(Tokens.make()) as cluster:
-                    return await self._with(cluster, prompt, interrupts.guarded)
+                    return await self._with(cluster, body, interrupts.guarded)
             except (asyncio.CancelledError, Interrupted) as ended:
                 if not interrupts.hit:
                     raise
@@ -100,7 +111,7 @@ class _Dev:
                     running.uncancel()
                 return Exit.OK if self._serving else Exit.INTERRUPTED  # ^C is how it is meant to end
 
-    async def _with(self, cluster: Cluster, prompt: str | None, guarded: Any) -> int:
+    async def _with(self, cluster: Cluster, body: Mapping[str, Any] | None, guarded: Any) -> int:
         from llorch.client.api import LlorchClient
 
         watch = asyncio.create_task(self._show_logs(cluster), name="dev.logs") if self._verbose else None
@@ -110,8 +121,8 @@ class _Dev:
                 model = await self._pools_ready(cluster, client)
                 self._progress("")
                 name, current = await cluster.add_context(url)
-                if prompt is not None:
-                    return await self._answer(client, model, prompt, guarded)
+                if body is not None:
+                    return await self._answer(client, {**body, "model": model}, guarded)
             self._serving = True
             write_err(_how_to(url, name, current, model, self._nodes))
             return await self._serve(cluster)
@@ -186,11 +197,11 @@ class _Dev:
 
     # ------------------------------------------------------------ running
 
-    async def _answer(self, client: LlorchClient, model: str, prompt: str, guarded: Any) -> int:
+    async def _answer(self, client: LlorchClient, body: Mapping[str, Any], guarded: Any) -> int:
         from llorch.cli.answer import print_stream
         from llorch.cli.output import Output, write_out
 
-        return await print_stream(client.submit({"model": model, "prompt": prompt}), Output(), write=guarded(write_out))
+        return await print_stream(client.submit(body), Output(), write=guarded(write_out))
 
     async def _serve(self, cluster: Cluster) -> int:
         """Until a signal, or until nothing is left that could serve. A node that dies is told: that may be the test."""
@@ -201,7 +212,9 @@ class _Dev:
             for name in sorted(set(cluster.ended) - told):
                 told.add(name)
                 left = sum(node not in cluster.ended for node in self._nodes)
-                write_err(f"{name} has ended ({exit_words(cluster.ended[name])}); {left} nodes are left\n")
+                write_err(
+                    f"{name} has ended ({exit_words(cluster.ended[name])}); {left} of {len(self._nodes)} nodes left\n"
+                )
                 if left == 0 or name not in self._nodes:
                     raise cluster.failure(name) if name != "keeper" else Failure("the keeper has ended")
             cluster.changed.clear()

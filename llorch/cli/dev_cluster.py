@@ -2,7 +2,8 @@
 
 Owns what the roles are given (flags, an environment with tokens made now, nothing of this machine's own settings) and
 the waiting for their ready lines and pools. Ends nothing itself: it lets go of the keeper's pipe, and the keeper ends
-everything (see `llorch.cli.keeper`). Tokens travel in the environment and in that pipe, never in an argument list.
+everything (see `llorch.cli.keeper`). Only if somebody killed the keeper does it tidy up itself. Tokens travel in the
+environment and in that pipe, never in an argument list.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ import llorch
 from llorch.cli import contexts
 from llorch.cli.keeper import ROLE_GRACE_S, STRAY_GRACE_S, is_alive
 from llorch.cli.output import Failure
+from llorch.errors import ConfigError
 
 READY_WITHIN_S = 60.0  # a role that has printed no ready line by then never will
 LOOK_EVERY_S = 0.05
@@ -81,6 +85,7 @@ class Cluster:
         self.changed = asyncio.Event()
         self._process = process
         self._tails: dict[str, LogTail] = {}
+        self._started: list[str] = []  # "pid:start" of each role
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -98,11 +103,12 @@ class Cluster:
         )
         assert process.stdin is not None and process.stdout is not None
         listener: asyncio.Task[None] | None = None
+        cluster: Cluster | None = None
         try:
-            hello = await process.stdout.readline()
-            if not hello:
-                raise Failure("the keeper of `llorch dev` did not start")
-            cluster = cls(process, json.loads(hello), tokens)
+            hello = json.loads(await process.stdout.readline() or "{}")
+            if "state" not in hello:
+                raise Failure("the keeper of `llorch dev` did not start", why=hello.get("failed"))
+            cluster = cls(process, hello, tokens)
             listener = asyncio.create_task(cluster._listen(), name="dev.keeper")
             yield cluster
         finally:
@@ -113,11 +119,32 @@ class Cluster:
             if listener is not None:
                 listener.cancel()
                 await asyncio.gather(listener, return_exceptions=True)
+            if cluster is not None and process.returncode not in (0, None):
+                await cluster._clean_up()
+
+    async def _clean_up(self) -> None:
+        """What the keeper would have done, had nobody killed it. Its roles were told to end when it did."""
+        until = asyncio.get_running_loop().time() + ROLE_GRACE_S
+        while any(map(is_alive, self._started)):
+            if asyncio.get_running_loop().time() > until:
+                break
+            await asyncio.sleep(LOOK_EVERY_S)
+        for role in filter(is_alive, self._started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(role.partition(":")[0]), signal.SIGKILL)
+        with contextlib.suppress(ConfigError):
+            known = contexts.load(contexts.contexts_path(os.environ))
+            for name, context in known.named.items():
+                if context.keeper == self.identity:
+                    contexts.remove(contexts.contexts_path(os.environ), name, keeper=self.identity)
+        shutil.rmtree(self.state, ignore_errors=True)
 
     async def _listen(self) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             message = json.loads(line)
+            if "started" in message:
+                self._started.append(message["role"])
             if "ended" in message:
                 self.ended[message["ended"]] = message["code"]
             self.changed.set()

@@ -34,12 +34,13 @@ class Ended(Exception):
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks: with its pid, its name for all time. None if it is gone."""
+    """When a process started, in the kernel's ticks: with its pid, its name for all time. None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    return stat.rpartition(b")")[2].split()[19].decode()
+    fields = stat.rpartition(b")")[2].split()
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
 def is_alive(keeper: str) -> bool:
@@ -105,7 +106,7 @@ class Keeper:
         finally:
             os.close(log)
         self._roles[name] = role
-        self._say({"started": name, "pid": role.pid})
+        self._say({"started": name, "role": f"{role.pid}:{process_start(role.pid)}"})
         threading.Thread(target=self._watch, args=(name, role.pid), daemon=True).start()
 
     def _watch(self, name: str, pid: int) -> None:
@@ -185,14 +186,20 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
-    keeper = Keeper()
+    keeper = None
     try:
+        keeper = Keeper()
         keeper.serve()
     except Ended:
         pass
+    except OSError as error:
+        if keeper is not None:
+            raise
+        print(json.dumps({"failed": f"{error.filename or 'its state'}: {error.strerror}"}), flush=True)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        keeper.close()
+        if keeper is not None:
+            keeper.close()
 
 
 if __name__ == "__main__":

@@ -2,42 +2,241 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import re
 import signal
+import socket
+import stat
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from tests.cluster import Cluster, alive, descendants, eventually
+from llorch.cli import contexts
+from tests.cluster import Cluster, Running, alive, descendants, eventually, expected_text
 
 
-def contexts(llorch: Cluster) -> str:
-    files = list((llorch.folder / "home").rglob("contexts.json"))
-    return files[0].read_text() if files else ""
+class Dev:
+    """One `llorch dev`, and what must be gone when it is."""
+
+    def __init__(self, llorch: Cluster) -> None:
+        self.llorch = llorch
+        self.temporary = llorch.folder / "tmp"
+        self.temporary.mkdir()
+        self.below: set[int] = set()
+        self.url = ""
+
+    def env(self) -> dict[str, str]:
+        return self.llorch.env(TMPDIR=str(self.temporary))
+
+    @property
+    def contexts(self) -> contexts.Contexts:
+        return contexts.load(self.file)
+
+    @property
+    def file(self) -> Path:
+        return contexts.contexts_path(self.llorch.env())
+
+    def start(self, *argv: str) -> Running:
+        return self.llorch.start("dev", ["dev", *argv], TMPDIR=str(self.temporary))
+
+    async def ready(self, *argv: str) -> Running:
+        dev = self.start(*argv)
+        await eventually(lambda: "ready: http" in dev.text(), within_s=30.0, what="dev is ready")
+        found = re.search(r"ready: (http://\S+)", dev.text())
+        assert found
+        self.url = found.group(1)
+        self.below = descendants(dev.pid)
+        return dev
+
+    def run(self, *argv: str, program: tuple[str, ...] = (sys.executable, "-m", "llorch")) -> tuple[int, str, str]:
+        ran = subprocess.run(
+            [*program, *argv], env=self.env(), cwd=self.llorch.folder, capture_output=True, text=True, timeout=45,
+            check=False,
+        )  # fmt: skip
+        return ran.returncode, ran.stdout, ran.stderr
+
+    async def nothing_is_left(self) -> None:
+        await eventually(lambda: not list(filter(alive, self.below)), within_s=15.0, what="every process gone")
+        await eventually(lambda: not list(self.temporary.iterdir()), within_s=5.0, what="its state gone")
+        assert [name for name in self.contexts.named if name.startswith("dev")] == []
+        if self.url:
+            with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port), 5):
+                pass
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 0
+
+
+@pytest.fixture
+def dev(llorch: Cluster) -> Dev:
+    return Dev(llorch)
+
+
+# ---------------------------------------------------------------- one answer
 
 
 @pytest.mark.llama
-def test_dev_with_a_prompt_streams_real_llama_cpp_and_leaves_nothing(llorch: Cluster) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "llorch", "dev", "-p", "Once upon a time"],
-        env=llorch.env(),
-        capture_output=True,
-        text=True,
-        timeout=40,
-        check=True,
+async def test_dev_with_a_prompt_streams_real_llama_cpp_as_far_as_it_is_told(dev: Dev) -> None:
+    words = ("dev", "-p", "Once upon a time")
+    (code, long, _), (other, short, _) = await asyncio.gather(
+        asyncio.to_thread(dev.run, *words), asyncio.to_thread(dev.run, *words, "--max-tokens", "2")
     )
-    assert len(ran.stdout.split()) > 10
-    assert '"dev"' not in contexts(llorch)
+    assert (code, other) == (0, 0)
+    assert len(long.split()) > 10
+    assert 0 < len(short) < len(long) / 4
+    await dev.nothing_is_left()
 
 
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda ending: ending.name)
-async def test_dev_leaves_no_process_and_no_context(llorch: Cluster, ending: signal.Signals) -> None:
-    dev = llorch.start("dev", ["dev", "--nodes", "2", "--engine", "simulated"])
-    await eventually(lambda: "ready: http" in dev.text(), within_s=30.0, what=f"dev is ready\n{dev.text()}")
-    below = descendants(dev.pid)
-    assert len(below) >= 6, "keeper, control, two nodes and their engines"
-    assert '"dev"' in contexts(llorch)
-    dev.process.send_signal(ending)
-    dev.process.wait(20)
-    await eventually(lambda: not [pid for pid in below if alive(pid)], within_s=15.0, what="every process gone")
-    assert '"dev"' not in contexts(llorch)
+async def test_dev_with_a_prompt_prints_the_answer_alone_and_ends(dev: Dev) -> None:
+    (dev.llorch.folder / "llorch.yaml").write_text("nonsense: true\n")  # meant for this machine's own roles
+    code, out, err = await asyncio.to_thread(dev.run, "dev", "--engine", "simulated", "-p", "go", "--max-tokens", "3")
+    assert (code, out) == (0, expected_text(3))
+    assert err == "llorch dev: real roles on this machine, for trying out; --allow-cpu is implied\n"
+    await dev.nothing_is_left()
+
+
+async def test_dev_whose_reader_leaves_is_141_and_leaves_nothing(dev: Dev) -> None:
+    command = f"{sys.executable} -m llorch dev --engine simulated -p go | true; echo ${{PIPESTATUS[0]}}"
+    code, out, err = await asyncio.to_thread(dev.run, command, program=("bash", "-c"))
+    assert (code, out) == (0, "141\n")
+    assert "Traceback" not in err
+    await dev.nothing_is_left()
+
+
+# ---------------------------------------------------------------- a cluster
+
+
+async def test_dev_that_is_killed_leaves_nothing_behind(dev: Dev) -> None:
+    running = await dev.ready("--engine", "simulated")
+    assert len(dev.below) >= 4, "keeper, control, node and engine, whatever wraps them"
+    assert dev.contexts.named["dev"].url == dev.url
+    running.kill()
+    await dev.nothing_is_left()
+
+
+async def test_dev_with_several_nodes_serves_whoever_follows_its_words(dev: Dev) -> None:
+    running = await dev.ready("--nodes", "3", "--engine", "simulated", "--slots", "2")
+    assert stat.S_IMODE(dev.file.stat().st_mode) == 0o600
+    assert dev.contexts.current == "dev", "it was the first"
+    token = dev.contexts.named["dev"].token
+    assert token
+    assert token not in running.text()
+
+    async def llorch(*argv: str) -> tuple[int, str, str]:
+        return await asyncio.to_thread(dev.run, *argv)
+
+    assert await llorch("submit", "Hello", "--max-tokens", "4") == (0, expected_text(4), "")
+    code, out, _ = await llorch("status", "--json")
+    assert (code, [node["node_id"] for node in json.loads(out)["nodes"]]) == (0, ["dev-1", "dev-2", "dev-3"])
+    assert [pool["slots_total"] for pool in json.loads(out)["pools"]] == [2, 2, 2]
+    curl = re.search(r"  (curl .*\\\n.*)\n", running.text())
+    assert curl, "it says how to use curl"
+    said = curl.group(1).replace("curl ", "curl -sN ").replace("llorch context", f"{sys.executable} -m llorch context")
+    code, out, _ = await asyncio.to_thread(dev.run, said, program=("bash", "-c"))
+    assert (code, "event: end" in out) == (0, True)
+    assert await running.stop(signal.SIGINT) == 0, "^C is how it is meant to end"
+    await dev.nothing_is_left()
+    assert dev.contexts.current is None
+
+
+async def test_a_node_that_dies_is_told_and_the_rest_goes_on_until_none_is_left(dev: Dev) -> None:
+    running = await dev.ready("--nodes", "2", "--engine", "simulated")
+
+    def node(number: int) -> int:
+        for pid in dev.below:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if f"dev-{number}".encode() in words and b"node" in words:
+                return pid
+        raise AssertionError(f"no dev-{number}")
+
+    pids = node(1), node(2)
+    os.kill(pids[0], signal.SIGKILL)
+    await eventually(lambda: "dev-1 has ended (signal 9); 1 of 2 nodes left" in running.text())
+    assert running.process.poll() is None
+    os.kill(pids[1], signal.SIGKILL)
+    await eventually(lambda: running.process.poll() is not None)
+    assert running.process.returncode == 1
+    await dev.nothing_is_left()
+
+
+async def test_dev_whose_keeper_is_killed_cleans_up_itself(dev: Dev) -> None:
+    running = await dev.ready("--engine", "simulated")
+    keeper = dev.contexts.named["dev"].keeper
+    assert keeper
+    os.kill(int(keeper.partition(":")[0]), signal.SIGKILL)
+    await eventually(lambda: running.process.poll() is not None, within_s=15.0)
+    assert running.process.returncode == 1
+    assert "error: the keeper has ended" in running.text()
+    await dev.nothing_is_left()
+
+
+async def test_dev_takes_another_name_where_its_own_is_taken_and_changes_no_current_context(dev: Dev) -> None:
+    with contexts.changing(dev.file) as known:
+        known.named["dev"] = contexts.Context("http://127.0.0.1:1", token="somebody-elses")
+        known.named["dev-2"] = contexts.Context("http://127.0.0.1:2", keeper="999999:1")  # its keeper was killed
+        known.current = "dev"
+    running = await dev.ready("--engine", "simulated")
+    assert set(dev.contexts.named) == {"dev", "dev-2"}
+    assert dev.contexts.named["dev-2"].url == dev.url
+    assert dev.contexts.current == "dev"
+    assert 'llorch submit --context dev-2 "Hello"' in running.text()
+    assert await running.stop(signal.SIGTERM) == 0
+    assert set(dev.contexts.named) == {"dev"}
+    contexts.remove(dev.file, "dev")
+    await dev.nothing_is_left()
+
+
+# ---------------------------------------------------------------- a start that fails
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL], ids=lambda ending: ending.name)
+async def test_dev_that_is_ended_while_it_starts_leaves_nothing(dev: Dev, ending: signal.Signals) -> None:
+    running = dev.start("--engine", "simulated")
+    await eventually(lambda: len(descendants(running.pid)) >= 2, what="the keeper and a role")
+    dev.below = descendants(running.pid)
+    running.process.send_signal(ending)
+    assert running.process.wait(20) == (-ending if ending is signal.SIGKILL else 130)
+    await dev.nothing_is_left()
+
+
+async def test_a_start_that_fails_says_why_and_leaves_nothing(dev: Dev) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, out, err = await asyncio.to_thread(dev.run, "dev", "--engine", "simulated", "--port", port)
+    assert (code, out) == (1, "")
+    assert "error: control ended with code" in err
+    assert "in use" in err
+    await dev.nothing_is_left()
+
+
+@pytest.mark.llama
+async def test_a_model_that_is_not_there_says_so_and_leaves_nothing(dev: Dev) -> None:
+    code, out, err = await asyncio.to_thread(dev.run, "dev", "-m", "file:/no/such/model.gguf", "-p", "x")
+    assert (code, out) == (1, "")
+    assert "/no/such/model.gguf" in err
+    assert "Traceback" not in err
+    await dev.nothing_is_left()
+
+
+def test_words_that_are_wrong_are_told_before_anything_starts(dev: Dev) -> None:
+    for argv in (
+        ("--engine", "vllm"), ("--slots", "none"), ("--max-tokens", "5"),
+    ):  # fmt: skip
+        code, out, err = dev.run("dev", *argv)
+        assert (code, out) == (2, ""), argv
+        assert err.startswith("error: "), err
+    assert list(dev.temporary.iterdir()) == []
+
+
+def test_help_says_how_long_an_answer_may_get(dev: Dev) -> None:
+    code, out, _ = dev.run("dev", "--help")
+    assert code == 0
+    assert re.search(r"--max-tokens N\s+How long -p's answer may get\. Default: 128\.", " ".join(out.split()))

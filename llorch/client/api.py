@@ -29,7 +29,7 @@ from llorch.messages import decode_object
 
 CALL_TIMEOUT_S = 30.0  # for what a control answers out of its own memory
 SILENCE_S = 45.0  # three pings of the control's: a stream this quiet has lost its connection
-RESUME_FOR_S = 5.0  # how long a lost stream is looked for: a control restarts in less
+RESUME_FOR_S = 15.0  # how long a lost stream is looked for: a control that restarts knows its nodes' tasks by then
 RESUME_BACKOFF = Backoff(first_s=0.1, most_s=1.0)
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 256 * 1024
@@ -213,7 +213,7 @@ class LlorchClient:
                 if place.untouched:
                     raise
                 why = f"{error.message} ({error.code})"
-                if not error.retriable:
+                if not error.retriable and not (place.known and error.code is Code.TASK_NOT_FOUND):
                     raise place.fault(why) from None
             await asyncio.sleep(place.delay_s(time.monotonic(), random.random(), why))
             opener = lambda: self._follow(task_id, place.last)  # noqa: E731 - one line of its own says it best
@@ -253,6 +253,7 @@ class _Place:
         self.url = url
         self.last = after
         self.untouched = True  # nothing has been received or lost yet
+        self.known = False  # there is such a task: a control that says otherwise has just started
         self._began = False
         self._failures = 0
         self._lost_at = 0.0
@@ -263,6 +264,7 @@ class _Place:
         if event.id is not None and self.last is not None and not _is_after(event.id, self.last):
             return False
         self._failures = 0
+        self.known = True
         self.last = event.id or self.last
         self._began = self._began or isinstance(event, Token)
         return True

@@ -177,6 +177,7 @@ async def test_a_submission_that_was_lost_before_any_output_is_unreachable_and_n
         await taken(client.submit(BODY))
     assert TASK in (caught.value.hint or "")
     assert "TASK_NOT_FOUND" in (caught.value.why or "")
+    assert len(control.asked(EVENTS)) == 1, "it never was there"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,14 @@ async def test_a_stream_that_can_not_be_taken_up_again_has_broken_off(
     assert text(seen) == "t0 "
     assert caught.value.task_id == TASK
     assert why in (caught.value.why or "")
+
+
+async def test_a_control_that_has_just_started_may_not_know_the_task_yet(
+    control: ScriptedControl, client: LlorchClient
+) -> None:
+    control.on("POST /v2/tasks", stream(started(), token(0), then=Then.CUT))
+    control.on(EVENTS, refusal(Code.TASK_NOT_FOUND), refusal(Code.TASK_NOT_FOUND), stream(token(1), end()))
+    assert text(await taken(client.submit(BODY))) == "t0 t1 "
 
 
 async def test_a_log_that_ends_without_a_last_event_has_broken_off(

@@ -38,7 +38,7 @@ def test_words_that_mean_nothing_are_refused(monkeypatch: pytest.MonkeyPatch, wo
 
 
 def test_flags_of_a_node_are_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for words in ({"slots": "none"}, {"ctx": "-1"}, {"model": "ftp://x"}):
+    for words in ({"slots": "none"}, {"ctx": "-1"}, {"slots": "0"}):
         with pytest.raises(ConfigError):
             asked(monkeypatch, **words)
 

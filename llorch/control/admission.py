@@ -151,13 +151,6 @@ class Admission:
             del self._lines[waiter.wish.model]
         return waiter
 
-    def expired(self, now: float) -> list[Waiter]:
-        """Take out all whose wait is over, those due first first."""
-        late = sorted((w for w in self._waiters.values() if w.expires_at <= now), key=lambda w: w.expires_at)
-        for waiter in late:
-            self.remove(waiter.task_id)
-        return late
-
     # ---- free slots
 
     def match(self, try_place: Callable[[Waiter], C | None]) -> list[tuple[Waiter, C]]:

@@ -335,7 +335,7 @@ class Dispatcher:
             if item is None:
                 now = self._clock()
                 if now >= until:
-                    self._check_deadline(task)
+                    task.check_deadline(now)
                     what = "did not send a first byte" if accepted else "did not answer"
                     raise _GoElsewhere(
                         LlorchError(Code.ENGINE_STALLED if accepted else Code.NODE_LOST, f"the node {what} in time")
@@ -367,10 +367,9 @@ class Dispatcher:
         patience_s = PING_AFTER_S
         while True:
             if task.deadline_at is not None:
-                left_s = task.deadline_at + DEADLINE_SLACK_S - self._clock()
-                if left_s <= 0:
-                    self._check_deadline(task)
-                patience_s = min(PING_AFTER_S, left_s)
+                now = self._clock()
+                task.check_deadline(now - DEADLINE_SLACK_S)
+                patience_s = min(PING_AFTER_S, task.deadline_at + DEADLINE_SLACK_S - now)
             item = await feed.next(patience_s)
             if isinstance(item, bytes):
                 await client.write(item)
@@ -387,10 +386,6 @@ class Dispatcher:
                 raise LlorchError(Code.NODE_LOST, f"the node was lost while it answered: {item.reason}")
             elif isinstance(item, Stopped):
                 raise ShuttingDown
-
-    def _check_deadline(self, task: Task) -> None:
-        if task.deadline_at is not None and self._clock() > task.deadline_at:
-            raise LlorchError(Code.DEADLINE_EXCEEDED, "the task's deadline has passed")
 
     def _finish(self, task: Task, tail: Tail | None, error: LlorchError | None) -> None:
         """The one place where a task ends at this control."""

@@ -56,9 +56,6 @@ class NodeClient:
         await self._guard.close()
         await self._stack.aclose()
 
-    def reaches(self, node_id: str) -> bool:
-        return self._links.get(node_id) is not None or self._address_of(node_id) is not None
-
     def open(self, node_id: str, header: dict[str, Any], body: bytes, feed: Feed) -> Upstream:
         link = self._links.get(node_id)
         if link is not None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from llorch.control.placement import Snapshot, Wish
-from llorch.errors import LlorchError
+from llorch.errors import Code, LlorchError
 from llorch.messages import Tail, TaskReport
 
 MAX_ENDED_TASKS = 10_000  # the views of ended tasks that are kept; about 1 KB each
@@ -86,6 +86,10 @@ class Task:
         if state not in TRANSITIONS[self.state]:
             raise ValueError(f"task {self.task_id}: {self.state} -> {state}")
         self.state = state
+
+    def check_deadline(self, now: float) -> None:
+        if self.deadline_at is not None and now >= self.deadline_at:
+            raise LlorchError(Code.DEADLINE_EXCEEDED, "the task's deadline has passed")
 
     def view(self, *, position: int | None = None, eta_ms: int | None = None) -> dict[str, Any]:
         """The task view of the API."""

@@ -65,8 +65,8 @@ class WaitingRoom:
         """A slot for `task`. `front`: it was admitted before and comes back. Raises the refusal, or what `end` says."""
         if task.cancel_wanted:
             raise LlorchError(Code.CANCELED, "the task was canceled")
-        self._check_deadline(task)
         now = self._clock()
+        task.check_deadline(now)
         waiter = Waiter(task.task_id, task.wish, now, now + self._queue_timeout_s - task.waited_s, front)
         if front:
             self._admission.requeue_front(waiter)
@@ -130,7 +130,7 @@ class WaitingRoom:
             if future.done():
                 break
             now = self._clock()
-            self._check_deadline(task)
+            task.check_deadline(now)
             if now >= waiter.expires_at:
                 raise LlorchError(
                     Code.QUEUE_TIMEOUT,
@@ -166,7 +166,3 @@ class WaitingRoom:
             task.placement = self.snapshot(task.wish)
             self._metrics.placed("refused", error.code)
             raise error
-
-    def _check_deadline(self, task: Task) -> None:
-        if task.deadline_at is not None and self._clock() >= task.deadline_at:
-            raise LlorchError(Code.DEADLINE_EXCEEDED, "the task's deadline has passed")

@@ -245,6 +245,25 @@ async def test_a_task_on_a_lost_link_goes_elsewhere_outside_the_count_and_before
         await control.idle()
 
 
+async def test_a_lost_node_that_is_back_may_have_its_task_again_and_both_retries_are_still_there() -> None:
+    async with a_control() as control:
+        a = await control.join("a", pool("p0"))
+        asking = control.whole()
+        (await a.asked()).accept()
+        await a.cut()
+        await control.waiting(1)
+        await a.join(pool("p0"), pool("p1"), pool("p2"))
+        for number in (2, 3):
+            attempt = await a.asked()
+            assert attempt.attempt == number
+            engine_fails(attempt)
+        attempt = await a.asked()
+        attempt.begin().say("hi").end()
+        assert {each.pool_id for each in a.opened[1:]} == {"p0", "p1", "p2"}
+        assert (await asking.answer()).json["text"] == "hi"
+        await control.idle()
+
+
 async def test_the_third_lost_node_ends_a_task() -> None:
     async with a_control() as control:
         nodes = [await control.join(name) for name in ("a", "b", "c", "d")]

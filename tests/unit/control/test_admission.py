@@ -139,14 +139,6 @@ def test_a_removed_task_is_never_placed_and_those_behind_it_move_up() -> None:
     assert placed(admission, Slots(m=3)) == ["2"]
 
 
-def test_expired_waiters_are_taken_out_those_due_first_first() -> None:
-    admission = queue(waiter("1", expires=30.0), waiter("2", expires=10.0), waiter("3", "other", expires=10.5))
-    assert admission.expired(9.9) == []
-    assert [each.task_id for each in admission.expired(10.5)] == ["2", "3"]
-    assert len(admission) == 1
-    assert admission.depth("other") == 0
-
-
 def test_the_guess_of_the_remaining_wait_follows_how_fast_the_line_moved() -> None:
     admission = queue(*(waiter(str(n), at=0.0) for n in range(4)))
     assert placed(admission, Slots(m=2)) == ["0", "1"]

@@ -241,7 +241,8 @@ class Control(RuleBasedStateMachine):
         self.now += seconds
         for node in self.registry.expire(self.now):
             assert self.now - node.last_beat > self.registry.offline_after_s
-        self.admission.expired(self.now)
+        for waiter in [each for each in self.admission._waiters.values() if each.expires_at <= self.now]:
+            self.admission.remove(waiter.task_id)
         self.pump()
 
     # ---- what is always true

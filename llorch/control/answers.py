@@ -22,6 +22,7 @@ from llorch.messages import Head, Tail
 from llorch.web import error_response, json_response, limit_send_buffer
 
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+LAST_BLOCK_BYTES = 4 * 1024  # of the last pieces, kept to see whether they ended the answer: its last event is small
 QUEUED_EVERY_S = 0.99  # `queued` events come at most once a second; timers may be a little early
 MAX_COLLECTED_BYTES = 16 * 1024 * 1024  # a native answer that was asked for as one JSON document
 
@@ -103,7 +104,7 @@ class Stream:
     async def write(self, data: bytes) -> None:
         assert self._response is not None
         self.whole = data.endswith(b"\n\n")
-        self._last = (self._last[1], data)
+        self._last = (self._last[1], data[-LAST_BLOCK_BYTES:])
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._response.write(data)

@@ -279,6 +279,7 @@ class Dispatcher:
                 if isinstance(head, Tail):  # canceled before its first byte
                     return head
                 task.enter(State.STREAMING)
+                task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
                 self._metrics.first_byte(task.label, self._clock() - task.received_at)
                 await client.begin(head)
                 return await self._relay(task, feed, upstream, client)

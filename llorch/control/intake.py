@@ -123,5 +123,7 @@ def _deadline_ms(text: str | None) -> int | None:
 
 
 def _forwarded(headers: Mapping[str, str], request_id: str) -> dict[str, str]:
-    kept = {name: headers[name] for name in _FORWARDED if name in headers and len(headers[name]) <= 1_024}
-    return kept | {"x-request-id": request_id}
+    """Those that are known, and plain enough for any request that they may become part of."""
+    kept = {name: headers[name] for name in _FORWARDED if name in headers}
+    plain = {name: text for name, text in kept.items() if len(text) <= 1_024 and text.isascii() and text.isprintable()}
+    return plain | {"x-request-id": request_id}

@@ -24,6 +24,8 @@ log = Log("control.links")
 
 MAX_STREAM_ID = 0xFFFF_FFFF
 
+NOTHING = memoryview(b"")
+
 _KNOWN = frozenset(Type)
 
 M = TypeVar("M", bound=BaseModel)
@@ -181,7 +183,8 @@ class NodeLink:
         if count:
             for encoded in records.encode_cut(stream_id, Type.BODY, stream.unsent[:count]):
                 self._send(encoded)
-            stream.unsent = stream.unsent[count:]
+            # An empty slice would hold the whole body for as long as the answer takes.
+            stream.unsent = stream.unsent[count:] if count < len(stream.unsent) else NOTHING
 
     def _passed_on(self, stream_id: int, count: int) -> None:
         stream = self._streams.get(stream_id)

@@ -16,6 +16,7 @@ from llorch.control import views
 from llorch.control.links import NodeLink
 from llorch.control.registry import check_address
 from llorch.control.state import CONTROL, Control, wall_time
+from llorch.control.sweep import probe
 from llorch.errors import Code, LlorchError
 from llorch.link import Link
 from llorch.logs import Log
@@ -54,7 +55,7 @@ async def register(request: web.Request) -> web.StreamResponse:
     log.info("node.registered", node_id=message.node_id, peer=request.remote, pools=len(message.pools))
     control.dispatcher.registry_changed()
     if message.boot_id is None:
-        control.probe_now.set()
+        control.guard.spawn(probe(control, message.node_id), f"probe.{message.node_id}")
     return json_response(
         {
             "success": True,

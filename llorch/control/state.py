@@ -29,7 +29,6 @@ class Control:
     heartbeat_interval_s: float
     offline_after_s: float
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    probe_now: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 CONTROL = web.AppKey("control", Control)

@@ -24,23 +24,18 @@ async def expire_step(control: Control) -> float:
 
 
 async def probe_step(control: Control, interval_s: float) -> float:
-    """Ask every node that has an address and no link. Then wait `interval_s`, or until one registers."""
+    """Ask every node that has an address and no link."""
     asked = [
         node.node_id
         for node in control.registry.nodes.values()
         if node.online and control.links.get(node.node_id) is None and control.registry.address_of(node.node_id)
     ]
-    await asyncio.gather(*(_probe(control, node_id) for node_id in asked))
-    try:
-        async with asyncio.timeout(interval_s):
-            await control.probe_now.wait()
-    except TimeoutError:
-        pass
-    control.probe_now.clear()
-    return 0.0
+    await asyncio.gather(*(probe(control, node_id) for node_id in asked))
+    return interval_s
 
 
-async def _probe(control: Control, node_id: str) -> None:
+async def probe(control: Control, node_id: str) -> None:
+    """Ask one node for its pools, and take over what it says."""
     try:
         answer = await control.nodes.call(node_id, "GET", "/v2/pools")
     except LlorchError as error:

@@ -389,6 +389,17 @@ async def test_v1_bodies_reach_the_node_as_they_were_sent() -> None:
         await asking.answer()
 
 
+async def test_headers_that_no_request_could_carry_on_stay_here() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat(headers={"traceparent": "ä", "openai-beta": "x" * 2_000, "anthropic-version": "1"})
+        attempt = await node.asked()
+        sent = attempt.header["headers"]
+        assert (sent["anthropic-version"], "traceparent" in sent, "openai-beta" in sent) == ("1", False, False)
+        attempt.accept().head().data(b"data: [DONE]\n\n").tail()
+        await asking.answer()
+
+
 async def test_a_body_that_is_broken_off_starts_nothing() -> None:
     async with a_control() as control:
         await control.join("a")

@@ -42,6 +42,22 @@ async def test_a_report_that_comes_in_pieces_is_read_whole() -> None:
         await control.bound("g")
 
 
+async def test_a_node_that_swallows_its_probe_holds_up_no_other() -> None:
+    async with a_control() as control:
+        swallows = await asyncio.start_server(lambda _reader, writer: held.append(writer), "127.0.0.1", 0)
+        held: list[asyncio.StreamWriter] = []
+        address = f"127.0.0.1:{swallows.sockets[0].getsockname()[1]}"
+        body = {"node_id": "s", "address": address, "pools": ["p0"]}
+        assert (await control.post("/v2/nodes/register", body, who="node"))[0] == 200
+        await eventually(lambda: held, within_s=2)
+        started = asyncio.get_running_loop().time()
+        await control.dialled("h")
+        assert asyncio.get_running_loop().time() - started < 2.0
+        for writer in held:
+            writer.close()
+        swallows.close()
+
+
 async def test_a_callback_makes_the_control_read_the_pool_at_once() -> None:
     async with a_control(probe_interval=600.0) as control:
         node = await control.dialled("h")

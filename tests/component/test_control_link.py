@@ -236,7 +236,12 @@ async def test_a_large_body_is_sent_as_the_node_grants_credit() -> None:
         attempt.emit(Type.CREDIT, struct.pack(">I", size))
         await eventually(lambda: len(attempt.body) == size)
         assert json.loads(attempt.body)["prompt"] == prompt
-        attempt.begin().end()
+        attempt.begin()
+        await control.state(attempt.task_id, "streaming")
+        (task,) = control.control.dispatcher.tasks.running_tasks()
+        (stream,) = control.control.links.get("a")._streams.values()
+        assert (len(task.body), len(stream.unsent.obj)) == (0, 0), "a body that was sent is held no longer"
+        attempt.end()
         assert (await asking.answer()).status == 200
 
 

@@ -148,6 +148,20 @@ async def test_a_node_that_signs_off_is_gone_with_its_link() -> None:
         assert (await control.ask("DELETE", "/v2/nodes/a", who="node").answer()).status == 200  # idempotent
 
 
+async def test_a_call_on_a_link_that_is_let_go_fails_at_once() -> None:
+    async with a_control() as control:
+        node = control.node("a")
+        task_id = "0" * 8 + "-0000-0000-0000-" + "3" * 12
+        await node.join(pool(), tasks=[{"task_id": task_id, "owner": "alice", "state": "running"}])
+        canceling = control.ask("DELETE", f"/v2/tasks/{task_id}")
+        await eventually(lambda: node.calls, within_s=2)
+        await control.ask("DELETE", "/v2/nodes/a", who="node").answer()
+        await asyncio.wait((canceling._task,), timeout=2)
+        assert canceling.done, "it waits for an answer that can't come"
+        assert (await canceling.answer()).code == "NODE_LOST"
+        assert node.calls[0].detached == "lost"
+
+
 async def test_links_are_pinged_both_ways() -> None:
     async with a_control() as control:
         node = await control.join("a")

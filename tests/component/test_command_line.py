@@ -217,7 +217,8 @@ async def test_flags_that_mean_nothing_are_told_and_nothing_is_sent(
 ) -> None:
     for words in (
         "-q", "-o name", "--json -q", "--json -o yaml", "-o toml", "--max-tokens 0", "--max-tokens many",
-        "--temperature -1", "--temperature nan", "--seed -1", "--deadline soon", "--nonsense", "--timeout soon",
+        "--temperature -1", "--temperature nan", "--temperature inf", "--seed -1", "--deadline soon", "--nonsense",
+        "--timeout soon",
     ):  # fmt: skip
         ran = await llorch("submit", "-m", "m", *words.split(), "Hello")
         assert (ran.code, ran.out) == (2, ""), words
@@ -567,6 +568,8 @@ async def test_a_token_that_is_piped_in_never_becomes_a_prompt(control: Scripted
     for argv in (("-",), ()):
         ran = await llorch("submit", "-m", "m", "--token", "-", *argv, stdin=b"from-a-pipe\n")
         assert (ran.code, ran.out) == (2, "")
+        said = "standard input holds the token, so it can't hold the prompt" if argv else "there is no prompt"
+        assert lines_of(ran)["error"] == said
         assert "from-a-pipe" not in ran.err
     assert len(control.requests) == 1
 

@@ -138,6 +138,7 @@ async def run(settings: NodeSettings) -> int:
             pools,
             plans,
             runtime_dir=runtime_dir,
+            node_id=node_id,
             stop_grace_s=settings.stop_grace,
             load_timeout_s=settings.load_timeout,
             engine_cidrs=settings.engine_cidr,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +93,21 @@ class Catalog:
 def _local(ref: str) -> LocalModel:
     path = _path(ref)
     parts = _parts(path)
+    sizes, headers = zip(*map(_look, parts), strict=True)
+    return LocalModel(model_id(ref), ref, path, parts, sum(sizes), headers[0].ctx_train)
+
+
+def _look(path: Path) -> tuple[int, gguf.Header]:
+    """Size and header of one file: an engine opens every part, so each is checked. Never waits, as for a FIFO."""
     try:
-        size = sum(part.stat().st_size for part in parts)
-        header = gguf.read_header(path)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"the model {path} is not a file")
+        return found.st_size, gguf.read_header(path)
     except OSError as error:
         raise ConfigError(f"the model {path} can't be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"the model {path} is not a usable GGUF: {error}") from None
-    return LocalModel(model_id(ref), ref, path, parts, size, header.ctx_train)
 
 
 def _path(ref: str) -> Path:

@@ -21,14 +21,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llorch.logs import Log, printable
-from llorch.node.engines.spec import LOOPBACK, Launch
+from llorch.node.engines.spec import LOOPBACK, Launch, shown_env
 
 LAUNCHER = "llorch.node.engines.launch"
 TAIL_BYTES = 16 * 1024
 MAX_LINE_CHARS = 300
 POLL_S = 0.05
-# Not for an engine to see: our own secrets, and settings of llama.cpp that would bend the flags it is given.
-HIDDEN_ENV = ("LLORCH_", "ORCHESTRATORD_", "POOL_MANAGERD_", "LLAMA_")
 
 log = Log("engines")
 
@@ -60,11 +58,6 @@ def write_private(path: Path, content: bytes) -> None:
         raise
 
 
-def engine_env(inherited: Mapping[str, str], launch: Launch) -> dict[str, str]:
-    kept = {name: value for name, value in inherited.items() if not name.startswith(HIDDEN_ENV)}
-    return kept | dict(launch.env)
-
-
 def free_port() -> int:
     """A loopback port nobody listens on now. Should another take it first, the engine ends and gets a new one."""
     with socket.socket() as sock:
@@ -94,11 +87,12 @@ def signal_group(pid: int, number: signal.Signals) -> None:
 class EngineProcess:
     """An engine that was started. `ended` says how it went once `wait` has returned."""
 
-    def __init__(self, files: RuntimeDir, name: str, stop_grace_s: float) -> None:
-        """`name` is that of its handoff file."""
+    def __init__(self, files: RuntimeDir, name: str, stop_grace_s: float, ids: Mapping[str, str]) -> None:
+        """`name` is that of its handoff file; `ids` go with everything that is logged of it."""
         self._files = files
         self._name = name
         self._stop_grace_s = stop_grace_s
+        self._ids = ids
         self._process: asyncio.subprocess.Process | None = None
         self._ending = asyncio.Event()
         stem = name.removesuffix(".json")
@@ -120,7 +114,7 @@ class EngineProcess:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *argv, *launch.argv, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                env=engine_env(env, launch),
+                env=shown_env(env) | dict(launch.env),
             )  # fmt: skip
         finally:
             os.close(output)
@@ -131,7 +125,7 @@ class EngineProcess:
             signal_group(self._process.pid, signal.SIGKILL)  # without its pid file nobody could find it again
             await self._process.wait()
             raise
-        log.info("engine.started", name=self._name, pid=self._process.pid, port=self.port)
+        log.info("engine.started", **self._ids, pid=self._process.pid, port=self.port)
 
     def _record(self, argv_digest: str) -> None:
         """Write the pid file, by which the next agent knows what is ours."""
@@ -165,7 +159,7 @@ class EngineProcess:
                 signal_group(process.pid, signal.SIGTERM)
                 await asyncio.wait((ended,), timeout=self._stop_grace_s)
             if not ended.done():
-                log.warning("engine.killed", name=self._name, pid=process.pid, grace_s=self._stop_grace_s)
+                log.warning("engine.killed", **self._ids, pid=process.pid, grace_s=self._stop_grace_s)
                 signal_group(process.pid, signal.SIGKILL)
                 await ended
         finally:
@@ -177,7 +171,7 @@ class EngineProcess:
                 os.killpg(process.pid, signal.SIGKILL)  # children of its own, if it had any
         code = process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with code {code}"
-        log.info("engine.exited", name=self._name, pid=process.pid, how=how, asked=self._ending.is_set())
+        log.info("engine.exited", **self._ids, pid=process.pid, how=how, asked=self._ending.is_set())
         last = next((line for line in reversed(tail(self.log_file, 20)) if line.strip()), "")
         return f"{how}: {last}" if last else how
 

@@ -20,7 +20,7 @@ from llorch.errors import Code, LlorchError
 from llorch.link import Link
 from llorch.logs import Log
 from llorch.messages import Attach, Head, NodeCall, Open, Tail, parse
-from llorch.node.runner import Runner, tail_wire
+from llorch.node.runner import Runner, error_wire, tail_wire
 from llorch.node.tasklog import Gone, TaskEntry, TaskLog
 from llorch.records import MAX_PAYLOAD_BYTES, ReceiveCredit, Record, RecordError, SendCredit, Type
 from llorch.tasks import Guard
@@ -307,7 +307,7 @@ class NodeLink:
     def refuse(self, stream: _Stream, error: LlorchError) -> None:
         """REFUSE ends this reader. After an ACCEPT it means that the reader was overtaken."""
         task_id = stream.entry.task_id if stream.entry is not None else None
-        self.send(records.encode_json(stream.id, Type.REFUSE, error.to_wire(task_id=task_id)))
+        self.send(records.encode_json(stream.id, Type.REFUSE, error_wire(error, task_id=task_id)))
         self._drop(stream, Gone.LEFT)
 
     def finished(self, stream: _Stream) -> None:

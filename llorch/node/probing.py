@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from llorch.node.engine_answer import BROKEN
+from llorch.node.engine_keys import read_key
 from llorch.node.handoff import Handoff
 
 HEALTH_TIMEOUT_S = 5.0
 TOKEN_TIMEOUT_S = 30.0  # an engine that others use too may let the one token wait
 MAX_ANSWER_BYTES = 1024 * 1024
-MAX_KEY_BYTES = 4096
 COMPLETIONS, EMBEDDINGS, HEALTH, PROPS = "/v1/completions", "/v1/embeddings", "/health", "/props"
+
+_BROKEN = (*BROKEN, ValueError)  # no proper HTTP
 
 
 class NotYet(Exception):
@@ -35,17 +36,6 @@ class Answer:
 
     slots: int | None = None
     ctx: int | None = None
-
-
-def read_key(path: str) -> str:
-    """The first key in a key file. Raises OSError, or ValueError if there is none."""
-    with Path(path).open("rb") as file:
-        raw = file.read(MAX_KEY_BYTES)
-    lines = (line.strip() for line in raw.decode("ascii").splitlines())
-    key = next((line for line in lines if line and not line.startswith("#")), "")
-    if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ValueError("there is no key in the key file")
-    return key
 
 
 def _headers(handoff: Handoff) -> dict[str, str]:
@@ -79,7 +69,7 @@ async def _call(
         raise NotYet(f"no answer to {path} within {timeout_s:.0f} s") from None
     except aiohttp.ClientConnectorError:
         raise NotYet("nothing listens at its url") from None
-    except (aiohttp.ClientError, OSError, ValueError):
+    except _BROKEN:
         raise NotYet(f"no proper answer to {path}") from None
 
 
@@ -141,5 +131,5 @@ async def lost(http: aiohttp.ClientSession, handoff: Handoff) -> str | None:
             return f"{HEALTH} answers HTTP {response.status}" if response.status >= 500 else None
     except aiohttp.ClientConnectorError:
         return "nothing listens at its url any more"
-    except (TimeoutError, aiohttp.ClientError, OSError, ValueError, NotYet):
+    except (*_BROKEN, NotYet):
         return None

@@ -8,9 +8,9 @@ to this module. Never logs a prompt, an output or a key, and never runs more tha
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
@@ -18,6 +18,8 @@ import aiohttp
 from llorch.errors import Code, LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import Head, Open, Tail, TaskBody, Timings, decode_object, parse
+from llorch.node.engine_answer import BROKEN, error_body, told_of_its_end
+from llorch.node.engine_keys import EngineKeys
 from llorch.node.engines import openai_api
 from llorch.node.engines.openai_api import Decoder, EngineRequest, NativeDecoder, TaskFacts
 from llorch.node.replicas import Lease
@@ -28,17 +30,16 @@ BODY_TIMEOUT_S = 30.0  # a slot is held while the body comes, so it must not com
 ROOM_TIMEOUT_S = 30.0  # a reader that is a whole log behind for this long is overtaken
 STALL_AFTER_S = 120.0  # an engine that has begun to stream and is silent for this long has stopped
 PIECE_BYTES = 256 * 1024  # of a large answer that goes into the log at once
-MAX_ERROR_BYTES = 64 * 1024  # of an engine's error answer
-ERROR_BODY_TIMEOUT_S = 5.0
 SWEEP_S = 0.5
+READ_POLL_S = 0.05  # how often a node that drains looks whether ended tasks have been read
+MAX_ERROR_WIRE_BYTES = 16 * 1024  # of an error in a record, which must fit in 64 KiB
+STREAM_HEADERS = {"content-type": "text/event-stream"}
 
 # What an engine may learn of the request besides its body. Everything else is between the client and llorch;
 # llama-server, for one, goes on generating after a disconnect when it is shown X-Conversation-Id.
 FORWARDED_HEADERS = frozenset(
     {"traceparent", "tracestate", "x-request-id", "anthropic-version", "anthropic-beta", "openai-beta"}
 )
-
-_BROKEN = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)  # a connection to an engine
 
 log = Log("node.runner")
 
@@ -56,24 +57,6 @@ class Counted(Protocol):
 
     def began(self, model: str) -> None: ...
     def ended(self, model: str, outcome: str, code: str, tail: Tail) -> None: ...
-
-
-class EngineKeys:
-    """API keys of engines, read from their files again when those change."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int], str]] = {}
-
-    def read(self, path: str) -> str:
-        try:
-            stat = Path(path).stat()
-            version = (stat.st_mtime_ns, stat.st_ino)
-            known = self._known.get(path)
-            if known is None or known[0] != version:
-                known = self._known[path] = (version, Path(path).read_text("ascii").strip())
-        except (OSError, ValueError):
-            raise LlorchError(Code.ENGINE_FAILED, "the engine's API key can't be read") from None
-        return known[1]
 
 
 class Runner:
@@ -125,10 +108,9 @@ class Runner:
             raise invalid("this node does not continue tasks that began elsewhere", param="prefix_len")
         if opening.path != NATIVE and opening.path not in openai_api.PATHS:
             raise LlorchError(Code.NOT_FOUND, "no engine of this node serves this path")
+        self._fence(opening)
         lease = self.pools.acquire(opening.pool_id, _slot(opening), opening.model)
-        entry, overtaken = self.logs.add(opening, self.clock(), self.wall())
-        if overtaken is not None and overtaken.run is not None:
-            overtaken.run.cancel()
+        entry = self.logs.add(opening, self.clock(), self.wall())
         execution = Execution(self, entry, lease)
         entry.run = execution
         self._executions.add(execution)
@@ -137,6 +119,12 @@ class Runner:
         self.counted.began(lease.model)
         self.changed()
         return entry, True
+
+    def _fence(self, opening: Open) -> None:
+        """A higher attempt ends a lower one, also where there is no slot for it yet: the lower one may hold it."""
+        older = self.logs.overtaken(opening)
+        if older is not None:
+            self.cancel(older)
 
     def attach(self, entry: TaskEntry, reader: Reader) -> None:
         self.logs.attach(entry, reader)
@@ -165,10 +153,12 @@ class Runner:
         return SWEEP_S
 
     async def drained(self, timeout_s: float) -> bool:
-        """Wait until nothing runs."""
+        """Wait until nothing runs and what has ended was read by those who are still reading it."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
+                while self.logs.being_read:  # noqa: ASYNC110
+                    await asyncio.sleep(READ_POLL_S)
         except TimeoutError:
             return False
         return True
@@ -239,7 +229,7 @@ class Execution:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._decoder: Decoder | None = None
-        self._head = Head()
+        self._head = Head(headers=STREAM_HEADERS)  # of a native stream that is canceled before its engine answered
         self._pending = b""  # decoded, and not yet in the log
         self._stopped: LlorchError | None = None
         self._failed: LlorchError | None = None
@@ -281,6 +271,11 @@ class Execution:
         except LlorchError as error:
             self._failed = error
 
+    def _check_model(self, asked: object) -> None:
+        """Without a model in the OPEN, as with curl, the body's own must be the pool's: engines ignore it."""
+        if self.entry.opening.model is None and isinstance(asked, str) and asked != self.lease.model:
+            raise LlorchError(Code.MODEL_NOT_AVAILABLE, f"pool {self.lease.pool_id} serves {self.lease.model}")
+
     async def _whole_body(self) -> bytes:
         assert self._body is not None  # it is read once
         try:
@@ -297,12 +292,14 @@ class Execution:
         value = decode_object(body)
         if opening.path == NATIVE:
             task = parse(TaskBody, value)
+            self._check_model(task.model)
             request = openai_api.encode_native(task, model)
             self._decoder = NativeDecoder(self._facts)
             if opening.deadline_ms is None:
                 self._arm(task.deadline_ms)
         else:
             request = openai_api.encode_openai(opening.path, value, model)
+            self._check_model(value.get("model"))
             self._decoder = openai_api.openai_decoder(self._facts, request)
         self.entry.streamed = request.stream
         return request
@@ -315,22 +312,29 @@ class Execution:
             if name in FORWARDED_HEADERS and value.isascii() and value.isprintable()
         )
         if self.lease.api_key_file is not None:
-            headers["Authorization"] = f"Bearer {self._runner.keys.read(self.lease.api_key_file)}"
+            headers["Authorization"] = f"Bearer {self._key(self.lease.api_key_file)}"
         try:
             response = await self._runner.session.post(
                 self.lease.url.rstrip("/") + request.path, data=request.body, headers=headers, allow_redirects=False
             )
-        except _BROKEN as error:
+        except BROKEN as error:
             raise LlorchError(
                 Code.ENGINE_FAILED, "the engine can't be reached", details={"reason": type(error).__name__}
             ) from None
         try:
-            if response.status != 200:
-                raise openai_api.normalise_error(response.status, await _error_body(response))
-            self._head = _head(request, response)
-            await self._copy(response)
+            with told_of_its_end(response):
+                if response.status != 200:
+                    raise openai_api.normalise_error(response.status, await error_body(response))
+                self._head = _head(request, response)
+                await self._copy(response)
         finally:
             response.close()  # an answer that is not read to its end keeps the engine generating
+
+    def _key(self, path: str) -> str:
+        try:
+            return self._runner.keys.read(path)
+        except (OSError, ValueError):
+            raise LlorchError(Code.ENGINE_FAILED, "the engine's API key can't be read") from None
 
     async def _copy(self, response: aiohttp.ClientResponse) -> None:
         """The engine's answer into the log, chunk by chunk as it comes."""
@@ -345,7 +349,7 @@ class Execution:
                     await self._write(data)
                 if decoder.done:
                     break
-        except _BROKEN:
+        except BROKEN:
             cut = True
         last = decoder.finish(clock(), cut)
         if last:
@@ -384,8 +388,22 @@ class Execution:
     def _ended(self, task: asyncio.Task[None]) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        tail = self._seal(self._failure(task))
+        try:
+            tail = self._seal(self._failure(task))
+        except Exception:
+            log.fault("task.unsealed", task_id=self.entry.task_id, node_id=self._runner.node_id)
+            tail = self._seal_as_it_is()
         self._runner.ended(self, tail)
+
+    def _seal_as_it_is(self) -> Tail:
+        """After a fault of ours: the slot goes free all the same, and readers learn that this is the end."""
+        source = self.entry.log
+        if source.tail is None:
+            fault = LlorchError(Code.INTERNAL, "an unexpected fault on the node; it was logged")
+            status = fault.status if source.head is None else None
+            source.seal(Tail(length=source.end, sha256=source.sha256, error=fault.to_wire(), status=status))
+        assert source.tail is not None
+        return source.tail
 
     def _failure(self, task: asyncio.Task[None]) -> LlorchError | None:
         """Why the attempt ended, if not by itself."""
@@ -417,7 +435,7 @@ class Execution:
             cached_tokens=decoder.usage.cached_tokens if decoder is not None else 0,
             timings=decoder.timings if decoder is not None else Timings(),
             sha256=entry.log.sha256,
-            error=error.to_wire(request_id=self._facts.request_id, task_id=entry.task_id) if error else None,
+            error=error_wire(error, request_id=self._facts.request_id, task_id=entry.task_id) if error else None,
             status=error.status if error and empty else None,
         )
         entry.log.seal(tail)
@@ -430,24 +448,10 @@ def _finish_reason(decoder: Decoder | None, error: LlorchError | None) -> str | 
     return "canceled" if error is not None and error.code is Code.CANCELED else None
 
 
-async def _error_body(response: aiohttp.ClientResponse) -> bytes:
-    """The start of an error answer; one that does not come is an empty one."""
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(ERROR_BODY_TIMEOUT_S):
-            while size < MAX_ERROR_BYTES and (part := await response.content.read(MAX_ERROR_BYTES - size)):
-                parts.append(part)
-                size += len(part)
-    except _BROKEN:
-        pass
-    return b"".join(parts)
-
-
 def _head(request: EngineRequest, response: aiohttp.ClientResponse) -> Head:
     """HEAD for the client: what the bytes are. The length only where they pass unchanged and whole."""
     if request.stream:
-        return Head(status=200, headers={"content-type": "text/event-stream"})
+        return Head(status=200, headers=STREAM_HEADERS)
     headers: dict[str, str] = {"content-type": response.headers.get("Content-Type", "application/json")}
     if response.content_length is not None and "Content-Encoding" not in response.headers:
         headers["content-length"] = str(response.content_length)
@@ -457,3 +461,12 @@ def _head(request: EngineRequest, response: aiohttp.ClientResponse) -> Head:
 def tail_wire(tail: Tail) -> dict[str, Any]:
     """TAIL's JSON."""
     return tail.model_dump(exclude_none=True)
+
+
+def error_wire(error: LlorchError, *, request_id: str | None = None, task_id: str | None = None) -> dict[str, Any]:
+    """An error that fits into a record, however long the name of the field that it is about."""
+    wire = error.to_wire(request_id=request_id, task_id=task_id)
+    if len(json.dumps(wire)) <= MAX_ERROR_WIRE_BYTES:
+        return wire
+    wire.pop("details", None)
+    return {name: value[:500] if isinstance(value, str) else value for name, value in wire.items()}

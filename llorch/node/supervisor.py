@@ -55,6 +55,7 @@ class Supervisor:
         plans: Iterable[Plan],
         *,
         runtime_dir: Path,
+        node_id: str | None = None,
         stop_grace_s: float = 10.0,
         load_timeout_s: float = 300.0,
         engine_cidrs: Sequence[Network] = (),
@@ -65,6 +66,7 @@ class Supervisor:
     ) -> None:
         self.pools = pools
         self.files = RuntimeDir(runtime_dir)
+        self._node_id = node_id
         self._plans = {plan.spec.id: plan for plan in plans}
         self._stop_grace_s = stop_grace_s
         self._load_timeout_s = load_timeout_s
@@ -155,12 +157,16 @@ class Supervisor:
 
     def _note(self, note: ev.Note) -> None:
         if note.event == "handoff.invalid":
-            log.warning(note.event, file=note.name, reason=note.reason, code="HANDOFF_INVALID")
-        elif note.event == "pool.failed":
-            log.error(note.event, pool_id=note.pool_id, replica=note.replica_id, reason=note.reason)
+            log.warning(note.event, node_id=self._node_id, file=note.name, reason=note.reason, code="HANDOFF_INVALID")
         else:
-            log.info(note.event, pool_id=note.pool_id, replica=note.replica_id, reason=note.reason or None)
+            tell = log.error if note.event == "pool.failed" else log.info
+            tell(note.event, **self._ids(note.pool_id, note.replica_id), reason=note.reason or None)
         self._on_note(note)
+
+    def _ids(self, pool_id: str | None, replica_id: str | None) -> dict[str, str]:
+        """What says in a log line who it is about."""
+        known = {"node_id": self._node_id, "pool_id": pool_id, "replica": replica_id}
+        return {name: value for name, value in known.items() if value is not None}
 
     # ------------------------------------------------------------ engines of ours
 
@@ -170,7 +176,8 @@ class Supervisor:
         plan = self._plans[pool_id]
         process: EngineProcess | None = None
         try:
-            process = EngineProcess(self.files, file_name(pool_id, replica_id), self._stop_grace_s)
+            ids = self._ids(pool_id, replica_id)
+            process = EngineProcess(self.files, file_name(pool_id, replica_id), self._stop_grace_s, ids)
             self._running[key] = process
             if self._closing or key in self._doomed:
                 process.terminate()
@@ -188,6 +195,8 @@ class Supervisor:
             reason = error.message
         except OSError as error:
             reason = f"it could not be started: {error.strerror}"
+        except ValueError:  # a NUL in an argument or in the environment
+            reason = "it could not be started: its arguments can't be given to a program"
         finally:
             self._running.pop(key, None)
             self._doomed.discard(key)
@@ -223,7 +232,7 @@ class Supervisor:
             self._unwritten.pop(name, None)
         except OSError as error:
             if name not in self._unwritten:
-                log.error("handoff.unwritten", file=name, reason=error.strerror)
+                log.error("handoff.unwritten", node_id=self._node_id, file=name, reason=error.strerror)
             self._unwritten[name] = handoff
 
     async def _tick(self) -> float:

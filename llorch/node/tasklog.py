@@ -327,6 +327,11 @@ class TaskLogs:
     def running(self) -> list[TaskEntry]:
         return list(self._running.values())
 
+    @property
+    def being_read(self) -> bool:
+        """Somebody still reads a log of a task that is remembered here."""
+        return any(entry.log.readers for entry in self._entries.values())
+
     def get(self, task_id: str) -> TaskEntry:
         entry = self._entries.get(task_id)
         if entry is None:
@@ -338,30 +343,34 @@ class TaskLogs:
     def known(self, opening: Open) -> TaskEntry | None:
         """The entry that a repeated OPEN attaches to; None if `opening` is new. Raises CONFLICT for a stale one."""
         entry = self._entries.get(opening.task_id)
-        if entry is None or entry.opening.attempt < opening.attempt:
+        if entry is None:
             return None
         known = entry.opening
-        if known.attempt > opening.attempt:
-            raise LlorchError(
-                Code.CONFLICT, "a later attempt of this task is known", details={"attempt": known.attempt}
-            )
         bodies_differ = None not in (known.body_digest, opening.body_digest) and (
             known.body_digest != opening.body_digest
         )
         if known.owner != opening.owner or bodies_differ:
             raise LlorchError(Code.CONFLICT, "the task_id belongs to another task", param="task_id")
-        return entry
+        if known.attempt > opening.attempt:
+            raise LlorchError(
+                Code.CONFLICT, "a later attempt of this task is known", details={"attempt": known.attempt}
+            )
+        return entry if known.attempt == opening.attempt else None
 
-    def add(self, opening: Open, now: float, wall: float) -> tuple[TaskEntry, TaskEntry | None]:
-        """A new task, and the lower attempt that it overtakes and that has to be cancelled, if one still runs."""
+    def overtaken(self, opening: Open) -> TaskEntry | None:
+        """The lower attempt that `opening` overtakes and that has to be cancelled, if one still runs."""
+        older = self._running.get(opening.task_id)
+        return older if older is not None and older.opening.attempt < opening.attempt else None
+
+    def add(self, opening: Open, now: float, wall: float) -> TaskEntry:
+        """A new task, in the place of a lower attempt of it."""
         entry = TaskEntry(opening, TaskLog(self._limits.kept_bytes), now, wall)
-        older = self._entries.get(entry.task_id)
         for untold in self._untold.values():
             untold.pop(entry.task_id, None)
         self._entries[entry.task_id] = entry
         self._running[entry.task_id] = entry
         self._orphans.pop(entry.task_id, None)
-        return entry, older if older is not None and older.state is not State.SEALED else None
+        return entry
 
     def sealed(self, entry: TaskEntry, now: float, wall: float) -> None:
         """`entry`'s log was sealed: its retention begins."""

@@ -340,7 +340,7 @@ class ScriptedControl:
 class NodeUnderTest:
     """The real parts of a node, put together as app.py does, with one pool at the scripted engine."""
 
-    def __init__(self, folder: Path, engine: ScriptedEngine, slots: int, limits: Limits) -> None:
+    def __init__(self, folder: Path, engine_url: str, slots: int, limits: Limits) -> None:
         key_file = folder / "engine.key"
         key_file.write_text(ENGINE_KEY)
         self.pools = Pools([], {})
@@ -348,7 +348,7 @@ class NodeUnderTest:
             pool_id=POOL,
             replica_id="r0",
             engine="external",
-            url=engine.url,
+            url=engine_url,
             model=MODEL,
             slots=slots,
             api_key_file=str(key_file),
@@ -431,13 +431,19 @@ class Setup:
 
 @contextlib.asynccontextmanager
 async def node_between(
-    folder: Path, *, slots: int = 2, limits: Limits | None = None, controls: int = 1, early_beat_s: float = 0.25
+    folder: Path,
+    *,
+    slots: int = 2,
+    limits: Limits | None = None,
+    controls: int = 1,
+    early_beat_s: float = 0.25,
+    engine_url: str | None = None,
 ) -> AsyncIterator[Setup]:
-    """A node with one pool, joined to a scripted control."""
+    """A node with one pool, joined to a scripted control. `engine_url`: an engine of the test's own."""
     engine, control = ScriptedEngine(), ScriptedControl()
     await engine.start()
     await control.start()
-    node = NodeUnderTest(folder, engine, slots, limits or Limits())
+    node = NodeUnderTest(folder, engine_url or engine.url, slots, limits or Limits())
     await node.start([control] if controls else [], early_beat_s=early_beat_s)
     try:
         yield Setup(engine, control, node)

@@ -52,6 +52,24 @@ def test_one_that_hangs_is_left_after_a_while(tmp_path: Path, monkeypatch: pytes
     assert not facts.has_llama_server and "no answer" in (facts.llama_server_problem or "")
 
 
+def test_a_program_that_is_asked_sees_none_of_our_secrets_nor_settings_that_would_bend_it(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    env = program(tmp_path, version=f'env > {seen}; echo "version: 9000"')
+    env |= {
+        "LLORCH_ADMIN_TOKEN": "s3cret",
+        "POOL_MANAGERD_TLS_KEY": "s3cret",
+        "LLAMA_ARG_HOST": "s3cret",
+        "KEPT": "yes",
+    }
+    assert detect(None, env=env, look_for_gpus=False).llama_server_version == "9000"
+    assert "KEPT=yes" in seen.read_text() and "s3cret" not in seen.read_text()
+
+
+def test_a_version_that_no_handoff_could_carry_is_cut(tmp_path: Path) -> None:
+    env = program(tmp_path, version=f'echo "version: {"9" * 500}"')
+    assert detect(None, env=env, look_for_gpus=False).llama_server_version == "9" * 64
+
+
 def test_a_path_that_was_given_must_exist(tmp_path: Path) -> None:
     facts = detect(str(tmp_path / "nothing"), env={"PATH": "/nowhere"}, look_for_gpus=False)
     assert facts.llama_server_problem == "there is no such program"

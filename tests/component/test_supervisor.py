@@ -24,6 +24,7 @@ from llorch.config_pools import PoolSpec
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.messages import TaskBody
 from llorch.node import pool_events as ev
+from llorch.node.engine_keys import read_key
 from llorch.node.engine_process import start_time
 from llorch.node.engines.external import External
 from llorch.node.engines.llamacpp import LlamaCpp
@@ -32,7 +33,6 @@ from llorch.node.engines.simulated import Simulated
 from llorch.node.handoff import Handoff, render
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
-from llorch.node.probing import read_key
 from llorch.node.supervisor import Supervisor
 from llorch.web import client_session
 
@@ -59,6 +59,12 @@ async def supervised(root: Path, *plans: Plan, **settings: Any) -> AsyncIterator
         yield supervisor
     finally:
         await supervisor.close()
+
+
+def hurried() -> Callable[[], float]:
+    """A clock for backoffs, 40 times as fast."""
+    began = time.monotonic()
+    return lambda: began + (time.monotonic() - began) * 40
 
 
 def alive(pid: int) -> bool:
@@ -107,9 +113,12 @@ async def test_an_engine_sees_none_of_our_secrets(tmp_path: Path) -> None:
         assert b"s3cret" not in seen and b"LLAMA_" not in seen and b"OWN=1" in seen
 
 
-async def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
+async def test_an_engine_that_is_killed_is_started_again_and_the_log_says_whose_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "llorch")
     notes: list[ev.Note] = []
-    async with supervised(tmp_path, plan(), on_note=notes.append) as supervisor:
+    async with supervised(tmp_path, plan(), on_note=notes.append, node_id="n1", clock=hurried()) as supervisor:
         await until(lambda: ready(supervisor))
         first = pid_of(tmp_path)
         os.kill(first, signal.SIGKILL)
@@ -119,17 +128,14 @@ async def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None
         assert pid_of(tmp_path) != first
         assert len(list((tmp_path / "keys").iterdir())) == 1
     assert any(note.event == "engine.ended" for note in notes)
+    for event in ("engine.started", "engine.exited", "engine.ended", "pool.ready"):
+        assert f"{event} node_id=n1 pool_id=p replica=r0" in caplog.text
 
 
 async def test_an_engine_that_cannot_start_fails_its_pool_and_says_why(tmp_path: Path) -> None:
     """Five starts with backoff take 7.5 s or more, so the clock is hurried; the reason is the last line of the log."""
-    began = time.monotonic()
-
-    def hurried() -> float:
-        return began + (time.monotonic() - began) * 20
-
     broken = plan("--no-such-flag")
-    async with supervised(tmp_path, broken, plan(id="q"), clock=hurried) as supervisor:
+    async with supervised(tmp_path, broken, plan(id="q"), clock=hurried()) as supervisor:
         await until(lambda: supervisor.pools.pool_report("p")["state"] == "failed")
         error = supervisor.pools.health("p")["last_error"]
         assert error.startswith("exited with code 2") and "no-such-flag" in error
@@ -241,6 +247,13 @@ async def test_real_llama_cpp_becomes_ready_and_answers_through_its_lease(tmp_pa
 # ---------------------------------------------------------------- engines of others
 
 
+@pytest.fixture
+def outspoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is not ready yet is news at once, and asked again soon."""
+    monkeypatch.setattr("llorch.node.supervisor.QUIET_S", 0.0)
+    monkeypatch.setattr("llorch.node.supervisor.PROBE_MOST_S", 0.05)
+
+
 @asynccontextmanager
 async def engine(**behaviour: Any) -> AsyncIterator[str]:
     """An engine that someone else runs. `behaviour` may be changed while it runs."""
@@ -294,7 +307,7 @@ async def test_a_handed_off_engine_is_routable_within_two_seconds_and_outlives_u
         assert file.exists(), "it is not ours to remove"
 
 
-async def test_it_is_ready_once_it_generates_and_not_before(tmp_path: Path) -> None:
+async def test_it_is_ready_once_it_generates_and_not_before(tmp_path: Path, outspoken: None) -> None:
     live: dict[str, Any] = {"health": 503, "/v1/completions": 500}
     async with engine(live=live) as url, supervised(tmp_path) as supervisor:
         offer(tmp_path, url)
@@ -316,7 +329,7 @@ async def test_a_model_for_embeddings_is_ready_too(tmp_path: Path) -> None:
         await until(lambda: "hand" in supervisor.pools.ids() and ready(supervisor, "hand"))
 
 
-async def test_its_key_is_read_from_its_file(tmp_path: Path) -> None:
+async def test_its_key_is_read_from_its_file(tmp_path: Path, outspoken: None) -> None:
     async with engine(key="k" * 40) as url, supervised(tmp_path) as supervisor:
         key_file = tmp_path / "engine.key"
         key_file.write_text("# the key\nwrong\n")

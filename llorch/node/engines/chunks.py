@@ -16,6 +16,9 @@ from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Timings
 
 MAX_MESSAGE_CHARS = 500
+MAX_REASON_CHARS = 64
+MAX_COUNT = 2**53  # what an engine says beyond it is no number of tokens
+MAX_RATE = 1e9  # tokens per second; also keeps Infinity out of what is reported
 
 
 # ---------------------------------------------------------------- errors
@@ -47,7 +50,7 @@ def normalise_error(status: int, body: bytes) -> LlorchError:
     said = wire.get("message")
     message = _clean(said) if isinstance(said, str) else ""
     if status == 400 and (wire.get("type") == "exceed_context_size_error" or _TOO_LONG.search(message)):
-        sizes = {name: wire[name] for name in ("n_prompt_tokens", "n_ctx") if isinstance(wire.get(name), int)}
+        sizes = {name: size for name in ("n_prompt_tokens", "n_ctx") if (size := _count(wire.get(name))) is not None}
         text = "the prompt is longer than the context of a slot"
         if len(sizes) == 2:
             text += f" ({sizes['n_prompt_tokens']} tokens, room for {sizes['n_ctx']})"
@@ -57,7 +60,8 @@ def normalise_error(status: int, body: bytes) -> LlorchError:
     if status == 413:
         return LlorchError(Code.PAYLOAD_TOO_LARGE, "the engine refuses a body of this size")
     if status == 429:
-        return LlorchError(Code.ALL_SLOTS_BUSY, "the engine is busy")
+        # Not ALL_SLOTS_BUSY: a slot is free here, so the task would come back at once, again and again.
+        return LlorchError(Code.MODEL_NOT_AVAILABLE, "the engine is busy with requests of others")
     if status == 503:
         return LlorchError(
             Code.MODEL_NOT_AVAILABLE, "the engine is not ready: its model is loading, or it is overloaded"
@@ -98,11 +102,17 @@ class Chunk:
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT else None
 
 
 def _rate(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < MAX_RATE:
+        return None
+    return float(value)
+
+
+def _reason(value: object) -> str | None:
+    return _clean(value)[:MAX_REASON_CHARS] if isinstance(value, str) else None
 
 
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning")
@@ -209,7 +219,7 @@ class Meter:
                 chunk.content = chunk.content or any(part.get(key) for key in _OTHER_CONTENT_KEYS)
             elif isinstance(text := choice.get("text"), str):
                 chunk.text += text
-            if isinstance(reason := choice.get("finish_reason"), str):
+            if (reason := _reason(choice.get("finish_reason"))) is not None:
                 self.finish_reason = reason
                 chunk.terminal = True
         chunk.content = chunk.content or bool(chunk.text)
@@ -230,8 +240,8 @@ class Meter:
             if isinstance(usage := message.get("usage"), Mapping):
                 self._read_usage(usage)
         elif kind == "message_delta" and isinstance(delta := value.get("delta"), Mapping):
-            if isinstance(reason := delta.get("stop_reason"), str):
+            if (reason := _reason(delta.get("stop_reason"))) is not None:
                 self.finish_reason = reason
-        elif kind == "message" and isinstance(reason := value.get("stop_reason"), str):
+        elif kind == "message" and (reason := _reason(value.get("stop_reason"))) is not None:
             self.finish_reason = reason
         return Chunk(content=kind == "content_block_delta", terminal=kind == "message_stop")

@@ -1,7 +1,8 @@
 """What a GGUF file says of itself, read before an engine opens it.
 
 Owns the check of the header: magic, version, counts and lengths against bounds and against the bytes that are there,
-for parsers of this format have read past their buffers. Never reads a tensor's numbers, which no header vouches for.
+for parsers of this format have read past their buffers; and that the file does not end before its tensors begin. Never
+reads a tensor's numbers, which no header vouches for.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -26,6 +27,8 @@ MAX_STRING_BYTES = 16 * 1024 * 1024  # chat templates and licences
 MAX_ARRAY_ITEMS = 16_000_000  # vocabularies and their merges
 MAX_HEADER_BYTES = 512 * 1024 * 1024
 MAX_DEPTH = 4  # arrays of arrays
+ALIGNMENT = 32  # of the tensors, where the file does not say
+MAX_ALIGNMENT = 1 << 20
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _INTEGERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
@@ -62,12 +65,14 @@ class Openable(Protocol):
 def read_header(path: Openable) -> Header:
     """Raises ValueError with what is wrong with the file, OSError when it can't be read."""
     with path.open("rb") as file:
-        return _read(file)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return _read(file, size)
 
 
 def parse_header(data: bytes) -> Header:
     """The header in `data`, the beginning of a file or all of it. Raises ValueError with what is wrong with it."""
-    return _read(io.BytesIO(data))
+    return _read(io.BytesIO(data), None)
 
 
 class _Reader:
@@ -75,11 +80,11 @@ class _Reader:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._taken = 0
+        self.taken = 0
 
     def take(self, count: int) -> bytes:
-        self._taken += count
-        if self._taken > MAX_HEADER_BYTES:
+        self.taken += count
+        if self.taken > MAX_HEADER_BYTES:
             raise ValueError(f"its header is larger than {MAX_HEADER_BYTES >> 20} MiB")
         data = self._file.read(count)
         if len(data) != count:
@@ -132,7 +137,8 @@ class _Reader:
         return None
 
 
-def _read(file: BinaryIO) -> Header:
+def _read(file: BinaryIO, size: int | None) -> Header:
+    """`size` is that of the whole file, None where only its beginning is at hand."""
     reader = _Reader(file)
     if reader.take(4) != MAGIC:
         raise ValueError("it does not begin with GGUF")
@@ -147,8 +153,9 @@ def _read(file: BinaryIO) -> Header:
         if key in values:
             raise ValueError(f"it has the key {key[:80]!r} twice")
         values[key] = reader.value(reader.u32())
-    for _ in range(tensors):
-        _skip_tensor(reader)
+    furthest = max((_tensor_offset(reader) for _ in range(tensors)), default=None)
+    if size is not None and furthest is not None:
+        _check_end(size, reader.taken, furthest, _number(values, "general.alignment"))
     architecture = _text(values, "general.architecture")
     if architecture is None:
         raise ValueError("it does not say of which architecture it is")
@@ -165,12 +172,24 @@ def _read(file: BinaryIO) -> Header:
     )
 
 
-def _skip_tensor(reader: _Reader) -> None:
+def _tensor_offset(reader: _Reader) -> int:
+    """Where a tensor begins, after the start of all of them."""
     reader.skip(reader.count(MAX_TENSOR_NAME_BYTES, "bytes of a tensor's name"))
     dimensions = reader.u32()
     if dimensions > MAX_DIMENSIONS:
         raise ValueError(f"it claims a tensor of {dimensions} dimensions")
-    reader.skip(dimensions * 8 + 4 + 8)
+    reader.skip(dimensions * 8 + 4)
+    return reader.u64()
+
+
+def _check_end(size: int, header_bytes: int, furthest: int, alignment: int | None) -> None:
+    """The last tensor must begin within the file; whether it also ends there, the engine finds by its type."""
+    alignment = ALIGNMENT if alignment is None else alignment
+    if not 0 < alignment <= MAX_ALIGNMENT:
+        raise ValueError(f"it claims an alignment of {alignment}")
+    start = -(-header_bytes // alignment) * alignment
+    if start + furthest >= size:
+        raise ValueError(f"it ends before its tensors do: it has {size} bytes, and more are needed")
 
 
 def _text(values: Mapping[str, int | str | None], key: str) -> str | None:

@@ -42,13 +42,16 @@ def test_a_closed_catalog_gives_up_its_digests() -> None:
 def test_all_parts_of_a_split_model_count(tmp_path: Path) -> None:
     parts = [tmp_path / f"big-0000{number}-of-00002.gguf" for number in (1, 2)]
     shutil.copy(demo.model_path(), parts[0])
-    parts[1].write_bytes(b"x" * 10)
+    shutil.copy(demo.model_path(), parts[1])
     catalog = Catalog()
     assert catalog.find(f"file:{parts[0]}") == str(parts[0])
     assert catalog.report()[0].id == "big"
-    assert catalog.report()[0].size_bytes == parts[0].stat().st_size + 10
+    assert catalog.report()[0].size_bytes == 2 * parts[0].stat().st_size
     with pytest.raises(ConfigError, match="part 2"):
         catalog.find(f"file:{parts[1]}")
+    parts[1].write_bytes(b"x" * 10)
+    with pytest.raises(ConfigError, match=r"00002-of-00002\.gguf is not a usable GGUF"):
+        Catalog().find(f"file:{parts[0]}")
     parts[1].unlink()
     with pytest.raises(ConfigError, match="can't be read"):
         Catalog().find(f"file:{parts[0]}")
@@ -58,7 +61,8 @@ def test_all_parts_of_a_split_model_count(tmp_path: Path) -> None:
     ("ref", "why"),
     [
         ("file:/nowhere/m.gguf", "can't be read: No such file"),
-        ("file:/dev", "can't be read: Is a directory"),
+        ("file:/dev", "is not a file"),
+        ("file:/dev/zero", "is not a file"),
         ("hf:org/repo", "not available yet"),
         ("https://example.com/m.gguf", "not available yet"),
         ("llama-3-8b", "there is no model llama-3-8b"),

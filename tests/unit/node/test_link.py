@@ -48,7 +48,7 @@ class Tasks:
 
     def running(self) -> TaskEntry:
         opening = Open.model_validate({"task_id": str(uuid.uuid4()), "pool_id": "p"})
-        return self.logs.add(opening, 0.0, 0.0)[0]
+        return self.logs.add(opening, 0.0, 0.0)
 
 
 async def _no_calls(_call: object, _body: bytes) -> Answer:

@@ -407,7 +407,7 @@ def test_other_paths_do_not_reach_an_engine(path: str) -> None:
         (401, {"error": {"message": "Invalid API Key"}}, Code.ENGINE_FAILED),
         (413, {}, Code.PAYLOAD_TOO_LARGE),
         (422, {"detail": "x"}, Code.INVALID_REQUEST),
-        (429, {}, Code.ALL_SLOTS_BUSY),
+        (429, {}, Code.MODEL_NOT_AVAILABLE),
         (500, {"error": {"message": "s3cret"}}, Code.ENGINE_FAILED),
         (501, {"error": {"message": "This server does not support embeddings"}}, Code.INVALID_REQUEST),
         (503, {"error": {"message": "Loading model", "type": "unavailable_error"}}, Code.MODEL_NOT_AVAILABLE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -279,9 +280,10 @@ def finish(logs: TaskLogs, entry: TaskEntry, now: float, body: bytes = b"x") -> 
 def test_repeated_open_attaches_and_a_lower_attempt_conflicts() -> None:
     logs = TaskLogs(Limits())
     first = opening(attempt=2)
-    entry, overtaken = logs.add(first, 0, 0)
-    assert overtaken is None
+    assert logs.overtaken(first) is None
+    entry = logs.add(first, 0, 0)
     assert logs.known(first) is entry
+    assert logs.overtaken(first) is None
     with pytest.raises(LlorchError) as refused:
         logs.known(first.model_copy(update={"attempt": 1}))
     assert refused.value.code is Code.CONFLICT
@@ -290,23 +292,25 @@ def test_repeated_open_attaches_and_a_lower_attempt_conflicts() -> None:
 def test_higher_attempt_overtakes_the_lower() -> None:
     logs = TaskLogs(Limits())
     first = opening()
-    entry, _ = logs.add(first, 0, 0)
+    entry = logs.add(first, 0, 0)
     second = first.model_copy(update={"attempt": 2})
     assert logs.known(second) is None
-    newer, overtaken = logs.add(second, 1, 1)
-    assert overtaken is entry
+    assert logs.overtaken(second) is entry
+    newer = logs.add(second, 1, 1)
     finish(logs, entry, 2)
     assert logs.get(first.task_id) is newer
     assert logs.running == [newer]
 
 
+@pytest.mark.parametrize("attempt", [2, 3])
 @pytest.mark.parametrize("change", [{"owner": "someone-else"}, {"body_digest": "ff"}])
-def test_repeated_open_of_another_owner_or_body_conflicts(change: dict[str, str]) -> None:
+def test_open_of_another_owner_or_body_conflicts_whatever_its_attempt(change: dict[str, Any], attempt: int) -> None:
+    """A later attempt would end the task: it must be the same one."""
     logs = TaskLogs(Limits())
-    first = opening(owner="me", body_digest="aa")
+    first = opening(attempt=2, owner="me", body_digest="aa")
     logs.add(first, 0, 0)
     with pytest.raises(LlorchError) as refused:
-        logs.known(first.model_copy(update=change))
+        logs.known(first.model_copy(update={**change, "attempt": attempt}))
     assert refused.value.code is Code.CONFLICT
 
 
@@ -329,7 +333,7 @@ def test_when_a_task_without_readers_ends(
 
 def test_v1_task_is_cancelled_when_its_last_reader_leaves_not_before() -> None:
     logs = TaskLogs(Limits())
-    entry, _ = logs.add(opening(path="/v1/completions"), 0, 0)
+    entry = logs.add(opening(path="/v1/completions"), 0, 0)
     one, two = Collector(entry.log), Collector(entry.log)
     logs.attach(entry, one)
     logs.attach(entry, two)
@@ -339,7 +343,7 @@ def test_v1_task_is_cancelled_when_its_last_reader_leaves_not_before() -> None:
 
 def test_lost_v1_reader_may_come_back_for_a_while() -> None:
     logs = TaskLogs(Limits())
-    entry, _ = logs.add(opening(path="/v1/completions"), 0, 0)
+    entry = logs.add(opening(path="/v1/completions"), 0, 0)
     reader = Collector(entry.log)
     logs.attach(entry, reader)
     assert not logs.leave(entry, reader, Gone.LOST, 5)
@@ -351,7 +355,7 @@ def test_lost_v1_reader_may_come_back_for_a_while() -> None:
 def test_two_controls_that_read_one_task_do_not_cancel_each_other() -> None:
     """One control dies while the other's client leaves: the first one's client may still come back."""
     logs = TaskLogs(Limits())
-    entry, _ = logs.add(opening(path="/v1/completions"), 0, 0)
+    entry = logs.add(opening(path="/v1/completions"), 0, 0)
     dying, other = Collector(entry.log), Collector(entry.log)
     logs.attach(entry, dying)
     logs.attach(entry, other)
@@ -362,7 +366,7 @@ def test_two_controls_that_read_one_task_do_not_cancel_each_other() -> None:
 
 def test_native_reader_that_comes_back_within_grace_keeps_the_task() -> None:
     logs = TaskLogs(Limits(reconnect_grace_s=10))
-    entry, _ = logs.add(opening(), 0, 0)
+    entry = logs.add(opening(), 0, 0)
     reader = Collector(entry.log)
     logs.attach(entry, reader)
     assert not logs.leave(entry, reader, Gone.LEFT, 1)
@@ -376,7 +380,7 @@ def test_native_reader_that_comes_back_within_grace_keeps_the_task() -> None:
 
 def test_reader_of_a_sealed_log_leaves_without_effect() -> None:
     logs = TaskLogs(Limits())
-    entry, _ = logs.add(opening(path="/v1/completions"), 0, 0)
+    entry = logs.add(opening(path="/v1/completions"), 0, 0)
     reader = Collector(entry.log)
     logs.attach(entry, reader)
     finish(logs, entry, 1)
@@ -385,8 +389,8 @@ def test_reader_of_a_sealed_log_leaves_without_effect() -> None:
 
 def test_sealed_logs_stay_for_their_time() -> None:
     logs = TaskLogs(Limits(sealed_native_s=600))
-    native, _ = logs.add(opening(), 0, 0)
-    v1, _ = logs.add(opening(path="/v1/completions"), 0, 0)
+    native = logs.add(opening(), 0, 0)
+    v1 = logs.add(opening(path="/v1/completions"), 0, 0)
     finish(logs, native, 10)
     finish(logs, v1, 10)
     logs.expire(10 + SEALED_V1_S - 0.1)
@@ -403,11 +407,11 @@ def test_sealed_logs_stay_for_their_time() -> None:
 
 def test_oldest_sealed_logs_go_first_when_all_together_are_too_much() -> None:
     logs = TaskLogs(Limits(all_kept_bytes=3 * (ENTRY_BYTES + 1_000)))
-    running, _ = logs.add(opening(), 0, 0)
+    running = logs.add(opening(), 0, 0)
     running.log.begin(Head(), b"r" * 1_000)
     sealed = []
     for number, path in enumerate(("native", "/v1/completions", "native")):
-        entry, _ = logs.add(opening(path=path), 0, 0)
+        entry = logs.add(opening(path=path), 0, 0)
         finish(logs, entry, number, b"x" * 1_000)
         sealed.append(entry)
     assert set(logs) == {running, *sealed[1:]}
@@ -415,10 +419,10 @@ def test_oldest_sealed_logs_go_first_when_all_together_are_too_much() -> None:
 
 def test_reports_are_what_runs_and_what_a_control_was_not_told() -> None:
     logs = TaskLogs(Limits())
-    running, _ = logs.add(opening(), 0, 0)
-    native, _ = logs.add(opening(), 0, 0)
-    plain, _ = logs.add(opening(path="/v1/completions"), 0, 0)
-    keyed, _ = logs.add(opening(path="/v1/completions", key_digest="ab"), 0, 0)
+    running = logs.add(opening(), 0, 0)
+    native = logs.add(opening(), 0, 0)
+    plain = logs.add(opening(path="/v1/completions"), 0, 0)
+    keyed = logs.add(opening(path="/v1/completions", key_digest="ab"), 0, 0)
     for entry in (native, plain, keyed):
         finish(logs, entry, 1)
     logs.tell(native, "epoch-a")
@@ -433,7 +437,7 @@ def test_reports_are_what_runs_and_what_a_control_was_not_told() -> None:
     logs.tell(keyed, "epoch-a")
     running.told.add("epoch-a")
     finish(logs, running, 2)
-    later, _ = logs.add(opening(), 0, 0)
+    later = logs.add(opening(), 0, 0)
     finish(logs, later, 3)
     assert ids("epoch-a") == {later.task_id}
     assert ids("epoch-b") == {running.task_id, native.task_id, keyed.task_id, later.task_id}
@@ -444,7 +448,7 @@ def test_reports_are_what_runs_and_what_a_control_was_not_told() -> None:
 def test_reports_of_sealed_tasks_are_the_newest_thousand() -> None:
     logs = TaskLogs(Limits())
     for number in range(1_005):
-        entry, _ = logs.add(opening(), 0, 0)
+        entry = logs.add(opening(), 0, 0)
         finish(logs, entry, number / 1_000)
         last = entry
     reports = logs.reports(None)
@@ -454,7 +458,7 @@ def test_reports_of_sealed_tasks_are_the_newest_thousand() -> None:
 
 def test_report_reads_as_a_person_would() -> None:
     logs = TaskLogs(Limits())
-    entry, _ = logs.add(opening(epoch="e", model="m"), 1, 1_700_000_000.25)
+    entry = logs.add(opening(epoch="e", model="m"), 1, 1_700_000_000.25)
     assert entry.report()["started_at"] == "2023-11-14T22:13:20.250Z"
     assert entry.report()["state"] == State.ACCEPTED
     entry.log.seal(Tail(length=0, error={"code": "ENGINE_FAILED"}, status=502))

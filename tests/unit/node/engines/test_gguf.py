@@ -65,8 +65,31 @@ def test_what_comes_after_the_header_is_not_looked_at() -> None:
 
 def test_a_file_is_read_as_bytes_are(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    path.write_bytes(WHOLE)
+    path.write_bytes(WHOLE + bytes(64))
     assert read_header(path) == parse_header(WHOLE)
+
+
+@pytest.mark.parametrize("offset", [0, 4096])
+def test_a_file_that_ends_before_its_tensors_is_refused_at_every_length(tmp_path: Path, offset: int) -> None:
+    far = text("w") + struct.pack("<IQIQ", 1, 64, 0, offset)
+    header = file(ARCHITECTURE, key("general.alignment", U32, struct.pack("<I", 64)), tensors=(far,))
+    begins = -(-len(header) // 64) * 64 + offset
+    path = tmp_path / "a.gguf"
+    for size in (len(header), begins - 1, begins):
+        path.write_bytes(header + bytes(size - len(header)))
+        with pytest.raises(ValueError, match="ends before its tensors"):
+            read_header(path)
+    path.write_bytes(header + bytes(begins + 1 - len(header)))
+    assert read_header(path).tensors == 1
+
+
+@pytest.mark.parametrize("alignment", [0, 1 << 31])
+def test_an_alignment_that_cannot_be_is_refused(tmp_path: Path, alignment: int) -> None:
+    path = tmp_path / "a.gguf"
+    told = key("general.alignment", U32, struct.pack("<I", alignment))
+    path.write_bytes(file(ARCHITECTURE, told, tensors=(tensor("w", 1),)) + bytes(64))
+    with pytest.raises(ValueError, match="alignment"):
+        read_header(path)
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""An engine's HTTP answer as it comes, however it may break.
+
+Owns what counts as a broken connection, that a reader of an answer always learns of its end, and how much of an error
+answer is read. Never decodes an answer and never quotes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import aiohttp
+
+MAX_ERROR_BYTES = 64 * 1024  # of an engine's error answer
+ERROR_BODY_TIMEOUT_S = 5.0
+
+BROKEN = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)  # a connection to an engine
+
+
+@contextmanager
+def told_of_its_end(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Whoever reads `response` in here learns when its connection has gone.
+
+    aiohttp (3.14) closes the connection at a malformed chunk and says nothing to the reader, who would wait for ever.
+    """
+    connection, content = response.connection, response.content
+    if connection is None or connection.protocol is None:
+        yield  # it has come whole, and the connection was given back
+        return
+
+    def gone(closed: asyncio.Future[None] | None) -> None:
+        if closed is not None and not closed.cancelled():
+            closed.exception()  # seen: asyncio need not warn of it
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection was closed within the answer"))
+
+    closed = connection.protocol.closed
+    if closed is None:
+        gone(None)
+        yield
+        return
+    closed.add_done_callback(gone)
+    try:
+        yield
+    finally:
+        closed.remove_done_callback(gone)  # the connection may serve many more answers
+
+
+async def error_body(response: aiohttp.ClientResponse) -> bytes:
+    """The start of an error answer; one that does not come is an empty one."""
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(ERROR_BODY_TIMEOUT_S):
+            while size < MAX_ERROR_BYTES and (part := await response.content.read(MAX_ERROR_BYTES - size)):
+                parts.append(part)
+                size += len(part)
+    except BROKEN:
+        pass
+    return b"".join(parts)

@@ -6,9 +6,13 @@ import sys
 
 
 def main() -> None:
-    from llorch.cli.main import run
+    try:
+        from llorch.cli.main import run
 
-    sys.exit(run())
+        code = run()
+    except KeyboardInterrupt:  # ^C while the modules load, before anything is there that could take it
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,14 @@ async def test_a_node_that_can_not_be_reached_is_a_failure_and_gets_nothing_more
         await control.idle()
 
 
+async def test_a_node_that_can_not_be_reached_and_is_the_only_one_is_the_answer_at_once() -> None:
+    async with a_control(probe_interval=600.0) as control:
+        await (await control.dialled("h")).close()
+        answer = await control.submit().answer()
+        assert (answer.status, answer.code) == (502, "NODE_LOST")
+        await control.idle()
+
+
 async def test_a_broken_connection_is_a_lost_node_and_one_that_is_back_serves_again() -> None:
     async with a_control(probe_interval=0.1) as control:
         node = await control.dialled("h", pool(slots=1))

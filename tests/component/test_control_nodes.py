@@ -181,11 +181,8 @@ async def test_a_callback_over_a_link_reads_the_pool_by_a_call() -> None:
             body = {"node_id": "a", "pool_id": "p0"}
             assert (await control.post("/callbacks/pool-ready", body, who="node"))[0] == 202
 
-        async def model() -> str:
-            return str((await control.get("/v2/pools"))["pools"][0]["model"])
-
         async def is_new() -> bool:
-            return await model() == "new"
+            return [each["model"] for each in (await control.get("/v2/pools"))["pools"]] == ["new"]
 
         for number, answer in enumerate(
             (b'{"pool_id": "p0", "model": "new"}', b"nonsense", b'{"pool_id": "p9", "model": "other"}')

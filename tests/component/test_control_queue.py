@@ -8,6 +8,7 @@ import json
 import pytest
 
 from llorch.control import waiting
+from llorch.errors import Code
 from tests.component.control_harness import Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
 
 
@@ -57,6 +58,24 @@ async def test_one_that_just_came_does_not_pass_those_that_wait() -> None:
             attempt.begin().end()
         await first.answer()
         await second.answer()
+
+
+async def test_a_slot_that_time_has_freed_is_not_taken_by_one_that_just_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llorch.control.nodes.REFUSAL_HOLDS_S", 0.2)
+    monkeypatch.setattr("llorch.control.sweep.EXPIRE_EVERY_S", 60.0)  # nothing else looks at the queue meanwhile
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=1))
+        first = control.whole(prompt="first")
+        (await node.asked()).refuse(Code.ALL_SLOTS_BUSY)
+        await control.waiting(1)
+        await asyncio.wait((first._task,), timeout=0.3)
+        second = control.whole(prompt="second")
+        for word in ("first", "second"):
+            attempt = await node.asked()
+            assert json.loads(attempt.body)["prompt"] == word
+            attempt.begin().end()
+        for asking in (first, second):
+            assert (await asking.answer()).status == 200
 
 
 async def test_a_slot_that_appears_elsewhere_goes_to_the_one_that_waits() -> None:

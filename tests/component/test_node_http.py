@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from llorch import records
 from llorch.node.tasklog import Limits
 from llorch.records import Type
-from tests.component.node_harness import MODEL, POOL, NodeUnderTest, Setup, eventually, node_between
+from tests.component.node_harness import MODEL, POOL, SERVICE_TOKEN, NodeUnderTest, Setup, eventually, node_between
 
 INFER = f"/v2/pools/{POOL}/infer"
 HELLO = b'{"prompt":"Hello","model":"m"}'
@@ -145,6 +146,46 @@ async def test_client_that_leaves_frees_the_slot(tmp_path: Path) -> None:
         await asyncio.gather(asking, return_exceptions=True)
         await asyncio.wait_for(call.disconnected.wait(), 5)
         await eventually(lambda: setup.node.slots_free == 2)
+
+
+@pytest.mark.parametrize("path", ["native", "/v1/completions"])
+async def test_body_that_breaks_off_frees_the_slot(tmp_path: Path, path: str) -> None:
+    """The slot is taken before the body is read: a client that goes meanwhile must not keep it."""
+    async with node_between(tmp_path, controls=0, slots=1) as setup:
+        host, port = setup.node.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SERVICE_TOKEN}\r\nX-Llorch-Path: {path}\r\n"
+        writer.write(head.encode() + b"Content-Length: 1000\r\n\r\n" + b"x" * 10)
+        await eventually(lambda: setup.node.slots_free == 0)
+        writer.close()
+        await writer.wait_closed()
+        await eventually(lambda: setup.node.slots_free == 1, within_s=1.0)
+        assert len(setup.node.runner) == 0
+        assert setup.engine.calls.empty()
+
+
+async def test_body_over_the_limit_is_refused_stated_or_not_and_frees_the_slot(tmp_path: Path) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 1_000
+
+    async with node_between(tmp_path, controls=0, slots=1) as setup:
+        setup.node.node.max_body_bytes = setup.node.runner.max_body_bytes = 2_000
+        for body in (b"x" * 2_001, pieces()):
+            async with setup.node.request("POST", INFER, data=body) as response:
+                assert (response.status, (await response.json())["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
+            await eventually(lambda: setup.node.slots_free == 1, within_s=1.0)
+
+
+async def test_cancelled_before_its_engine_answered_a_native_task_is_a_whole_stream(tmp_path: Path) -> None:
+    async with node_between(tmp_path, controls=0) as setup:
+        asking = asyncio.ensure_future(setup.node.request("POST", INFER, data=HELLO).__aenter__())
+        await setup.engine.asked()
+        (entry,) = setup.node.logs
+        setup.node.runner.cancel(entry)
+        async with await asking as response:
+            assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
+            assert (await text_of(response)).count("event: ") == 2  # started, end
 
 
 async def test_records_reader_that_ends_without_a_word_leaves_the_task_running(tmp_path: Path) -> None:

@@ -235,12 +235,12 @@ async def test_stalled_stream_does_not_stall_another(tmp_path: Path) -> None:
 
 
 async def test_large_answer_passes_whole_through_a_small_log(tmp_path: Path) -> None:
-    """30 MB of embeddings, a log that keeps 1 MiB: the engine is read no faster than the reader takes."""
+    """10 MB of embeddings, a log that keeps 1 MiB: the engine is read no faster than the reader takes."""
     async with node_between(tmp_path, limits=Limits(kept_bytes=1 << 20)) as setup:
         link = await setup.link()
         stream = link.open({"model": MODEL, "input": "x"}, path=EMBEDDINGS, stream=False)
         call = await setup.engine.asked()
-        answer = b'{"data": "' + b"0123456789" * 3_000_000 + b'"}'
+        answer = b'{"data": "' + b"0123456789" * 1_000_000 + b'"}'
         call.reply(answer)
         granted = INITIAL_CREDIT_BYTES
         while stream.tail is None:
@@ -301,7 +301,8 @@ async def test_cancel_frees_the_slot_and_closes_the_engine_connection(tmp_path: 
         assert time.monotonic() - started < 1.0
         assert tail["finish_reason"] == "canceled"
         assert "error" not in tail
-        assert stream.events_seen[-1][0] == "end"
+        assert stream.head == {"status": 200, "headers": {"content-type": "text/event-stream"}}
+        assert [name for name, _ in stream.events_seen if name != "token"] == ["started", "end"]
         assert stream.events_seen[-1][1]["finish_reason"] == "canceled"
         assert tail["length"] == len(stream.data)
 
@@ -321,17 +322,73 @@ async def test_cancelled_v1_task_ends_with_an_error_frame(tmp_path: Path) -> Non
         assert json.loads(stream.data.rpartition(b"data: ")[2])["error"]["code"] == "CANCELED"
 
 
-async def test_deadline_ends_the_task(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["in the OPEN", "in the body"])
+async def test_deadline_ends_the_task(tmp_path: Path, where: str) -> None:
+    """With output shown it is an event; before that an empty log, whose status tells that no retry helps."""
     async with node_between(tmp_path) as setup:
         link = await setup.link()
-        stream = link.prompt(deadline_ms=150)
+        header, body = ({"deadline_ms": 150}, {}) if where == "in the OPEN" else ({}, {"deadline_ms": 150})
+        shown = link.open({"model": MODEL, "prompt": "Hello", **body}, **header)
         call = await setup.engine.asked()
+        hidden = link.open({"model": MODEL, "prompt": "Hello", **body}, **header)
+        silent = await setup.engine.asked()
         call.say("t0 ")
-        tail = await ended(stream)
+        tail = await ended(shown)
         assert tail["error"]["code"] == "DEADLINE_EXCEEDED"
-        assert stream.events_seen[-1][0] == "error"
-        await asyncio.wait_for(call.disconnected.wait(), 1.0)
+        assert shown.events_seen[-1][0] == "error"
+        tail = await ended(hidden)
+        assert hidden.order == [Type.ACCEPT, Type.TAIL]
+        assert (tail["length"], tail["error"]["code"], tail["status"]) == (0, "DEADLINE_EXCEEDED", 504)
+        for asked in (call, silent):
+            await asyncio.wait_for(asked.disconnected.wait(), 1.0)
         await eventually(lambda: setup.node.slots_free == 2)
+
+
+async def test_body_that_does_not_come_frees_the_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llorch.node.runner.BODY_TIMEOUT_S", 0.05)
+    async with node_between(tmp_path, slots=1) as setup:
+        link = await setup.link()
+        tail = await ended(link.open(b"x" * 1_000, send_body=False))
+        assert (tail["length"], tail["error"]["code"], tail["status"]) == (0, "REQUEST_TIMEOUT", 408)
+        await eventually(lambda: setup.node.slots_free == 1)
+
+
+async def test_node_that_ends_says_so_to_what_still_runs(tmp_path: Path) -> None:
+    """What had shown nothing may run elsewhere; what had, ends with an error event. No slot and no task is left."""
+    async with node_between(tmp_path, slots=3) as setup:
+        link = await setup.link()
+        bodiless = link.open(b"x" * 1_000, send_body=False)
+        hidden = link.prompt()
+        await setup.engine.asked()
+        shown = link.prompt()
+        (await setup.engine.asked()).say("t0 ")
+        await eventually(lambda: shown.text == "t0 ")
+        await setup.node.runner.close()
+        for stream in (bodiless, hidden):
+            tail = await ended(stream)
+            assert stream.order == [Type.ACCEPT, Type.TAIL]
+            assert (tail["length"], tail["error"]["code"], tail["status"]) == (0, "NODE_LOST", 502)
+        assert (await ended(shown))["error"]["code"] == "NODE_LOST"
+        assert [name for name, _ in shown.events_seen] == ["started", "token", "error"]
+        assert setup.node.slots_free == 3
+        assert len(setup.node.runner) == 0
+
+
+async def test_node_that_drains_waits_until_what_has_ended_was_read(tmp_path: Path) -> None:
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        stream = link.prompt()
+        call = await setup.engine.asked()
+        call.say("x" * 2 * INITIAL_CREDIT_BYTES)
+        call.end()
+        (entry,) = setup.node.logs
+        await eventually(lambda: entry.log.sealed)
+        assert len(setup.node.runner) == 0
+        assert not await setup.node.runner.drained(0.1)
+        draining = asyncio.ensure_future(setup.node.runner.drained(10.0))
+        link.grant(stream, 2 * INITIAL_CREDIT_BYTES)
+        await ended(stream)
+        assert await draining
 
 
 async def test_engine_that_falls_silent_ends_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,6 +501,40 @@ async def test_higher_attempt_overtakes_and_a_lower_one_is_refused(tmp_path: Pat
         assert second.events_seen[0][1]["attempt"] == 2
 
 
+async def test_higher_attempt_ends_the_lower_also_where_there_is_no_slot_for_it(tmp_path: Path) -> None:
+    """The lower one holds the only slot: the higher is refused once, and finds it free when it comes again."""
+    async with node_between(tmp_path, slots=1) as setup:
+        link = await setup.link()
+        task_id = str(uuid.uuid4())
+        first = link.prompt(task_id=task_id, attempt=1)
+        first_call = await setup.engine.asked()
+        busy = link.prompt(task_id=task_id, attempt=2)
+        await eventually(lambda: busy.refused is not None)
+        assert busy.refused is not None
+        assert busy.refused["code"] == "ALL_SLOTS_BUSY"
+        assert (await ended(first))["finish_reason"] == "canceled"
+        await asyncio.wait_for(first_call.disconnected.wait(), 1.0)
+        second = link.prompt(task_id=task_id, attempt=2)
+        (await setup.engine.asked()).end()
+        assert (await ended(second))["finish_reason"] == "stop"
+
+
+async def test_attempt_of_somebody_else_s_task_is_refused_and_ends_nothing(tmp_path: Path) -> None:
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        task_id = str(uuid.uuid4())
+        mine = link.prompt(task_id=task_id, owner="me")
+        call = await setup.engine.asked()
+        theirs = link.prompt(task_id=task_id, owner="somebody", attempt=2)
+        await eventually(lambda: theirs.refused is not None)
+        assert theirs.refused is not None
+        assert theirs.refused["code"] == "CONFLICT"
+        call.say("t0 ")
+        call.end()
+        assert (await ended(mine))["finish_reason"] == "stop"
+        assert mine.text == "t0 "
+
+
 async def test_v1_task_is_cancelled_when_its_client_left(tmp_path: Path) -> None:
     async with node_between(tmp_path) as setup:
         link = await setup.link()
@@ -507,6 +598,8 @@ async def test_overtaken_reader_is_told_of_the_gap(tmp_path: Path, monkeypatch: 
         for _ in range(10):
             call.say("z" * 60_000)
         await eventually(lambda: setup.node.logs.running[0].log.start > INITIAL_CREDIT_BYTES)
+        log = setup.node.logs.running[0].log
+        assert log.end - log.start <= 150_000  # what a reader that does not read costs the node
         link.grant(stream, 100_000)
         await eventually(lambda: stream.refused is not None)
         assert stream.refused is not None

@@ -93,8 +93,10 @@ async def node_process(
 
 
 async def test_prompt_runs_on_the_simulated_engine(tmp_path: Path) -> None:
-    async with node_process(tmp_path) as node:
+    async with node_process(tmp_path, address="http://127.0.0.1:4444", zone="rack-1") as node:
         link = await node.pool_ready()
+        assert node.control.registered[0]["address"] == "http://127.0.0.1:4444"  # as it was told, not where it listens
+        assert node.control.registered[0]["zone"] == "rack-1"
         stream = link.open({"model": "m", "prompt": "Hello", "max_tokens": 5})
         await eventually(lambda: stream.tail is not None)
         assert stream.text == expected_text(5)
@@ -112,7 +114,7 @@ async def test_prompt_runs_on_the_simulated_engine(tmp_path: Path) -> None:
 
 
 async def test_sigterm_lets_tasks_end_and_deregisters_last(tmp_path: Path) -> None:
-    async with node_process(tmp_path, "--delay-ms", "50", "--tokens", "20") as node:
+    async with node_process(tmp_path, "--delay-ms", "25", "--tokens", "20") as node:
         link = await node.pool_ready()
         stream = link.open({"model": "m", "prompt": "Hello", "max_tokens": 20})
         await eventually(lambda: stream.text)

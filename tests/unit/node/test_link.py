@@ -7,6 +7,8 @@ import json
 import uuid
 from typing import Any, cast
 
+import pytest
+
 from llorch import records
 from llorch.link import Link
 from llorch.messages import Head, Open, Tail
@@ -154,6 +156,29 @@ async def test_tail_waits_for_credit() -> None:
     assert [len(record.payload) for record in wire.taken()] == [9]
     link.link_record(Record(1, Type.CREDIT, (1).to_bytes(4, "big")))
     assert [record.type for record in wire.taken()] == [Type.DATA, Type.TAIL]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        (b"left", Gone.LEFT),
+        (b"slow", Gone.LEFT),
+        (b"lost", Gone.LOST),
+        (b"shutdown", Gone.LOST),
+        (b"", Gone.LOST),
+        (b"a word from the future", Gone.LOST),
+    ],
+)
+async def test_reader_leaves_for_the_reason_that_it_gives(word: bytes, meant: Gone) -> None:
+    """What is not known to be a client's own wish may be the end of a control: the task must not suffer for it."""
+    link, _, tasks = made()
+    entry = tasks.running()
+    link.link_record(Record(1, Type.ATTACH, json.dumps({"task_id": entry.task_id}).encode()))
+    assert entry.log.readers == 1
+    link.link_record(Record(1, Type.DETACH, word))
+    link.link_record(Record(1, Type.DETACH, b"left"))  # late: the stream has ended
+    assert tasks.left == [meant]
+    assert entry.log.readers == 0
 
 
 async def test_end_of_the_link_loses_every_reader() -> None:

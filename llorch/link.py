@@ -21,15 +21,19 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 2, 1, 3
 USER_TIMEOUT_MS = 5_000  # a black-holed peer is noticed in about 5 s
 
 
-def tune_socket(sock: socket.socket) -> None:
-    """TCP settings that notice a dead peer in seconds; what the platform lacks is left out."""
+def tune_socket(sock: socket.socket, *, idle_s: int = KEEPALIVE_IDLE_S, user_timeout_ms: int = USER_TIMEOUT_MS) -> None:
+    """TCP settings that notice a dead peer in seconds; what the platform lacks is left out.
+
+    The user timeout also ends a connection whose peer takes nothing for so long: shorter than a reader may be slow, it
+    would end the reader.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_NODELAY", 1),
-        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
+        ("TCP_KEEPIDLE", idle_s),
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-        ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
+        ("TCP_USER_TIMEOUT", user_timeout_ms),
     ):
         option = getattr(socket, name, None)
         if option is not None:
@@ -115,7 +119,8 @@ class Link(asyncio.Protocol):
         try:
             for record in self._decoder.feed(data):
                 if record.type == Type.PING:
-                    self.send(records.encode(0, Type.PONG))
+                    if not self.full:  # a peer that asks and never reads must not fill our memory with answers
+                        self.send(records.encode(0, Type.PONG))
                 elif record.type == Type.PONG:
                     if self._pong is not None and not self._pong.done():
                         self._pong.set_result(None)

@@ -1,7 +1,8 @@
 """Log lines: `time level event key=value ...` on stderr.
 
 Owns the format and the escaping of values, so that no peer can forge a line or move a terminal's cursor. Callers pass
-ids, codes and numbers; never tokens, prompts or outputs.
+ids, codes and numbers; never tokens, prompts or outputs. A traceback is written without the messages of its exceptions:
+libraries quote in them what they could not read, and that may be any of the three.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import logging
 import re
 import sys
 import time
+import traceback
+from types import TracebackType
 from typing import Any
+
+from llorch.errors import LlorchError
 
 ROOT = "llorch"
 MAX_VALUE_CHARS = 500
+MAX_FRAMES = 30
 _PLAIN = re.compile(r"[A-Za-z0-9._:/@%+*,~\[\]()-]+")
 
 
@@ -71,6 +77,38 @@ class _Formatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.name != ROOT and not record.name.startswith(f"{ROOT}."):
+            # A library's words: on one line, and of asyncio's only the first, for the others hold reprs of objects.
+            first = record.message.partition("\n")[0]
+            record.message = f"library.logged logger={render_value(record.name)} message={render_value(first)}"
+        return super().formatMessage(record)
+
+    def formatException(
+        self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+    ) -> str:
+        return "" if ei[1] is None else "\n".join(_story(ei[1]))
+
+
+def _story(error: BaseException) -> list[str]:
+    """An exception and what led to it: where and which, never what it says unless its words are our own."""
+    lines: list[str] = []
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        lines += [*_story(before), "then"]
+    lines += [line.rstrip("\n") for line in traceback.format_tb(error.__traceback__, limit=-MAX_FRAMES)]
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            lines += _story(inner)
+    lines.append(type(error).__qualname__ + _own_words(error))
+    return lines
+
+
+def _own_words(error: BaseException) -> str:
+    if isinstance(error, LlorchError):
+        return f": {error.code}"
+    return f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
 
 
 def configure(level: str) -> None:

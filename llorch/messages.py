@@ -152,7 +152,7 @@ def parse(model: type[M], value: object) -> M:
 class Wire(BaseModel):
     """Between roles: unknown fields are ignored, so that versions may differ."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 ShortText = Annotated[str, StringConstraints(max_length=256)]

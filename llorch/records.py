@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from llorch.errors import LlorchError
+from llorch.messages import decode_object
+
 MAX_RECORD_BYTES = 64 * 1024
 HEADER = struct.Struct(">IBI")
 MAX_PAYLOAD_BYTES = MAX_RECORD_BYTES - HEADER.size
@@ -78,14 +81,11 @@ def decode_credit(payload: bytes) -> int:
 
 
 def decode_json(payload: bytes) -> dict[str, Any]:
-    """A JSON object from a peer of ours. Raises RecordError without quoting it."""
+    """A JSON object from a peer of ours, as strict as any. Raises RecordError without quoting it."""
     try:
-        value = json.loads(payload.decode())
-    except (ValueError, RecursionError):
-        raise RecordError("record payload is not JSON") from None
-    if not isinstance(value, dict):
-        raise RecordError("record payload is not a JSON object")
-    return value
+        return decode_object(payload)
+    except LlorchError:
+        raise RecordError("record payload is not a JSON object") from None
 
 
 class Decoder:

@@ -1,16 +1,19 @@
 """HTTP as every role of llorch serves and calls it.
 
-Owns the route table's meaning (one scope per route, checked before the handler), request ids, the one error shape,
-bounded body reads, `serve()` as the one hardened way to listen, and the one factory of client sessions. What a route
-does is its role's.
+Owns the route table's meaning (one scope per route, checked before the handler and before a body is asked for), request
+ids, the one error shape, bounded body reads, `serve()` as the one hardened way to listen, and the one factory of client
+sessions. What a route does is its role's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import ipaddress
 import json
 import re
+import resource
 import secrets
 import socket
 import ssl
@@ -20,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
-from aiohttp import web
+from aiohttp import web, web_protocol
 from pydantic import BaseModel
 
 from llorch import link
@@ -32,7 +35,11 @@ from llorch.tasks import Guard
 
 KEEPALIVE_S = 75.0  # aiohttp's own default keeps an idle connection for an hour
 HEAD_TIMEOUT_S = 10.0  # a connection that has sent no whole request head by then is closed
-BODY_TIMEOUT_S = 30.0
+REAP_EVERY_S = 2.0
+BODY_TIMEOUT_S = 30.0  # for any body; a large one gets the time that it takes at MIN_BODY_RATE on top
+MIN_BODY_RATE = 32 * 1024  # bytes/s, less than a poor upload; slower senders only hold memory
+PEER_TIMEOUT_MS = 60_000  # a client's machine that is gone, for the kernel; twice what a slow reader is given
+PEER_IDLE_S = 15  # silence before the kernel asks whether a client's machine is still there
 MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
 STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
 
@@ -110,16 +117,18 @@ async def read_body(request: web.Request, *, most_bytes: int) -> bytes:
         raise LlorchError(Code.PAYLOAD_TOO_LARGE, f"the body is over {most_bytes} bytes")
     chunks: list[bytes] = []
     size = 0
+    until = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout_at(until) as limit:
             while chunk := await request.content.readany():
                 size += len(chunk)
                 if size > most_bytes:
                     raise LlorchError(Code.PAYLOAD_TOO_LARGE, f"the body is over {most_bytes} bytes")
                 chunks.append(chunk)
+                limit.reschedule(until + size / MIN_BODY_RATE)
     except TimeoutError:
-        raise LlorchError(Code.REQUEST_TIMEOUT, f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
-    except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError):
+        raise LlorchError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
+    except (web_protocol.RequestPayloadError, aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError):
         raise LlorchError(Code.INVALID_REQUEST, "the body could not be read") from None
     return b"".join(chunks)
 
@@ -146,6 +155,9 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
                 if Scope.METRICS in wanted and gate.metrics_open:
                     wanted = (Scope.OPEN,)
                 request[PRINCIPAL] = authorize(gate.ring(), request.headers, *wanted)
+            if request.headers.get("Expect", "").lower() == "100-continue":
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0  # the answer itself has not begun
             return await handler(request)
         except LlorchError as error:
             if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
@@ -171,8 +183,12 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
     for route in routes:
         if scopes.setdefault(route.handler, route.scopes) != route.scopes:
             raise ValueError(f"{route.path}: one handler, two scopes")
-        app.router.add_route(route.method, route.path, route.handler)
+        app.router.add_route(route.method, route.path, route.handler, expect_handler=_say_nothing)
     return app
+
+
+async def _say_nothing(_request: web.Request) -> None:
+    """`Expect` is answered by the guard: who may not send is told so before its body is on the way."""
 
 
 def _from_http(error: web.HTTPException) -> LlorchError:
@@ -205,23 +221,82 @@ class Server:
         await self._runner.cleanup()
 
 
+_CONNECTION: dict[str, Any] = {
+    "access_log": None,
+    "keepalive_timeout": KEEPALIVE_S,
+    "auto_decompress": False,  # a body is what was sent; no bomb unpacks here
+}
+
+
+class _Connection(web_protocol.RequestHandler):
+    """aiohttp's side of one connection. What it could not read is answered in our shape, and is never logged."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """aiohttp queues a malformed piece of a body behind the request that waits for it: that one is told here."""
+        super().data_received(data)
+        if self._messages and isinstance(self._messages[-1][0], web_protocol._ErrInfo):
+            request = self._current_request
+            if request is not None and not request.content.is_eof():
+                request.content.set_exception(web_protocol.RequestPayloadError())
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        if not isinstance(kw.get("exc_info"), web_protocol.RequestPayloadError):  # which has been answered
+            super().log_exception(*args, **kw)
+
+    def handle_error(
+        self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        request_id = request_id_of(request.headers)
+        if status < 500:
+            # aiohttp's own message and log line quote the request: a token may stand in the line that was malformed.
+            log.info("request.malformed", peer=request.remote, why=type(exc).__name__, request_id=request_id)
+            error = LlorchError(Code.INVALID_REQUEST, "the request is not well-formed HTTP", status=status)
+        else:
+            log.error("request.failed", peer=request.remote, why=type(exc).__name__, request_id=request_id)
+            error = LlorchError(Code.INTERNAL, "an unexpected fault; it was logged")
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun; another can't be sent")
+        response = error_response(error, request_id)
+        response.headers["X-Request-Id"] = response.headers["X-Correlation-Id"] = request_id
+        response.force_close()
+        return response
+
+
+class _Site(web.SockSite):
+    """One listening socket of a runner."""
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        loop, manager = asyncio.get_running_loop(), self._runner.server
+        assert manager is not None
+        self._server = await loop.create_server(
+            lambda: _Connection(manager, loop=loop, **_CONNECTION),
+            sock=self._sock,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
+        )
+
+
 async def serve(
     app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None, shutdown_timeout_s: float = 5.0
 ) -> Server:
-    """Listen on host:port (0: a free one). Raises OSError if that is taken."""
+    """Listen on host:port (0: a free one). Raises OSError if that is taken, or leads beyond loopback without TLS."""
+    sockets = await _listening(host, port, loopback_only=tls is None)
+    _allow_many_files()
     runner = web.AppRunner(
         app,
         handler_cancellation=True,  # a client that leaves cancels its handler: the task's slot goes free
-        access_log=None,
-        keepalive_timeout=KEEPALIVE_S,
         shutdown_timeout=shutdown_timeout_s,
-        auto_decompress=False,  # a body is what was sent; no bomb unpacks here
     )
     await runner.setup()
-    site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=1024)
     try:
-        await site.start()
-    except OSError:
+        for sock in sockets:
+            await _Site(runner, sock, ssl_context=tls, backlog=1024).start()
+    except BaseException:
+        for sock in sockets:
+            sock.close()
         await runner.cleanup()
         raise
     bound_port = int(runner.addresses[0][1])
@@ -229,6 +304,38 @@ async def serve(
     guard.loop(_reaper(runner), "reaper")
     shown = f"[{host}]" if ":" in host else host
     return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard)
+
+
+async def _listening(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
+    """A bound socket for each address that `host` means here, all on one port; accepted ones inherit what is set."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            number = ipaddress.ip_address(str(address[0]).partition("%")[0])
+            if loopback_only and not (getattr(number, "ipv4_mapped", None) or number).is_loopback:
+                raise OSError(errno.EACCES, f"{host} leads beyond this machine, and there is no TLS")
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            link.tune_socket(sock, idle_s=PEER_IDLE_S, user_timeout_ms=PEER_TIMEOUT_MS)
+            sock.bind((address[0], sockets[0].getsockname()[1] or port, *address[2:]))
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _allow_many_files() -> None:
+    """A connection is a file; the soft limit of 1,024 is for programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:
@@ -245,7 +352,7 @@ def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:
                 connection.force_close()
         for gone in set(first_seen).difference(open_now):
             del first_seen[gone]
-        return 2.0
+        return REAP_EVERY_S
 
     return step
 
@@ -284,6 +391,7 @@ async def client_session(
         auto_decompress=False,
         trust_env=False,
         headers={"Accept-Encoding": "identity"},
+        cookie_jar=aiohttp.DummyCookieJar(),
         raise_for_status=False,
     ) as session:
         yield session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,17 @@ import llorch
 ROOT = Path(llorch.__file__).parent
 
 IMPURE = frozenset(
-    {"asyncio", "aiohttp", "os", "pathlib", "time", "random", "socket", "subprocess", "logging", "threading", "secrets"}
-)
+    {
+        "asyncio", "aiohttp", "os", "pathlib", "time", "random", "socket", "subprocess", "logging", "threading",
+        "secrets", "concurrent", "ctypes", "http", "multiprocessing", "resource", "select", "selectors", "shutil", "signal", "ssl",
+        "sys", "tempfile", "uuid",
+    }
+)  # fmt: skip
+# Clocks and files that need no import of their own.
+IMPURE_BUILTINS = frozenset({"open", "input", "print"})
+IMPURE_METHODS = frozenset({"now", "utcnow", "today"})
 ROLES = ("control", "node", "client")
+HTTP_VERBS = frozenset({"get", "post", "put", "delete", "head", "patch", "options", "request", "ws_connect"})
 PURE = (
     "auth.py",
     "backoff.py",
@@ -51,8 +60,19 @@ def modules() -> list[Path]:
     return sorted(path for path in ROOT.rglob("*.py"))
 
 
+def marked_pure() -> set[Path]:
+    """The modules that the map calls pure, by a star behind their name."""
+    found, room = set(), ""
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if heading := re.match(r"### (\S+?):?(?: |$)", line):
+            room = heading[1] if heading[1].endswith("/") else ""
+        if entry := re.match(r"- `([^`]+)`\\\*:", line):
+            found.add(ROOT / room / entry[1])
+    return found
+
+
 def pure_modules() -> list[Path]:
-    found = {path for pattern in PURE for path in ROOT.glob(pattern)}
+    found = {path for pattern in PURE for path in ROOT.glob(pattern)} | marked_pure()
     return sorted(
         path
         for path in found
@@ -86,7 +106,11 @@ def package_of(path: Path) -> str:
 
 
 def impure_imports(source: str) -> set[str]:
-    return {name.partition(".")[0] for name in imports(ast.parse(source), "llorch")} & IMPURE
+    tree = ast.parse(source)
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    builtins = {func.id for func in calls if isinstance(func, ast.Name)} & IMPURE_BUILTINS
+    methods = {func.attr for func in calls if isinstance(func, ast.Attribute)} & IMPURE_METHODS
+    return ({name.partition(".")[0] for name in imports(tree, "llorch")} & IMPURE) | builtins | methods
 
 
 def role_of(module: str) -> str | None:
@@ -118,6 +142,9 @@ def test_roles_do_not_import_each_other(path: Path) -> None:
 def test_every_named_pure_module_exists() -> None:
     missing = [pattern for pattern in PURE if not list(ROOT.glob(pattern))]
     assert missing == []
+    assert {path for path in marked_pure() if not path.exists()} == set()
+    unmarked = [path for path in set(pure_modules()) - marked_pure() if path.name != "__init__.py"]
+    assert unmarked == []
 
 
 @pytest.mark.parametrize(
@@ -129,6 +156,8 @@ def test_every_named_pure_module_exists() -> None:
         "def f():\n    import random",
         "import importlib\nimportlib.import_module('socket')",
         "from subprocess import run as harmless",
+        "def f():\n    return open('x')",
+        "from datetime import datetime\ndef f():\n    return datetime.now()",
     ],
 )
 def test_a_planted_impurity_is_found(planted: str) -> None:
@@ -147,6 +176,37 @@ def test_a_planted_impurity_is_found(planted: str) -> None:
 )
 def test_a_planted_import_across_roles_is_found(planted: str, where: str) -> None:
     assert forbidden_role_imports(planted, where)
+
+
+def redirecting_calls(source: str) -> list[int]:
+    """Lines with a request that would follow a redirect, and so carry its token to wherever a peer says."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in HTTP_VERBS:
+            words = {keyword.arg: keyword.value for keyword in node.keywords}
+            asks = {"headers", "data", "json", "ssl", "allow_redirects"} & set(words) or node.func.attr == "ws_connect"  # type: ignore[attr-defined]
+            never = isinstance(value := words.get("allow_redirects"), ast.Constant) and value.value is False
+            if asks and not never:
+                found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_request_follows_a_redirect(path: Path) -> None:
+    assert redirecting_calls(path.read_text()) == []
+
+
+def test_a_planted_redirect_is_found() -> None:
+    assert redirecting_calls("s.get(url, headers={})") == [1]
+    assert redirecting_calls("s.request('GET', url, data=b'', allow_redirects=True)") == [1]
+    assert redirecting_calls("s.post(url, headers={}, allow_redirects=False)\n{}.get(1)") == []
+
+
+def test_sessions_come_from_the_one_factory() -> None:
+    made = [path.relative_to(ROOT).as_posix() for path in modules() if "ClientSession(" in path.read_text()]
+    listening = [path.relative_to(ROOT).as_posix() for path in modules() if "AppRunner(" in path.read_text()]
+    # The simulated engine stands for a program of others: it may not lean on what it is to test.
+    assert (made, listening) == (["web.py"], ["node/engines/simulated_server.py", "web.py"])
 
 
 def test_modules_stay_short() -> None:

@@ -142,7 +142,26 @@ def test_between_roles_unknown_fields_are_ignored() -> None:
     assert parse(Register, {"node_id": "n", "from_the_future": 1}).node_id == "n"
 
 
-@pytest.mark.parametrize("node_id", ["", "-a", "a b", "a/b", "x" * 64, "n\n"])
+COUNTS = ["rtt_ms", "slots_total", "slots_free", "vram_used_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [
+        *((field, number) for field in (*COUNTS, "kv_usage", "utilization") for number in ("NaN", "-inf", "1e999")),
+        *((field, -1) for field in COUNTS),
+    ],
+)
+def test_no_report_has_a_number_that_json_cannot_say_or_a_count_below_nothing(field: str, number: Any) -> None:
+    """Also as text, which lax parsing takes for numbers: what one node says is shown to everybody as JSON."""
+    wrong = {field: number}
+    beat = {"gpus": [{"index": 0, "uuid": "g", "name": "n", **wrong}], "pools": [{"pool_id": "p", **wrong}], **wrong}
+    with pytest.raises(LlorchError) as caught:
+        parse(Heartbeat, beat)
+    assert caught.value.code is Code.INVALID_REQUEST
+
+
+@pytest.mark.parametrize("node_id", ["", "-a", "a b", "a/b", "x" * 64, "n\n", "..", "a\r\nX: 1"])
 def test_a_node_id_is_a_plain_word(node_id: str) -> None:
     with pytest.raises(LlorchError):
         parse(Register, {"node_id": node_id})

@@ -70,7 +70,21 @@ def test_a_cut_record_is_seen_as_pending() -> None:
     assert decoder.pending > 0
 
 
-@pytest.mark.parametrize("payload", [b"", b"[1]", b"{", b"\xff", b"nul", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"[1]",
+        b"{",
+        b"\xff",
+        b"nul",
+        b"[" * 100_000,
+        b'{"a":NaN}',
+        b'{"a":1,"a":2}',
+        b'{"a":"\\ud800"}',
+        b"1" * 5_000,
+    ],
+)
 def test_malformed_json_in_a_record_is_the_peers_fault(payload: bytes) -> None:
     with pytest.raises(RecordError):
         records.decode_json(payload)

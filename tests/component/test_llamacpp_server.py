@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from llorch import demo
-from tests.cluster import eventually
+from llorch.node.engines import llamacpp_server
 
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.llama
@@ -30,10 +30,19 @@ MESSAGES = [{"role": "user", "content": "Tell me a story"}]
 
 
 class Server:
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
-        self.process = process
-        self.log = log
+    """A process, begun and awaited without a loop: the tests of this module share one."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        key_file = folder / "key"
+        key_file.write_text(KEY + "\n")
+        self.log = folder / "log"
         self.url = ""
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llorch.node.engines.llamacpp_server", *flags(key_file), *args],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            )  # fmt: skip
 
     async def post(self, session: aiohttp.ClientSession, path: str, body: Any, key: str = KEY) -> tuple[int, str]:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -53,7 +62,7 @@ class Server:
         return self.log.read_text(errors="replace")
 
     def listening(self) -> str:
-        assert self.process.returncode is None, self.said()
+        assert self.process.poll() is None, self.said()
         return next((line.split()[-1] for line in self.said().splitlines() if "llamacpp_server: listening" in line), "")
 
 
@@ -65,38 +74,29 @@ def flags(key_file: Path) -> list[str]:
     ]
 
 
-async def start(folder: Path, *args: str) -> Server:
-    key_file = folder / "key"
-    key_file.write_text(KEY + "\n")
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llorch.node.engines.llamacpp_server", *flags(key_file), *args),
-            stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-    return Server(process, log)
+def ended(server: Server) -> int:
+    return server.process.wait(UP_WITHIN_S)
 
 
-async def ended(server: Server) -> int:
-    return await asyncio.wait_for(server.process.wait(), UP_WITHIN_S)
-
-
-@asynccontextmanager
-async def serving(folder: Path, *args: str) -> AsyncIterator[Server]:
-    server = await start(folder, "--model", demo.model_path(), *args)
+@contextmanager
+def serving(folder: Path, *args: str) -> Iterator[Server]:
+    server = Server(folder, "--model", demo.model_path(), *args)
     try:
-        server.url = await eventually(server.listening, within_s=UP_WITHIN_S, what="its line that it listens")
+        until = time.monotonic() + UP_WITHIN_S
+        while not (url := server.listening()):
+            assert time.monotonic() < until, server.said()
+            time.sleep(0.02)
+        server.url = url
         yield server
     finally:
-        if server.process.returncode is None:
+        if server.process.poll() is None:
             server.process.kill()
-        await server.process.wait()
+        server.process.wait()
 
 
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
-    async with serving(tmp_path, "--metrics") as running:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("llama"), "--metrics") as running:
         yield running
 
 
@@ -196,19 +196,19 @@ async def test_what_is_asked_and_said_is_not_logged(server: Server, session: aio
 async def test_a_signal_ends_it_at_once_also_in_the_middle_of_an_answer(
     tmp_path: Path, session: aiohttp.ClientSession, number: signal.Signals
 ) -> None:
-    async with serving(tmp_path) as server:
+    with serving(tmp_path) as server:
         body = {"prompt": "The", "max_tokens": 400, "stream": True}
         headers = {"Authorization": f"Bearer {KEY}"}
         async with session.post(server.url + "/v1/completions", json=body, headers=headers) as answer:
             await answer.content.readline()
             sent = time.monotonic()
             server.process.send_signal(number)
-            await ended(server)
+            ended(server)
             assert time.monotonic() - sent < ENDS_WITHIN_S
 
 
 async def test_embeddings_with_a_pooling(tmp_path: Path, session: aiohttp.ClientSession) -> None:
-    async with serving(tmp_path, "--embeddings", "--pooling", "last") as server:
+    with serving(tmp_path, "--embeddings", "--pooling", "last") as server:
         status, text = await server.post(session, "/v1/embeddings", {"input": ["one", "two"], "model": "demo"})
         assert status == 200, text
         assert [len(entry["embedding"]) for entry in json.loads(text)["data"]] == [64, 64]
@@ -223,20 +223,20 @@ async def test_a_bad_model_ends_it_with_a_line_that_names_it(tmp_path: Path, dam
         model.write_bytes(Path(demo.model_path()).read_bytes()[:300_000])
     elif damage == "folder":
         model.mkdir()
-    server = await start(tmp_path, "--model", str(model))
-    assert await ended(server) == 1
+    server = Server(tmp_path, "--model", str(model))
+    assert ended(server) == 1
     last = server.said().splitlines()[-1]
     assert last.startswith("llamacpp_server: ")
     assert str(model) in last
 
 
 async def test_a_port_that_is_taken_ends_it(tmp_path: Path) -> None:
-    async with serving(tmp_path) as server:
+    with serving(tmp_path) as server:
         port = server.url.rpartition(":")[2]
         folder = tmp_path / "second"
         folder.mkdir()
-        second = await start(folder, "--model", demo.model_path(), "--port", port)
-        assert await ended(second) == 1
+        second = Server(folder, "--model", demo.model_path(), "--port", port)
+        assert ended(second) == 1
         assert port in second.said().splitlines()[-1]
 
 
@@ -244,22 +244,35 @@ async def test_a_port_that_is_taken_ends_it(tmp_path: Path) -> None:
     ("args", "word"),
     [
         (["--bogus", "1"], "--bogus"),
+        (["--seed", "-1"], "sampling.seed"),
+        (["--api-key-file", "/nonexistent"], "/nonexistent"),
+        (["--api-key-file", os.devnull], "no key"),
+    ],
+)
+def test_a_flag_it_does_not_know_or_take_is_one_line_and_exit_2(tmp_path: Path, args: list[str], word: str) -> None:
+    server = Server(tmp_path, "--model", demo.model_path(), *args)
+    assert ended(server) == 2
+    [line] = server.said().splitlines()
+    assert word in line
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
         (["--host", "0.0.0.0"], "0.0.0.0"),
         (["--host", "::1"], "::1"),
         (["--port", "70000"], "70000"),
         (["--parallel", "0"], "n_parallel"),
         (["--threads", "many"], "--threads"),
-        (["--seed", "-1"], "sampling.seed"),
         (["--flash-attn", "maybe"], "--flash-attn"),
-        (["--api-key-file", "/nonexistent"], "/nonexistent"),
-        (["--api-key-file", os.devnull], "no key"),
         (["--mod", "abbreviated"], "--mod"),
     ],
 )
-async def test_a_flag_it_does_not_know_or_take_is_one_line_and_exit_2(
-    tmp_path: Path, args: list[str], word: str
+def test_a_value_it_does_not_take_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], word: str
 ) -> None:
-    server = await start(tmp_path, "--model", demo.model_path(), *args)
-    assert await ended(server) == 2
-    [line] = server.said().splitlines()
+    with pytest.raises(SystemExit) as ended:
+        llamacpp_server.parse([*flags(tmp_path / "key"), "--model", demo.model_path(), *args])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
     assert word in line

@@ -1,4 +1,4 @@
-"""The simulated engine as the process it is, over HTTP: its script, its shapes, its slots and its faults."""
+"""The simulated engine over HTTP: its script, its shapes, its slots, its faults; as a process where that matters."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from llorch.node.engines import simulated_script, simulated_server
 from tests.cluster import eventually, expected_text
 
 KEY = "a-key-for-this-test-only-0123456789"
@@ -33,16 +34,9 @@ BOUND = {CHAT: "max_completion_tokens", NATIVE: "n_predict", RESPONSES: "max_out
 
 
 class Engine:
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, session: aiohttp.ClientSession) -> None:
-        self.process = process
-        self.log = log
+    def __init__(self, session: aiohttp.ClientSession, url: str = "") -> None:
         self.session = session
-        self.url = ""
-
-    def listening(self) -> str:
-        said = self.log.read_text()
-        assert self.process.returncode is None, said
-        return said.split()[-1] if "listening on" in said else ""
+        self.url = url
 
     async def post(self, path: str, body: Any, **headers: str) -> tuple[int, str]:
         async with self.session.post(self.url + path, json=body, headers=headers) as answer:
@@ -80,23 +74,54 @@ class Engine:
         return {name: state[name] for name in wanted} == wanted
 
 
-@asynccontextmanager
-async def simulated(folder: Path, *args: str, key: bool = False) -> AsyncIterator[Engine]:
-    log = folder / "log"
+class EngineProcess(Engine):
+    def __init__(self, session: aiohttp.ClientSession, process: asyncio.subprocess.Process, log: Path) -> None:
+        super().__init__(session)
+        self.process = process
+        self.log = log
+
+    def listening(self) -> str:
+        said = self.log.read_text()
+        assert self.process.returncode is None, said
+        return said.split()[-1] if "listening on" in said else ""
+
+
+def flags(folder: Path, *args: str, key: bool) -> list[str]:
     keys = folder / "keys"
     keys.write_text(f"another-key\n{KEY}\n")
-    if key:
-        args = ("--api-key-file", str(keys), *args)
+    given = ["--host", "127.0.0.1", "--port", "0", "--alias", "sim", "--parallel", "2", *args]
+    return [*given, "--api-key-file", str(keys)] if key else given
+
+
+def client() -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=30)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+
+
+@asynccontextmanager
+async def simulated(folder: Path, *args: str, key: bool = False) -> AsyncIterator[Engine]:
+    """In this process: for everything but its life and its death."""
+    script, given = simulated_script.parse(flags(folder, *args, key=key))
+    keys = simulated_server.read_keys(given.api_key_file)
+    runner = await simulated_server.serve(script, keys, given.host, given.port)
+    try:
+        async with client() as session:
+            yield Engine(session, simulated_server.url_of(runner))
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def simulated_process(folder: Path, *args: str, key: bool = False) -> AsyncIterator[EngineProcess]:
+    log = folder / "log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llorch.node.engines.simulated_server"),
-            *("--host", "127.0.0.1", "--port", "0", "--alias", "sim", "--parallel", "2", *args),
+            *(sys.executable, "-m", "llorch.node.engines.simulated_server", *flags(folder, *args, key=key)),
             stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
         )  # fmt: skip
-    timeout = aiohttp.ClientTimeout(total=30)
     try:
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            engine = Engine(process, log, session)
+        async with client() as session:
+            engine = EngineProcess(session, process, log)
             engine.url = await eventually(engine.listening, within_s=UP_WITHIN_S, what="its line that it listens")
             yield engine
     finally:
@@ -288,7 +313,7 @@ async def test_health_needs_no_key_and_all_else_does(tmp_path: Path) -> None:
 
 
 async def test_while_it_loads_it_says_so(tmp_path: Path) -> None:
-    async with simulated(tmp_path, "--load-s", "1", key=True) as engine:
+    async with simulated(tmp_path, "--load-s", "0.3", key=True) as engine:
         for path in ("/health", "/props"):
             async with engine.session.get(engine.url + path) as answer:
                 assert answer.status == 503
@@ -311,7 +336,7 @@ async def test_it_tells_its_slots_its_context_and_its_name(tmp_path: Path) -> No
 
 
 async def test_it_shows_what_reached_it_but_no_secret(tmp_path: Path) -> None:
-    async with simulated(tmp_path, key=True) as engine:
+    async with simulated_process(tmp_path, key=True) as engine:
         headers = {"Authorization": f"Bearer {KEY}", "X-Api-Key": KEY, "X-Request-Id": "r1"}
         body = {"prompt": "hidden-prompt", "max_tokens": 1, "unknown_field": {"a": [1]}}
         status, text = await engine.post(COMPLETIONS, body, **headers)
@@ -328,7 +353,7 @@ async def test_it_shows_what_reached_it_but_no_secret(tmp_path: Path) -> None:
 
 
 async def test_no_more_run_than_it_has_slots_and_the_others_wait(tmp_path: Path) -> None:
-    async with simulated(tmp_path, "--delay-ms", "20", "--tokens", "20") as engine:
+    async with simulated(tmp_path, "--delay-ms", "10", "--tokens", "20") as engine:
         asked = [asyncio.create_task(engine.whole(COMPLETIONS)) for _ in range(5)]
         await eventually(lambda: engine.state(active=2, waiting=3))
         text = await (await engine.session.get(engine.url + "/metrics")).text()
@@ -353,12 +378,12 @@ async def test_a_client_that_leaves_frees_its_slot(tmp_path: Path, streamed: boo
 
 
 async def test_two_hundred_streams_run_at_once(tmp_path: Path) -> None:
-    args = ("--parallel", "200", "--delay-ms", "20", "--tokens", "50")
+    args = ("--parallel", "200", "--delay-ms", "20", "--tokens", "20")
     async with simulated(tmp_path, *args) as engine:
         asked = [asyncio.create_task(engine.events(CHAT)) for _ in range(200)]
         await eventually(lambda: engine.state(active=200), what="all of them at once")
         for events in await asyncio.gather(*asked):
-            assert streamed_text(CHAT, events) == expected_text(50)
+            assert streamed_text(CHAT, events) == expected_text(20)
 
 
 async def test_the_first_token_waits_and_each_after_it(tmp_path: Path) -> None:
@@ -375,7 +400,7 @@ async def test_the_first_token_waits_and_each_after_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("delay_ms", ["0", "5"])
 async def test_it_dies_after_so_many_tokens_and_not_before_they_were_sent(tmp_path: Path, delay_ms: str) -> None:
-    async with simulated(tmp_path, "--die-after", "3", "--delay-ms", delay_ms) as engine:
+    async with simulated_process(tmp_path, "--die-after", "3", "--delay-ms", delay_ms) as engine:
         await engine.whole(COMPLETIONS, max_tokens=3)  # a request that asks for no more is left alone
         part = await engine.part(COMPLETIONS)
         assert streamed_text(COMPLETIONS, [line[6:] for line in part.splitlines() if line]) == expected_text(3)
@@ -383,7 +408,7 @@ async def test_it_dies_after_so_many_tokens_and_not_before_they_were_sent(tmp_pa
 
 
 async def test_it_dies_with_no_word_on_an_answer_in_one_piece(tmp_path: Path) -> None:
-    async with simulated(tmp_path, "--die-after", "0") as engine:
+    async with simulated_process(tmp_path, "--die-after", "0") as engine:
         with pytest.raises(aiohttp.ClientConnectionError):
             await engine.whole(COMPLETIONS)
         assert await asyncio.wait_for(engine.process.wait(), 10) == 1
@@ -405,7 +430,7 @@ async def test_a_stream_that_hangs_says_nothing_more_while_health_is_well(tmp_pa
 
 @pytest.mark.parametrize("after", [0, 3])
 async def test_a_stream_is_cut_and_the_engine_lives_on(tmp_path: Path, after: int) -> None:
-    async with simulated(tmp_path, "--truncate-after", str(after)) as engine:
+    async with simulated_process(tmp_path, "--truncate-after", str(after)) as engine:
         part = await engine.part(CHAT)
         assert streamed_text(CHAT, [line[6:] for line in part.splitlines() if line]) == expected_text(after)
         assert 'finish_reason":"' not in part
@@ -429,12 +454,12 @@ async def test_garbage_is_neither_an_event_nor_json(tmp_path: Path) -> None:
                 json.loads(await answer.read())
 
 
-@pytest.mark.parametrize("path", [*ASK, "/v1/embeddings"])
-async def test_a_status_answers_every_generation(tmp_path: Path, path: str) -> None:
+async def test_a_status_answers_every_generation(tmp_path: Path) -> None:
     async with simulated(tmp_path, "--status", "500") as engine:
-        status, text = await engine.post(path, ASK.get(path, {"input": "x"}))
-        error = json.loads(text)["error"]
-        assert (status, error["code"], error["type"]) == (500, 500, "server_error")
+        for path in (*ASK, "/v1/embeddings"):
+            status, text = await engine.post(path, ASK.get(path, {"input": "x"}))
+            error = json.loads(text)["error"]
+            assert (path, status, error["code"], error["type"]) == (path, 500, 500, "server_error")
         assert await engine.get("/health") == {"status": "ok"}
 
 
@@ -443,7 +468,7 @@ async def test_a_status_answers_every_generation(tmp_path: Path, path: str) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_it_also_in_the_middle_of_an_answer(tmp_path: Path, number: signal.Signals) -> None:
-    async with simulated(tmp_path, "--delay-ms", "60000") as engine:
+    async with simulated_process(tmp_path, "--delay-ms", "60000") as engine:
         asked = asyncio.create_task(engine.whole(COMPLETIONS))
         await eventually(lambda: engine.state(active=1))
         engine.process.send_signal(number)
@@ -453,7 +478,7 @@ async def test_a_signal_ends_it_also_in_the_middle_of_an_answer(tmp_path: Path, 
 
 
 async def test_one_that_ignores_sigterm_goes_on(tmp_path: Path) -> None:
-    async with simulated(tmp_path, "--ignore-sigterm", "--delay-ms", "20") as engine:
+    async with simulated_process(tmp_path, "--ignore-sigterm", "--delay-ms", "20") as engine:
         asked = asyncio.create_task(engine.whole(COMPLETIONS))
         await eventually(lambda: engine.state(active=1))
         engine.process.send_signal(signal.SIGTERM)
@@ -472,14 +497,13 @@ async def test_one_that_ignores_sigterm_goes_on(tmp_path: Path) -> None:
         (["--api-key-file", os.devnull], 2, "no key"),
     ],
 )
-async def test_a_flag_it_does_not_know_or_take_ends_it(args: list[str], code: int, word: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "llorch.node.engines.simulated_server", "--port", "0", *args),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, said = await asyncio.wait_for(process.communicate(), UP_WITHIN_S)
-    assert process.returncode == code
-    assert word in said.decode().splitlines()[-1]
+async def test_a_flag_it_does_not_know_or_take_ends_it(
+    capsys: pytest.CaptureFixture[str], args: list[str], code: int, word: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        await simulated_server.run(["--port", "0", *args])
+    assert ended.value.code == code
+    assert word in capsys.readouterr().err.splitlines()[-1]
 
 
 async def test_a_port_that_is_taken_ends_it_with_one_line(engine: Engine, tmp_path: Path) -> None:

@@ -346,6 +346,24 @@ def end(code: int, message: str) -> NoReturn:
     raise SystemExit(code)
 
 
+async def serve(script: Script, keys: frozenset[str], host: str, port: int) -> web.AppRunner:
+    """Listen; `cleanup()` of what is returned ends it. Raises OSError if the port is taken."""
+    # handler_cancellation: a client that leaves frees its slot, as in llama-server.
+    runner = web.AppRunner(make_app(script, keys), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, backlog=1024).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return runner
+
+
+def url_of(runner: web.AppRunner) -> str:
+    host, port = runner.addresses[0][:2]
+    return f"http://{host}:{port}"
+
+
 async def run(argv: list[str]) -> None:
     script, given = parse(argv)
     keys = read_keys(given.api_key_file)
@@ -354,15 +372,11 @@ async def run(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         ignored = given.ignore_sigterm and number == signal.SIGTERM
         loop.add_signal_handler(number, (lambda: None) if ignored else stopping.set)
-    # handler_cancellation: a client that leaves frees its slot, as in llama-server.
-    runner = web.AppRunner(make_app(script, keys), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, given.host, given.port, backlog=1024)
     try:
-        await site.start()
+        runner = await serve(script, keys, given.host, given.port)
     except OSError as error:
         end(1, f"can't listen on port {given.port}: {error.strerror}")
-    print(f"simulated_server: listening on {site.name}", file=sys.stderr, flush=True)
+    print(f"simulated_server: listening on {url_of(runner)}", file=sys.stderr, flush=True)
     await stopping.wait()
     await runner.cleanup()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
@@ -138,8 +137,13 @@ async def test_bad_handoffs_are_reported_once_each_and_disturb_nothing(
 
     await eventually(serves, within_s=2.0)
     assert (await llorch.complete())["state"] == "done"
-    (folder / "mine-r0.json").unlink()  # two more rescans happen while this goes
-    await asyncio.sleep(5.5)
+    (folder / "mine-r0.json").unlink()
+
+    async def gone() -> bool:
+        _, decision = await llorch.post("/v2/placement", {"model": "mine", "prompt": "x"})
+        return bool(decision["outcome"] != "placed")
+
+    await eventually(gone, within_s=2.0)  # the directory was looked through twice since, and nothing said again
     assert reported() == dict.fromkeys(bad, 1)
 
 

@@ -50,7 +50,7 @@ async def test_the_minimal_registration_and_heartbeat_make_a_node_that_is_dialle
     """The node's own process is joined elsewhere; this control only knows what curl told it."""
     first = await llorch.start_control()
     node = await llorch.start_node("real", [simulated("p0", "sim", 2, "--tokens", "3")])
-    await llorch.start_control()
+    await llorch.start_control("--probe-interval", "500ms")
     assert llorch.url != first.url
     node_token = llorch.tokens["LLORCH_NODE_TOKEN"]
     address = node.url.removeprefix("http://")
@@ -69,7 +69,7 @@ async def test_the_minimal_registration_and_heartbeat_make_a_node_that_is_dialle
     async def passed_over() -> bool:
         return bool(not (await llorch.get("/v2/nodes/plain"))["reachable"])
 
-    await eventually(passed_over, within_s=8.0)
+    await eventually(passed_over, within_s=3.0)
 
 
 async def test_a_callback_makes_the_control_look_at_once(llorch: Cluster) -> None:
@@ -86,15 +86,13 @@ async def test_a_callback_makes_the_control_look_at_once(llorch: Cluster) -> Non
     assert "NODE_UNKNOWN" in stranger
 
 
-@pytest.mark.parametrize(
-    "address", ["169.254.169.254:80", "0.0.0.0:1", "[ff02::1]:80", "ftp://127.0.0.1", "127.0.0.1@x:1"]
-)
-async def test_an_address_that_must_not_be_dialled_is_refused(llorch: Cluster, address: str) -> None:
+async def test_an_address_that_must_not_be_dialled_is_refused(llorch: Cluster) -> None:
     await llorch.start_control()
-    async with llorch.session.post(
-        f"{llorch.url}/v2/nodes/register",
-        json={"node_id": "n", "address": address},
-        headers=llorch.headers(llorch.tokens["LLORCH_NODE_TOKEN"]),
-    ) as response:
-        assert response.status in (400, 422), await response.text()
+    for address in ("169.254.169.254:80", "0.0.0.0:1", "[ff02::1]:80", "ftp://127.0.0.1", "127.0.0.1@x:1"):
+        async with llorch.session.post(
+            f"{llorch.url}/v2/nodes/register",
+            json={"node_id": "n", "address": address},
+            headers=llorch.headers(llorch.tokens["LLORCH_NODE_TOKEN"]),
+        ) as response:
+            assert response.status in (400, 422), (address, await response.text())
     assert (await llorch.get("/v2/nodes"))["nodes"] == []

@@ -30,9 +30,11 @@ def stalled_reader(url: str, token: str, body: object) -> socket.socket:
 async def test_stalled_readers_hold_up_nobody_on_the_same_link_and_cost_their_window(llorch: Cluster) -> None:
     control = await llorch.start_control()
     # 40,000 tokens are 2.4 MB of events: far more than every buffer between the engine and the client.
-    await llorch.start_node("a", [simulated("p0", "sim", 12, "--tokens", "40000")])
+    node = await llorch.start_node(
+        "a", [simulated("p0", "sim", 12, "--tokens", "40000")], "--reconnect-grace", "0s", "--log-limit", "1MiB"
+    )
     await llorch.complete(tokens=8)
-    before = rss_bytes(control.pid)
+    before, node_before = rss_bytes(control.pid), rss_bytes(node.pid)
     stalled = [
         stalled_reader(llorch.url, llorch.token, {"model": "sim", "prompt": "x", "max_tokens": 40_000})
         for _ in range(8)
@@ -53,6 +55,8 @@ async def test_stalled_readers_hold_up_nobody_on_the_same_link_and_cost_their_wi
         assert [task["text"] for task in done] == [expected_text(200)] * 4
         assert took_s < 5.0
         assert rss_bytes(control.pid) - before <= 8 * 256 * 1024 + 4 * 1024 * 1024, "more than the windows"
+        # At the node the engine is read no further than a log goes: the rest waits in its connection.
+        assert rss_bytes(node.pid) - node_before <= 8 * (1024 * 1024 + 512 * 1024) + 4 * 1024 * 1024, "more than logs"
     finally:
         for sock in stalled:
             sock.close()

@@ -138,6 +138,7 @@ class Link(asyncio.Protocol):
         self._owner.link_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None  # asyncio's own fails when it is aborted after its end
         if self._timer is not None:
             self._timer.cancel()
         if not self.lost.done():

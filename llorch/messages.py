@@ -161,6 +161,9 @@ PoolId = Annotated[str, StringConstraints(pattern=f"^{POOL_ID_PATTERN}$")]
 ModelId = Annotated[str, StringConstraints(pattern=f"^{MODEL_ID_PATTERN}$")]
 TaskId = Annotated[str, StringConstraints(pattern=f"^{TASK_ID.pattern}$")]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+HeaderName = Annotated[str, StringConstraints(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$")]
+HeaderValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$", max_length=8_192)]
+Headers = Annotated[dict[HeaderName, HeaderValue], Field(max_length=64)]
 
 
 class ReplicaReport(Wire):
@@ -315,7 +318,7 @@ class Open(Wire):
     key_digest: ShortText | None = None
     body_digest: ShortText | None = None
     deadline_ms: Count | None = None
-    headers: dict[str, str] = Field(default_factory=dict, max_length=64)
+    headers: Headers = Field(default_factory=dict)
     body_len: Count = 0
     prefix_len: Count = 0
 
@@ -325,7 +328,7 @@ class NodeCall(Wire):
 
     method: Literal["GET", "POST", "DELETE"]
     path: Annotated[str, StringConstraints(max_length=1_024)]
-    headers: dict[str, str] = Field(default_factory=dict, max_length=64)
+    headers: Headers = Field(default_factory=dict)
     body_len: Count = 0
 
 
@@ -335,8 +338,10 @@ class Attach(Wire):
 
 
 class Head(Wire):
-    status: Annotated[int, Field(ge=100, le=599)] = 200
-    headers: dict[str, str] = Field(default_factory=dict, max_length=64)
+    """HEAD: how the answer begins. An interim status (1xx) begins none: a client would misread what follows."""
+
+    status: Annotated[int, Field(ge=200, le=599)] = 200
+    headers: Headers = Field(default_factory=dict)
 
 
 class Timings(Wire):

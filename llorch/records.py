@@ -61,7 +61,8 @@ def encode(stream: int, type: int, payload: bytes = b"") -> bytes:
 
 
 def encode_json(stream: int, type: int, value: object) -> bytes:
-    return encode(stream, type, json.dumps(value, separators=(",", ":")).encode())
+    """`value` as JSON that `decode_json` takes: half a surrogate pair, as a header can hold, becomes `?`."""
+    return encode(stream, type, json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def encode_cut(stream: int, type: int, data: bytes | memoryview) -> Iterator[bytes]:

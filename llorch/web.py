@@ -248,6 +248,8 @@ class _Connection(web_protocol.RequestHandler):
     def handle_error(
         self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client is gone, or the connection has become a link and ended: no answer, and no fault
         request_id = request_id_of(request.headers)
         if status < 500:
             # aiohttp's own message and log line quote the request: a token may stand in the line that was malformed.

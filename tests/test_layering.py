@@ -16,8 +16,8 @@ ROOT = Path(llorch.__file__).parent
 IMPURE = frozenset(
     {
         "asyncio", "aiohttp", "os", "pathlib", "time", "random", "socket", "subprocess", "logging", "threading",
-        "secrets", "concurrent", "ctypes", "http", "multiprocessing", "resource", "select", "selectors", "shutil", "signal", "ssl",
-        "sys", "tempfile", "uuid",
+        "secrets", "concurrent", "ctypes", "http", "multiprocessing", "resource", "select", "selectors", "shutil",
+        "signal", "ssl", "sys", "tempfile", "uuid",
     }
 )  # fmt: skip
 # Clocks and files that need no import of their own.

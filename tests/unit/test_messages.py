@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llorch.errors import Code, LlorchError
-from llorch.messages import Heartbeat, Register, TaskBody, decode_json, decode_object, model_id_ok, parse
+from llorch.messages import (
+    Head,
+    Heartbeat,
+    NodeCall,
+    Open,
+    Register,
+    TaskBody,
+    decode_json,
+    decode_object,
+    model_id_ok,
+    parse,
+)
 
 JSON = st.recursive(
     st.none()
@@ -136,6 +147,26 @@ def test_the_minimal_registration_and_heartbeat_are_valid() -> None:
     beat = parse(Heartbeat, {"pools": [{"pool_id": "p0", "ready": True}]})
     assert beat.pools is not None
     assert (beat.pools[0].ready, beat.pools[0].model, beat.lease_id) == (True, None, None)
+
+
+@pytest.mark.parametrize("status", [99, 100, 101, 103, 600, "x"])
+def test_an_answer_begins_with_a_final_status(status: Any) -> None:
+    with pytest.raises(LlorchError):
+        parse(Head, {"status": status})
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-type": "text/html\r\nSet-Cookie: a=b"}, {"a": "\0"}, {"a": "x" * 9_000}, {"a b": "x"}, {"": "x"},
+     {"a\n": "x"}, {f"h{i}": "" for i in range(65)}],
+)  # fmt: skip
+def test_no_peer_can_write_headers_of_its_own(headers: dict[str, str]) -> None:
+    for model in (Head, Open, NodeCall):
+        rest = {"task_id": "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "pool_id": "p", "method": "GET", "path": "/"}
+        assert parse(model, {**rest, "headers": {"content-type": "text/plain; charset=utf-8"}}).headers
+        with pytest.raises(LlorchError) as caught:
+            parse(model, {**rest, "headers": headers})
+        assert (caught.value.param or "").startswith("headers")
 
 
 def test_between_roles_unknown_fields_are_ignored() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +90,14 @@ def test_a_cut_record_is_seen_as_pending() -> None:
 def test_malformed_json_in_a_record_is_the_peers_fault(payload: bytes) -> None:
     with pytest.raises(RecordError):
         records.decode_json(payload)
+
+
+@given(st.dictionaries(st.text(), st.text() | st.lists(st.text() | st.integers(-(2**60), 2**60)), max_size=4))
+def test_what_a_header_can_hold_breaks_no_link(value: dict[str, Any]) -> None:
+    """Bytes of a header that are no UTF-8 come as half surrogate pairs: they are replaced, and not a peer's fault."""
+    value["half"] = "\udcff"
+    (record,) = Decoder().feed(records.encode_json(1, Type.OPEN, value))
+    assert records.decode_json(record.payload) == value | {"half": "?"}
 
 
 @pytest.mark.parametrize("payload", [b"", b"\0\0\0", b"\0\0\0\0\0"])

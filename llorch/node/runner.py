@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -40,6 +41,8 @@ STREAM_HEADERS = {"content-type": "text/event-stream"}
 FORWARDED_HEADERS = frozenset(
     {"traceparent", "tracestate", "x-request-id", "anthropic-version", "anthropic-beta", "openai-beta"}
 )
+
+_PLAIN = re.compile(r"[\x20-\x7e]{1,256}")
 
 log = Log("node.runner")
 
@@ -452,7 +455,8 @@ def _head(request: EngineRequest, response: aiohttp.ClientResponse) -> Head:
     """HEAD for the client: what the bytes are. The length only where they pass unchanged and whole."""
     if request.stream:
         return Head(status=200, headers=STREAM_HEADERS)
-    headers: dict[str, str] = {"content-type": response.headers.get("Content-Type", "application/json")}
+    kind = response.headers.get("Content-Type", "")
+    headers = {"content-type": kind if _PLAIN.fullmatch(kind) else "application/json"}
     if response.content_length is not None and "Content-Encoding" not in response.headers:
         headers["content-length"] = str(response.content_length)
     return Head(status=200, headers=headers)

@@ -197,6 +197,22 @@ async def test_a_whole_answer_that_is_not_whole_shows_nothing(tmp_path: Path, an
         await idle(setup)
 
 
+@pytest.mark.parametrize("kind", [b"x" * 5_000, b"a\xff\x80b", b"\x7f", b""])
+async def test_a_content_type_that_is_none_is_json(tmp_path: Path, kind: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: " + kind + b"\r\nContent-Length: 15\r\n\r\n"
+    async with node_with(tmp_path, RawEngine(head + b'{"choices": []}')) as setup:
+        link = await setup.link()
+        stream = link.open({"model": MODEL, "messages": []}, path=CHAT, stream=False)
+        tail = await ended(stream)
+        assert "error" not in tail
+        assert stream.data == b'{"choices": []}'
+        assert stream.head == {
+            "status": 200,
+            "headers": {"content-type": "application/json", "content-length": "15"},
+        }
+        await idle(setup)
+
+
 async def test_an_engine_that_is_not_there_is_a_failure_that_may_run_elsewhere(tmp_path: Path) -> None:
     async with node_between(tmp_path) as setup:
         link = await setup.link()

@@ -409,15 +409,27 @@ async def test_engine_that_falls_silent_ends_the_task(tmp_path: Path, monkeypatc
         await ended(slow)
 
 
-async def test_headers_that_would_break_a_request_stay_here(tmp_path: Path) -> None:
+async def test_headers_that_are_not_an_engine_s_business_stay_here(tmp_path: Path) -> None:
     async with node_between(tmp_path) as setup:
         link = await setup.link()
-        stream = link.prompt(
-            headers={"traceparent": "x\r\nX-Evil: 1", "anthropic-version": "2023-06-01", "cookie": "c"}
-        )
+        broken = link.prompt(headers={"traceparent": "x\r\nX-Evil: 1"})
+        await eventually(lambda: broken.refused is not None)
+        assert broken.refused is not None
+        assert broken.refused["code"] == "INVALID_REQUEST"
+        hidden = {"cookie": "c", "connection": "x-keep", "x-keep": "1", "x-conversation-id": "c", "te": "trailers"}
+        hidden |= {
+            "authorization": "Bearer client-token",
+            "x-llorch-task": "t",
+            "host": "evil",
+            "transfer-encoding": "x",
+        }
+        stream = link.prompt(headers={"anthropic-version": "2023-06-01", "traceparent": "caf\u00e9", **hidden})
         call = await setup.engine.asked()
         assert call.headers["anthropic-version"] == "2023-06-01"
-        assert not {"traceparent", "x-evil", "cookie"} & call.headers.keys()
+        assert not {"traceparent", "cookie", "x-keep", "x-conversation-id", "te", "x-llorch-task"} & call.headers.keys()
+        for name in ("authorization", "host", "connection", "transfer-encoding"):
+            assert call.headers.get(name) != hidden[name]
+        assert setup.node.slots_free == 1
         call.end()
         await ended(stream)
 

@@ -44,7 +44,7 @@ async def test_a_killed_node_gets_nothing_more_within_a_second_and_is_offline_wh
 @pytest.mark.slow
 @pytest.mark.timeout(90)
 async def test_a_killed_node_is_offline_at_30_s_as_it_comes(llorch: Cluster) -> None:
-    """With no setting changed: the last beat came at most 10 s before its end, and 30 s after it the node is offline."""
+    """With no setting changed: its last beat came at most 10 s before it died; 30 s after that beat it is offline."""
     await llorch.start_control()
     node = await llorch.start_node("a")
     node.kill()

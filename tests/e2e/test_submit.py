@@ -7,7 +7,10 @@ import json
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import Counter
 from urllib.parse import urlsplit
+
+import pytest
 
 from tests.cluster import Cluster, eventually, expected_text, simulated
 
@@ -117,3 +120,25 @@ async def test_a_node_that_is_killed_after_output_began_is_7_and_what_came_is_pr
     assert code == 7
     assert expected_text(5000).startswith(seen.decode() + rest)
     assert "why: NODE_LOST\n" in err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_200_submits_at_once_over_two_nodes_all_print_their_whole_answer(llorch: Cluster) -> None:
+    await llorch.start_control()
+    args = ("--tokens", "1000", "--delay-ms", "10")
+    await asyncio.gather(
+        llorch.start_node("big", [simulated("p0", "sim", 8, *args)]),
+        llorch.start_node("small", [simulated("p0", "sim", 4, *args)]),
+    )
+
+    async def submit() -> tuple[int | None, str]:
+        process = await start(llorch, "submit", "-m", "sim", "--max-tokens", "150", "go")
+        out, _ = await process.communicate()
+        return process.returncode, out.decode()
+
+    ended = await asyncio.gather(*(submit() for _ in range(200)))
+    assert ended == [(0, expected_text(150))] * 200
+    spread = Counter(task["node_id"] for task in (await llorch.get("/v2/tasks"))["tasks"])
+    assert spread.total() == 200
+    assert 1.5 <= spread["big"] / spread["small"] <= 2.7, spread

@@ -13,11 +13,17 @@ def server_context(cert_file: str, key_file: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     try:
-        context.load_cert_chain(cert_file, key_file)
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a matching PEM pair"
+        # The pass phrase of an encrypted key would be asked for on the terminal, which a service does not have.
+        context.load_cert_chain(cert_file, key_file, password=lambda: "")
+    except OSError as error:
+        reason = _reason(error, "not a matching, unencrypted PEM pair")
         raise ConfigError(f"the certificate {cert_file} with key {key_file} can't be used: {reason}") from None
     return context
+
+
+def _reason(error: OSError, if_tls: str) -> str:
+    """An SSLError is an OSError whose words are OpenSSL's own; a file that can't be read has the system's."""
+    return if_tls if isinstance(error, ssl.SSLError) else error.strerror or type(error).__name__
 
 
 def client_context(ca_file: str | None) -> ssl.SSLContext:
@@ -27,7 +33,7 @@ def client_context(ca_file: str | None) -> ssl.SSLContext:
     if ca_file is not None:
         try:
             context.load_verify_locations(ca_file)
-        except (OSError, ssl.SSLError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else "no PEM certificate in it"
+        except OSError as error:
+            reason = _reason(error, "no PEM certificate in it")
             raise ConfigError(f"the authority file {ca_file} can't be used: {reason}") from None
     return context

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from llorch import link
 from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize
-from llorch.errors import Code, LlorchError
+from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.messages import decode_object, parse
 from llorch.tasks import Guard
@@ -284,8 +284,13 @@ class _Site(web.SockSite):
 async def serve(
     app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None, shutdown_timeout_s: float = 5.0
 ) -> Server:
-    """Listen on host:port (0: a free one). Raises OSError if that is taken, or leads beyond loopback without TLS."""
-    sockets = await _listening(host, port, loopback_only=tls is None)
+    """Listen on host:port (0: a free one). Raises ConfigError if it is taken, or is no loopback and has no TLS."""
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        sockets = await _listening(host, port, loopback_only=tls is None)
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise ConfigError(f"{shown}:{port} can't be listened on: {why}", hint="give another --bind HOST:PORT") from None
     _allow_many_files()
     runner = web.AppRunner(
         app,
@@ -304,7 +309,6 @@ async def serve(
     bound_port = int(runner.addresses[0][1])
     guard = Guard("web")
     guard.loop(_reaper(runner), "reaper")
-    shown = f"[{host}]" if ":" in host else host
     return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard)
 
 

@@ -199,14 +199,14 @@ async def test_close_sends_what_is_queued_and_the_end_is_told_once() -> None:
 
     async with linked(owner) as (one, peer):
         one._inner = Inner()
-        for _ in range(30):
+        for _ in range(10):
             one.send(records.encode(1, Type.DATA, b"x" * 60_000))
         one.close("shutdown")
         one.send(records.encode(1, Type.DATA, b"too late"))
         got = []
         while (record := await peer.next()) is not None:
             got.append(record)
-        assert [len(record.payload) for record in got] == [60_000] * 30
+        assert [len(record.payload) for record in got] == [60_000] * 10
         await one.lost
         one.abort("again")  # its owner may not know yet
         one.close("again")

@@ -5,14 +5,34 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
 
 from tests.cluster import Cluster, simulated
+from tests.e2e.shared import kept, visiting
+
+
+@pytest.fixture(scope="module")
+def one_for_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    async def start(cluster: Cluster) -> None:
+        await cluster.start_control()
+        await asyncio.gather(
+            cluster.start_node("a", [simulated("p0", "sim", 4), simulated("p1", "other", 2)]),
+            cluster.start_node("b", [simulated("p0", "sim", 2)]),
+        )
+
+    with kept(tmp_path_factory.mktemp("explain"), start) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def llorch(one_for_all: Cluster) -> AsyncIterator[Cluster]:
+    async with visiting(one_for_all) as cluster:
+        yield cluster
 
 
 async def test_the_dry_run_gives_every_filters_verdict_and_every_score_term_per_pool(llorch: Cluster) -> None:
-    await llorch.start_control()
-    await llorch.start_node("a", [simulated("p0", "sim", 4), simulated("p1", "other", 2)])
-    await llorch.start_node("b", [simulated("p0", "sim", 2)])
     status, decision = await llorch.post(
         "/v2/placement", {"model": "sim", "prompt": "x", "placement": {"avoid": ["b"], "prefer": ["a/p0"]}}
     )
@@ -32,12 +52,10 @@ async def test_the_dry_run_gives_every_filters_verdict_and_every_score_term_per_
 
 
 async def test_a_refused_task_names_a_reason_per_pool(llorch: Cluster) -> None:
-    await llorch.start_control()
-    await llorch.start_node("a", [simulated("p0", "sim", 1)])
     for placement, status, code in (
         ({"pin": "nowhere"}, 404, "NODE_NOT_FOUND"),
         ({"pin": "a/p9"}, 404, "POOL_NOT_FOUND"),
-        ({"avoid": ["a"], "allow_fallback": False}, 503, "MODEL_NOT_AVAILABLE"),
+        ({"avoid": ["a", "b"], "allow_fallback": False}, 503, "MODEL_NOT_AVAILABLE"),
         ({"zone": "mars"}, 503, "MODEL_NOT_AVAILABLE"),
     ):
         got, body = await llorch.post("/v2/tasks", {"model": "sim", "prompt": "x", "placement": placement})
@@ -46,8 +64,6 @@ async def test_a_refused_task_names_a_reason_per_pool(llorch: Cluster) -> None:
 
 
 async def test_explain_prints_it_for_a_person(llorch: Cluster) -> None:
-    await llorch.start_control()
-    await llorch.start_node("a", [simulated("p0", "sim", 4), simulated("p1", "other", 2)])
     task = await llorch.complete()
 
     async def explain(*argv: str) -> str:
@@ -62,7 +78,7 @@ async def test_explain_prints_it_for_a_person(llorch: Cluster) -> None:
         )
         return ran.stdout
 
-    for text in (await explain("--dry-run", "-m", "sim"), await explain(task["task_id"])):
+    for text in await asyncio.gather(explain("--dry-run", "-m", "sim"), explain(task["task_id"])):
         assert "a/p0" in text
         assert "a/p1" in text
         assert "it serves other" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,24 @@ import openai
 import pytest
 
 from tests.cluster import Cluster, cluster, expected_text, simulated
+from tests.e2e.shared import kept, visiting
+
+
+@pytest.fixture(scope="module")
+def one_for_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    async def start(cluster: Cluster) -> None:
+        await cluster.start_control()
+        cut = simulated("p1", "cut", 1, "--truncate-after", "3", "--tokens", "8")
+        await cluster.start_node("a", [simulated("p0", "sim", 4, "--tokens", "64"), cut])
+
+    with kept(tmp_path_factory.mktemp("sdks"), start) as cluster:
+        yield cluster
 
 
 @pytest.fixture
-async def sim(llorch: Cluster) -> Cluster:
-    await llorch.start_control()
-    await llorch.start_node("a", [simulated("p0", "sim", 4, "--tokens", "64")])
-    return llorch
+async def sim(one_for_all: Cluster) -> AsyncIterator[Cluster]:
+    async with visiting(one_for_all) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -32,8 +43,7 @@ ASK: Any = [{"role": "user", "content": "go"}]
 
 async def engine_requests(running: Cluster, node: str = "a") -> list[dict[str, Any]]:
     """What the simulated engine was asked, from the engine itself."""
-    runtime = running.folder / node / ".runtime"
-    (handoff,) = [json.loads(path.read_text()) for path in (runtime / "engines").glob("*.json")]
+    handoff = json.loads((running.folder / node / ".runtime" / "engines" / "p0-r0.json").read_text())
     key = Path(handoff["api_key_file"]).read_text().strip()
     async with running.session.get(
         handoff["url"] + "/simulated/requests", headers={"Authorization": f"Bearer {key}"}
@@ -42,7 +52,7 @@ async def engine_requests(running: Cluster, node: str = "a") -> list[dict[str, A
 
 
 async def test_it_lists_models(client: openai.AsyncOpenAI) -> None:
-    assert [model.id async for model in client.models.list()] == ["sim"]
+    assert [model.id async for model in client.models.list()] == ["cut", "sim"]
     assert (await client.models.retrieve("sim")).id == "sim"
 
 
@@ -122,16 +132,12 @@ async def test_bad_json_and_bad_types_are_bad_requests(sim: Cluster, client: ope
             assert (await response.json())["error"]["code"] == "INVALID_REQUEST"
 
 
-async def test_an_engine_that_refuses_is_a_rate_limit_or_server_error(llorch: Cluster) -> None:
-    await llorch.start_control()
-    # The readiness token would be refused too, so this engine is one that others started and handed over.
-    await llorch.start_node("a", [simulated("ok", "sim", 1, "--truncate-after", "3", "--tokens", "8")])
-    async with openai.AsyncOpenAI(base_url=f"{llorch.url}/v1", api_key=llorch.token, max_retries=0) as client:
-        stream = await client.chat.completions.create(model="sim", messages=ASK, stream=True)
-        said = ""
-        with pytest.raises(openai.APIError) as caught:
-            async for chunk in stream:
-                said += chunk.choices[0].delta.content or ""
+async def test_an_engine_that_breaks_off_is_an_api_error_after_what_it_said(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(model="cut", messages=ASK, stream=True)
+    said = ""
+    with pytest.raises(openai.APIError) as caught:
+        async for chunk in stream:
+            said += chunk.choices[0].delta.content or ""
     assert said == expected_text(3)
     assert caught.value.code == "ENGINE_FAILED"
 

@@ -234,7 +234,7 @@ WISHES = st.builds(
 POOLS = st.lists(st.sampled_from(NAMES), unique=True).flatmap(lambda names: st.tuples(*map(facts, names)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(WISHES, POOLS, st.randoms(use_true_random=False))
 def test_the_fast_path_and_the_explained_decision_agree_whatever_the_order_of_the_pools(
     wish: Wish, pools: tuple[PoolFacts, ...], random: object
@@ -249,7 +249,7 @@ def test_the_fast_path_and_the_explained_decision_agree_whatever_the_order_of_th
     assert (decision.picked is not None) == any(v.passed for v in decision.verdicts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(WISHES, POOLS)
 def test_a_pool_is_placeable_only_if_it_passes_every_filter_that_does_not_depend_on_the_wish(
     wish: Wish, pools: tuple[PoolFacts, ...]
@@ -259,7 +259,7 @@ def test_a_pool_is_placeable_only_if_it_passes_every_filter_that_does_not_depend
         assert each.placeable == all(check.passes(wish, each) for check in FILTERS if check.name in own)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(WISHES, POOLS)
 def test_a_wish_without_constraints_is_met_by_any_placeable_pool_of_its_model(
     wish: Wish, pools: tuple[PoolFacts, ...]
@@ -269,7 +269,7 @@ def test_a_wish_without_constraints_is_met_by_any_placeable_pool_of_its_model(
         assert (pick(wish, pools) is not None) == free
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(WISHES, POOLS)
 def test_narrowing_the_pools_to_the_model_changes_neither_the_pick_nor_the_refusal(
     wish: Wish, pools: tuple[PoolFacts, ...]

@@ -31,6 +31,19 @@ def test_every_split_point_gives_the_same_events(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STREAMS)
+def test_every_split_point_gives_the_same_blocks(name: str) -> None:
+    """A relay passes blocks on as they came: the last half of a line end may not slip into the next one."""
+    wire = STREAMS[name]
+    whole = Splitter()
+    blocks = [block for block in (*whole.feed(wire), whole.finish()) if block]
+    assert len(blocks) == 4
+    for cut in range(len(wire) + 1):
+        splitter = Splitter()
+        got = [*splitter.feed(wire[:cut]), *splitter.feed(wire[cut:]), splitter.finish()]
+        assert [block for block in got if block] == blocks, cut
+
+
+@pytest.mark.parametrize("name", STREAMS)
 def test_every_pair_of_split_points_gives_the_same_events(name: str) -> None:
     wire = STREAMS[name]
     for first in range(0, len(wire) + 1, 3):

@@ -91,7 +91,11 @@ class Control(RuleBasedStateMachine):
         assert len({waiter.task_id for waiter, _ in placed}) == len(placed)
         self.opening += placed
 
-    @rule(wish=WISHES)
+    @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
+    def tasks_arrive(self, wishes: list[Wish]) -> None:
+        for wish in wishes:
+            self.a_task_arrives(wish)
+
     def a_task_arrives(self, wish: Wish) -> None:
         waiter = Waiter(f"t{self.fresh()}", wish, self.now, self.now + 60.0)
         outcome = decide(wish, self.registry.pool_facts(self.now), self.now, self.registry.models()).outcome
@@ -104,7 +108,8 @@ class Control(RuleBasedStateMachine):
                 self.admission.enqueue(waiter, self.now)
             except LlorchError as error:
                 assert error.code is Code.QUEUE_FULL
-                assert len(self.admission) >= QUEUE_LIMIT
+                never_left = [other for other in self.admission._waiters.values() if not other.front]
+                assert len(never_left) == QUEUE_LIMIT
             self.pump()
 
     @precondition(lambda self: self.opening)

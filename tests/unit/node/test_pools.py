@@ -427,6 +427,13 @@ class AnyOrder(RuleBasedStateMachine):
     def probe_ok(self, replica: str, back: int) -> None:
         self.do(ev.ProbeOk("p", replica, self.probes.get(replica, 0) - back))
 
+    @rule(replica=IDS)
+    def comes_up(self, replica: str) -> None:
+        """All that it takes, in the order in which it comes when nothing goes wrong."""
+        self.spawned_event(replica, 0)
+        self.handoff_seen(replica, 0, 3, "m")
+        self.probe_ok(replica, 0)
+
     @rule(replica=IDS, gave_up=st.booleans())
     def probe_failed(self, replica: str, gave_up: bool) -> None:
         self.do(ev.ProbeFailed("p", replica, self.probes.get(replica, 0), "no", gave_up))
@@ -443,7 +450,11 @@ class AnyOrder(RuleBasedStateMachine):
     def control(self, kind: type[ev.Load | ev.Unload | ev.Restart]) -> None:
         self.do(kind("p"))
 
-    @rule()
+    @rule(count=st.integers(1, 4))
+    def tasks_come(self, count: int) -> None:
+        for _ in range(count):
+            self.acquire()
+
     def acquire(self) -> None:
         self.tasks += 1
         task = f"t{self.tasks}"

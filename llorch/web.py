@@ -212,10 +212,6 @@ class Server:
         self._guard = guard
         self.url, self.host, self.port = url, host, port
 
-    async def stop_listening(self) -> None:
-        for site in list(self._runner.sites):
-            await site.stop()
-
     async def close(self) -> None:
         await self._guard.close()
         await self._runner.cleanup()

@@ -111,6 +111,8 @@ FIELDS: Mapping[str, tuple[Kind[Any], str]] = {
     "idle_unload_s": (number(1, 30 * 86400), "Seconds without a task after which the model is unloaded."),
 }
 
+MAX_POOLS = 256  # what a registration can carry
+
 
 def _read_pools(node: Node, faults: list[YamlFault]) -> tuple[PoolSpec, ...] | None:
     if not isinstance(node, Items):
@@ -118,6 +120,10 @@ def _read_pools(node: Node, faults: list[YamlFault]) -> tuple[PoolSpec, ...] | N
             faults.append(YamlFault(node.line, "expected a list of pools", f"for example {POOLS.example}", "pools"))
         return None
     before = len(faults)
+    if len(node.items) > MAX_POOLS:
+        faults.append(
+            YamlFault(node.items[MAX_POOLS].line, f"a node has at most {MAX_POOLS} pools", "run more nodes", "pools")
+        )
     pools: dict[str, PoolSpec] = {}
     for place, item in enumerate(node.items):
         spec = _read_pool(item, f"pools[{place}]", faults)

@@ -120,6 +120,8 @@ def decode_object(raw: bytes) -> dict[str, Any]:
 
 M = TypeVar("M", bound=BaseModel)
 
+MAX_QUOTED_NAME_CHARS = 100  # of a field's name in an error
+
 
 def parse(model: type[M], value: object) -> M:
     """`value` as `model`, or LlorchError INVALID_REQUEST naming the first bad field and counting the others."""
@@ -128,7 +130,7 @@ def parse(model: type[M], value: object) -> M:
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         first = faults[0]
-        where = ".".join(str(part) for part in first["loc"]) or None
+        where = _where(first["loc"]) or None
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         allowed = ", ".join(sorted(model.model_fields)) if first["type"] == "extra_forbidden" else None
         text = f"{where}: {first['msg']}{more}" if where else f"{first['msg']}{more}"
@@ -136,14 +138,14 @@ def parse(model: type[M], value: object) -> M:
             Code.INVALID_REQUEST,
             text,
             param=where,
-            hint=f"known fields: {allowed}" if allowed else None,
-            details={
-                "fields": [
-                    {"field": ".".join(str(part) for part in fault["loc"]), "problem": fault["msg"]}
-                    for fault in faults[:20]
-                ]
-            },
+            hint=f"known fields: {allowed}" if allowed else "GET /openapi.json has every field and its range",
+            details={"fields": [{"field": _where(fault["loc"]), "problem": fault["msg"]} for fault in faults[:20]]},
         ) from None
+
+
+def _where(loc: tuple[int | str, ...]) -> str:
+    """The path to a field; of a name that a peer made up, no more than a line can show."""
+    return ".".join(str(part)[:MAX_QUOTED_NAME_CHARS] for part in loc)
 
 
 # ---------------------------------------------------------------- models

@@ -202,10 +202,7 @@ async def run(settings: NodeSettings) -> int:
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[NODE] = node
         await node.refresh()
-        try:
-            server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
-        except OSError as error:
-            raise ConfigError(f"{settings.bind} can't be listened on: {error.strerror}") from None
+        server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
         exits.push_async_callback(server.close)
         guard = Guard("node")
         exits.push_async_callback(guard.close)

@@ -61,8 +61,8 @@ async def test_stalled_readers_hold_up_nobody_on_the_same_link_and_cost_their_wi
         assert [task["text"] for task in done] == [expected_text(200)] * 4
         assert took_s < 5.0
         assert rss_bytes(control.pid) - before <= 8 * 256 * 1024 + 4 * 1024 * 1024, "more than the windows"
-        # At the node the engine is read no further than a log goes: the rest waits in its connection. Beside its log, in
-        # which half as much again may lie idle, a stalled task holds one read of its engine, as it came and translated.
+        # At the node the engine is read no further than a log goes: the rest waits in its connection. Beside its log,
+        # in which half as much again may lie idle, a stalled task holds one read of its engine, raw and translated.
         per_task = 1024 * 1024 * 3 // 2 + 2 * 1024 * 1024
         assert rss_bytes(node.pid) - node_before <= 8 * per_task + 4 * 1024 * 1024, "more than logs"
     finally:

@@ -36,9 +36,9 @@ from llorch.config import (
     show,
 )
 from llorch.config_kinds import BadValue, Kind
-from llorch.config_pools import ENGINE, FIELDS
+from llorch.config_pools import ENGINE, FIELDS, MAX_POOLS
 from llorch.config_yaml import MAX_CHARS, read_yaml
-from llorch.errors import ConfigError
+from llorch.errors import ConfigError, LlorchError
 from llorch.settings import ROLES
 
 API = "a1" * 20
@@ -776,6 +776,17 @@ def test_all_faults_of_all_pools_are_told_at_once() -> None:
         ("llorch.yaml:2", "pools[0].slots"), ("llorch.yaml:2", "pools[0]"), ("llorch.yaml:3", "pools[0].ctx"),
         ("llorch.yaml:5", "pools[2]"), ("llorch.yaml:6", "pools[3].slots"), ("llorch.yaml:6", "pools[3].url"),
     ]  # fmt: skip
+
+
+def test_a_node_has_no_more_pools_than_a_registration_carries() -> None:
+    ids = [f"p{place}" for place in range(MAX_POOLS)]
+    messages.parse(messages.Register, {"node_id": "n", "address": "x:1", "pools": ids})
+    with pytest.raises(LlorchError):
+        messages.parse(messages.Register, {"node_id": "n", "address": "x:1", "pools": [*ids, "more"]})
+    lines = [f"  - {{id: {pool_id}}}\n" for pool_id in ids]
+    assert len(node(yaml="pools:\n" + "".join(lines)).settings.pools) == MAX_POOLS
+    fault = only(faults(node, yaml="pools:\n" + "".join(lines) + "  - {id: more}\n"))
+    assert (fault.where, fault.key) == (f"llorch.yaml:{MAX_POOLS + 2}", "pools")
 
 
 # ---------------------------------------------------------------- clients

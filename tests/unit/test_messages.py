@@ -135,6 +135,19 @@ def test_an_unknown_native_field_lists_the_known_ones() -> None:
     assert "max_tokens" in (caught.value.hint or "")
 
 
+def test_a_bad_value_says_where_its_range_is_found() -> None:
+    with pytest.raises(LlorchError, match=r"temperature: .* less than or equal to") as caught:
+        parse(TaskBody, {"prompt": "x", "model": "m", "temperature": 99})
+    assert "/openapi.json" in (caught.value.hint or "")
+
+
+def test_an_unknown_field_of_any_length_makes_a_short_error() -> None:
+    with pytest.raises(LlorchError) as caught:
+        parse(TaskBody, {"prompt": "x", "model": "m", "x" * 100_000: 1})
+    assert caught.value.param == "x" * 100
+    assert len(json.dumps(caught.value.to_wire())) < 2_000
+
+
 def test_an_error_never_quotes_a_prompt() -> None:
     with pytest.raises(LlorchError) as caught:
         parse(TaskBody, {"prompt": ["CANARY"], "model": "m"})

@@ -340,10 +340,17 @@ class Attach(Wire):
 
 
 class Head(Wire):
-    """HEAD: how the answer begins. An interim status (1xx) begins none: a client would misread what follows."""
+    """HEAD: how the answer begins. An interim status, or one without a body, begins none: the rest would be misread."""
 
     status: Annotated[int, Field(ge=200, le=599)] = 200
     headers: Headers = Field(default_factory=dict)
+
+    @field_validator("status")
+    @classmethod
+    def _has_a_body(cls, status: int) -> int:
+        if status in (204, 205, 304):
+            raise ValueError("an answer with this status has no body")
+        return status
 
 
 class Timings(Wire):

@@ -194,6 +194,7 @@ class OpenAiAnswer:
         self._task = task
         self._stream = Stream(request, write_timeout_s)
         self._last_word = time.monotonic()
+        self._length: int | None = None  # of the whole answer, where it was announced
 
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         if time.monotonic() - self._last_word >= PING_AFTER_S:
@@ -210,12 +211,18 @@ class OpenAiAnswer:
             await self._stream.ping()
 
     async def begin(self, head: Head) -> None:
-        headers = {name: value for name, value in head.headers.items() if name.lower() in _FROM_ENGINE}
+        headers = {name.lower(): value for name, value in head.headers.items() if name.lower() in _FROM_ENGINE}
+        length = headers.pop("content-length", "")
+        if length.isascii() and length.isdigit() and not self._task.stream:
+            self._length = int(length[:18])
+            headers["content-length"] = str(self._length)
         if self._task.stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         await self._stream.commit(head.status, headers | task_headers(self._task))
 
     async def write(self, data: bytes) -> None:
+        if self._length is not None and self._task.offset + len(data) > self._length:
+            raise LlorchError(Code.ENGINE_FAILED, "the answer is longer than it was announced")
         await self._stream.write(data)
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
@@ -224,7 +231,7 @@ class OpenAiAnswer:
             if tail.error is not None:
                 error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
             return await self.failed(error, self._task.request_id)
-        if tail.error is not None and not self._task.stream:
+        if not self._task.stream and (tail.error is not None or self._length not in (None, tail.length)):
             raise _cut()
         return self._stream.finished()
 

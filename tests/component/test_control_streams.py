@@ -486,6 +486,27 @@ async def test_a_v1_answer_keeps_the_engines_status_type_and_length_and_no_other
         assert (answer.headers["X-Llorch-Node"], answer.headers["X-Llorch-Attempts"]) == ("a", "1")
 
 
+@pytest.mark.parametrize("length", ["5", "1"])
+async def test_a_v1_answer_of_another_length_than_was_announced_is_cut(length: str) -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat(stream=False)
+        attempt = (await node.asked()).accept().head("application/json", content_length=length)
+        attempt.data(b"{}").tail()
+        assert (await asking.answer()).cut
+        await control.idle()
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "١"])
+async def test_what_is_no_length_is_not_passed_on(length: str) -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat(stream=False)
+        (await node.asked()).accept().head("application/json", content_length=length).data(b"{}").tail()
+        answer = await asking.answer()
+        assert (answer.status, answer.raw, answer.headers["Transfer-Encoding"]) == (200, b"{}", "chunked")
+
+
 async def test_a_detached_task_is_taken_once_a_node_has_accepted_it() -> None:
     async with a_control() as control:
         node = await control.join("a")

@@ -162,8 +162,8 @@ def test_the_minimal_registration_and_heartbeat_are_valid() -> None:
     assert (beat.pools[0].ready, beat.pools[0].model, beat.lease_id) == (True, None, None)
 
 
-@pytest.mark.parametrize("status", [99, 100, 101, 103, 600, "x"])
-def test_an_answer_begins_with_a_final_status(status: Any) -> None:
+@pytest.mark.parametrize("status", [99, 100, 101, 103, 204, 205, 304, 600, "x"])
+def test_an_answer_begins_with_a_final_status_that_has_a_body(status: Any) -> None:
     with pytest.raises(LlorchError):
         parse(Head, {"status": status})
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from llorch import logs, systemd, tls, web
-from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, Scope, TokenRing, parse_tokens
+from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
 from llorch.config import ControlSettings
 from llorch.control import routes_health, routes_nodes, routes_tasks
 from llorch.control.admission import Admission
@@ -37,7 +37,7 @@ log = logs.Log("control")
 
 def token_ring(settings: ControlSettings) -> TokenRing:
     """Every token that is valid here, with what it may do. Raises ConfigError when nobody could use this control."""
-    shortest = 8 if settings.dev else 32
+    shortest = 1 if settings.dev else MIN_TOKEN_CHARS
     entries: list[tuple[str, str, frozenset[Scope]]] = []
     for text, scopes in (
         (settings.api_token, CLIENT_SCOPES),
@@ -49,10 +49,6 @@ def token_ring(settings: ControlSettings) -> TokenRing:
     if len(ring) == 0:
         raise ConfigError("no tokens: nobody could use this control")
     return ring
-
-
-def loopback_only(host: str) -> bool:
-    return host in ("127.0.0.1", "::1", "localhost")
 
 
 @contextlib.asynccontextmanager
@@ -100,7 +96,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
         gate = web.Gate(
             ring=lambda: ring,
             refused=lambda code: metrics.auth_failed(code.value),
-            metrics_open=loopback_only(settings.bind.host),
+            metrics_open=settings.bind.loopback,
         )
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control

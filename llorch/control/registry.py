@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 LISTED_OFFLINE_S = 24 * 3600.0
+MAX_NODES = 1_000  # twenty times what one control is for; a registration may be 1 MB of state
 MAX_POOL_EVENTS = 1_000  # if nobody takes them; the oldest go
 
 
@@ -101,7 +102,7 @@ class Registry:
         """Take a node in, or take it in again; everything known of it is replaced by what it says.
 
         `old_link_dead`: the caller has seen that the process which holds the id now no longer answers. Raises
-        UNTRUSTED_ADDRESS, NODE_ID_CONFLICT, or INVALID_REQUEST for a node that could be reached in no way.
+        UNTRUSTED_ADDRESS, NODE_ID_CONFLICT, INVALID_REQUEST for a node that could be reached in no way, or NO_CAPACITY.
         """
         if message.address is not None:
             check_address(message.address, peer)
@@ -113,6 +114,8 @@ class Registry:
             raise LlorchError(
                 Code.NODE_ID_CONFLICT, f"another process is registered as {message.node_id}, and is online"
             )
+        if old is None:
+            self._make_room(now)
         node = Node(
             message.node_id,
             message.boot_id,
@@ -137,6 +140,21 @@ class Registry:
         self._take_rest(node, message.capabilities.gpus, message.catalog, message.tasks, whole=True)
         self._settle(node, wall)
         return Registration(node, replaced=old is not None and not same_process)
+
+    def _make_room(self, now: float) -> None:
+        """For one node more: the one that has been offline longest goes, should there be too many."""
+        if len(self._nodes) < MAX_NODES:
+            return
+        offline = [
+            (node.offline_since, node.node_id) for node in self._nodes.values() if node.offline_since is not None
+        ]
+        if not offline:
+            raise LlorchError(
+                Code.NO_CAPACITY,
+                f"{MAX_NODES} nodes are registered here, the most there may be",
+                hint="run a second control for the others",
+            )
+        self.deregister(min(offline)[1], now)
 
     def _may_replace(self, old: Node, message: Register, peer: str | None, old_link_dead: bool) -> bool:
         if not old.online or old_link_dead or (peer is not None and peer == old.peer):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llorch import __version__, logs, systemd, tls, web
-from llorch.auth import Scope, TokenRing, parse_tokens
+from llorch.auth import MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
 from llorch.config import NodeSettings
 from llorch.config_pools import PoolSpec
 from llorch.errors import ConfigError
@@ -49,7 +49,7 @@ log = logs.Log("node")
 
 def token_ring(settings: NodeSettings) -> TokenRing:
     """The controls that may call this node."""
-    pairs = parse_tokens(settings.service_token or "", min_chars=1 if settings.dev else 32)
+    pairs = parse_tokens(settings.service_token or "", min_chars=1 if settings.dev else MIN_TOKEN_CHARS)
     if not pairs:
         raise ConfigError("no service token: no control could use this node")
     return TokenRing((name, token, frozenset({Scope.CONTROL, Scope.METRICS})) for name, token in pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import secrets
@@ -14,7 +15,7 @@ from llorch.auth import Scope
 from llorch.config_kinds import HostPort
 from llorch.control import app
 from llorch.web import Gate, Route
-from tests.component.control_harness import MODEL, TOKENS, a_control, bearer, eventually, pool
+from tests.component.control_harness import MODEL, TOKENS, a_control, bearer, eventually, pool, settings
 
 TASK = "0" * 8 + "-0000-0000-0000-" + "0" * 12
 WORDS = {"task_id": TASK, "node_id": "a", "model_id": "m", "path": "chat/completions"}
@@ -44,7 +45,7 @@ async def test_every_route_lets_in_those_with_its_scope_and_nobody_else(
     who: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Driven by the route table: a new route is tested by being there."""
-    monkeypatch.setattr(app, "loopback_only", lambda _host: False)  # /metrics asks for its scope
+    monkeypatch.setattr(HostPort, "loopback", property(lambda _: False))  # /metrics asks for its scope
     async with a_control() as control:
         for route in app.routes():
             assert route.scopes, f"{route.path} has no scope"
@@ -70,9 +71,16 @@ def test_the_open_routes_are_those_of_the_contract_and_no_more() -> None:
 async def test_metrics_are_open_on_a_loopback_listener_alone() -> None:
     async with a_control() as control:
         assert (await control.ask("GET", "/metrics", who=None).answer()).status == 200
-    assert not app.loopback_only("0.0.0.0")
-    assert not app.loopback_only(str(HostPort("192.0.2.1", 1).host))
+    assert not HostPort("0.0.0.0", 1).loopback
+    assert not HostPort("192.0.2.1", 1).loopback
     assert Gate(ring=lambda: app.TokenRing([])).metrics_open is False
+
+
+def test_a_cluster_of_llorch_dev_takes_tokens_of_any_length_and_another_does_not() -> None:
+    short = dataclasses.replace(settings(), dev=True, api_token="short")
+    assert app.token_ring(short).identify("short") is not None
+    with pytest.raises(ValueError, match="shorter than 32"):
+        app.token_ring(dataclasses.replace(short, dev=False))
 
 
 @pytest.mark.parametrize("header", ["Authorization", "api-key", "x-api-key"])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from llorch.control import registry as registry_module
 from llorch.control.placement import PoolFacts, Wish, pick
 from llorch.control.registry import Claim, Node, Registration, Registry
 from llorch.control.task_reports import MAX_TASKS_PER_NODE, TaskReports
@@ -68,6 +69,22 @@ def test_a_registered_node_is_known_with_its_pools_at_once() -> None:
     registry = up()
     assert pick(Wish("m"), registry.pool_facts(1.0, "m")) == ("n", "p0")
     assert registry.models().resident == {"m"}
+
+
+def test_there_are_so_many_nodes_and_no_more_and_the_one_longest_offline_makes_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry_module, "MAX_NODES", 3)
+    registry = Registry("epoch")
+    for place, node_id in enumerate("abc"):
+        register(registry, node_id, now=float(place))
+    assert code(register, registry, "d", now=10.0) is Code.NO_CAPACITY
+    assert register(registry, "a", lease_id="lease-2", now=20.0).node.online  # known: it needs no room
+    registry.expire(32.5)  # b and c are offline since then; of two, the first by name goes
+    assert [node.node_id for node in registry.nodes.values() if not node.online] == ["b", "c"]
+    register(registry, "d", now=33.0)
+    assert set(registry.nodes) == {"a", "c", "d"}
+    assert registry.models().nodes == {"a", "c", "d"}
 
 
 def test_the_same_process_registers_again_freely_and_its_old_lease_is_stale() -> None:

@@ -15,12 +15,13 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import aiohttp
 import pytest
 from aiohttp import web as aioweb
 
-from llorch import records, sse
+from llorch import records, sse, tls
 from llorch.config_kinds import HostPort
 from llorch.control import answers, app, dispatch, follow
 from llorch.errors import MEANINGS, Code
@@ -31,6 +32,7 @@ from tests.cluster import eventually
 MODEL = "m"
 TOKENS = {name: secrets.token_hex(16) for name in ("alice", "bob", "admin", "node", "service")}
 WINDOW = records.INITIAL_CREDIT_BYTES
+_CLIENT_TLS = tls.client_context(None)  # one for all tests: reading the system's authorities takes 40 ms
 
 
 def settings(**more: Any) -> ControlSettings:
@@ -614,6 +616,13 @@ class ControlUnderTest:
 @contextlib.asynccontextmanager
 async def a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
     """A control with these settings, and everything closed at the end."""
+    with mock.patch.object(app.tls, "client_context", lambda _ca: _CLIENT_TLS):
+        async with _a_control(**more) as running:
+            yield running
+
+
+@contextlib.asynccontextmanager
+async def _a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
         app.serving(settings(**more)) as (control, server),

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
-from aiohttp import web, web_protocol
+from aiohttp import HttpVersion11, web, web_protocol
 from pydantic import BaseModel
 
 from llorch import link
@@ -41,6 +41,7 @@ MIN_BODY_RATE = 32 * 1024  # bytes/s, less than a poor upload; slower senders on
 PEER_TIMEOUT_MS = 60_000  # a client's machine that is gone, for the kernel; twice what a slow reader is given
 PEER_IDLE_S = 15  # silence before the kernel asks whether a client's machine is still there
 MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
+_NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -155,7 +156,8 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
                 if Scope.METRICS in wanted and gate.metrics_open:
                     wanted = (Scope.OPEN,)
                 request[PRINCIPAL] = authorize(gate.ring(), request.headers, *wanted)
-            if request.headers.get("Expect", "").lower() == "100-continue":
+            expects = wanted is not None and request.version >= HttpVersion11
+            if expects and request.headers.get("Expect", "").lower() == "100-continue":
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0  # the answer itself has not begun
             return await handler(request)
@@ -312,24 +314,42 @@ async def _listening(host: str, port: int, *, loopback_only: bool) -> list[socke
     """A bound socket for each address that `host` means here, all on one port; accepted ones inherit what is set."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     try:
-        for family, kind, protocol, _, address in dict.fromkeys(found):
+        for family, *_, address in dict.fromkeys(found):
             number = ipaddress.ip_address(str(address[0]).partition("%")[0])
             if loopback_only and not (getattr(number, "ipv4_mapped", None) or number).is_loopback:
                 raise OSError(errno.EACCES, f"{host} leads beyond this machine, and there is no TLS")
-            sock = socket.socket(family, kind, protocol)
-            sockets.append(sock)
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            link.tune_socket(sock, idle_s=PEER_IDLE_S, user_timeout_ms=PEER_TIMEOUT_MS)
-            sock.bind((address[0], sockets[0].getsockname()[1] or port, *address[2:]))
+            try:
+                sockets.append(_bound(family, (address[0], port, *address[2:])))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                missing = error  # `localhost` leads to ::1 also where the kernel has no IPv6
+            else:
+                port = sockets[-1].getsockname()[1]
     except BaseException:
         for sock in sockets:
             sock.close()
         raise
+    if missing is not None and not sockets:
+        raise missing
     return sockets
+
+
+def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        link.tune_socket(sock, idle_s=PEER_IDLE_S, user_timeout_ms=PEER_TIMEOUT_MS)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _allow_many_files() -> None:

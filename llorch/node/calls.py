@@ -22,7 +22,7 @@ from llorch.messages import NodeCall
 from llorch.node.link import Answer
 from llorch.node.state import NODE, Node
 from llorch.node.tasklog import State
-from llorch.web import Route
+from llorch.web import Route, json_response
 
 log = Log("node.calls")
 
@@ -110,7 +110,7 @@ CALLS = (
 def http_route(call: Call) -> Route:
     async def handler(request: web.Request) -> web.StreamResponse:
         status, value = call.serve(request.app[NODE], request.match_info)
-        return web.Response(status=status, body=_json(value), content_type="application/json", charset="utf-8")
+        return json_response(value, status=status)
 
     return Route(call.method, call.path, call.scope, handler, call.summary, status=call.status)
 

@@ -93,17 +93,17 @@ class Catalog:
 def _local(ref: str) -> LocalModel:
     path = _path(ref)
     parts = _parts(path)
-    sizes, headers = zip(*map(_look, parts), strict=True)
+    sizes, headers = zip(*(_look(part, first=part == parts[0]) for part in parts), strict=True)
     return LocalModel(model_id(ref), ref, path, parts, sum(sizes), headers[0].ctx_train)
 
 
-def _look(path: Path) -> tuple[int, gguf.Header]:
+def _look(path: Path, *, first: bool) -> tuple[int, gguf.Header]:
     """Size and header of one file: an engine opens every part, so each is checked. Never waits, as for a FIFO."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"the model {path} is not a file")
-        return found.st_size, gguf.read_header(path)
+        return found.st_size, gguf.read_header(path, first=first)
     except OSError as error:
         raise ConfigError(f"the model {path} can't be read: {error.strerror}") from None
     except ValueError as error:

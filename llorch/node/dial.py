@@ -158,7 +158,7 @@ def _read_head(head: bytes) -> tuple[int, Mapping[str, str]]:
 async def _refusal(handshake: _Handshake, start: int, status: int, headers: Mapping[str, str]) -> LlorchError:
     """The control's error object; one that can't be read is named by its status."""
     length = headers.get("content-length", "")
-    if length.isdecimal() and int(length) <= MAX_ANSWER_BYTES:
+    if length.isdecimal() and len(length) < 10 and int(length) <= MAX_ANSWER_BYTES:
         end = start + int(length)
         if await handshake.until(lambda received: len(received) >= end, MAX_ANSWER_BYTES + MAX_HEAD_BYTES):
             with contextlib.suppress(LlorchError):

@@ -50,12 +50,16 @@ def told_of_its_end(response: aiohttp.ClientResponse) -> Iterator[None]:
 async def error_body(response: aiohttp.ClientResponse) -> bytes:
     """The start of an error answer; one that does not come is an empty one."""
     parts: list[bytes] = []
-    size = 0
     try:
         async with asyncio.timeout(ERROR_BODY_TIMEOUT_S):
-            while size < MAX_ERROR_BYTES and (part := await response.content.read(MAX_ERROR_BYTES - size)):
-                parts.append(part)
-                size += len(part)
+            await read_into(parts, response, MAX_ERROR_BYTES)
     except BROKEN:
         pass
     return b"".join(parts)
+
+
+async def read_into(parts: list[bytes], response: aiohttp.ClientResponse, limit: int) -> None:
+    """The body, to its end or up to `limit` bytes: aiohttp's own read(n) gives what happens to be there."""
+    while limit > 0 and (part := await response.content.read(limit)):
+        parts.append(part)
+        limit -= len(part)

@@ -172,8 +172,11 @@ class EngineProcess:
         code = process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with code {code}"
         log.info("engine.exited", **self._ids, pid=process.pid, how=how, asked=self._ending.is_set())
-        last = next((line for line in reversed(tail(self.log_file, 20)) if line.strip()), "")
-        return f"{how}: {last}" if last else how
+        return how
+
+    def last_words(self) -> str:
+        """The last line that it wrote: the engine's own words, which may quote what it was asked."""
+        return next((line for line in reversed(tail(self.log_file, 20)) if line.strip()), "")
 
     def remove_files(self) -> None:
         """Its handoff, pid and key files; the log stays for people."""

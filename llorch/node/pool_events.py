@@ -107,13 +107,17 @@ class Spawned:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """A process ended, or could not be started. `chance` is uniform in [0, 1), for the jitter of the restart."""
+    """A process ended, or could not be started. `chance` is uniform in [0, 1), for the jitter of the restart.
+
+    `reason` is in our words, `said` the last line that the engine itself wrote.
+    """
 
     pool_id: str
     replica_id: str
     run: int
     reason: str
     chance: float
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True)

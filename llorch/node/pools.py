@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from llorch.backoff import Backoff
-from llorch.config_pools import PoolSpec
+from llorch.config_pools import MAX_POOLS, PoolSpec
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff, file_name
@@ -30,7 +30,6 @@ RESTART = Backoff(first_s=1.0, most_s=60.0)
 STABLE_S = 300.0  # ready for this long: what went before is forgotten
 FAILURES = 5  # this many ends within FAILURE_WINDOW_S, and a person has to look
 FAILURE_WINDOW_S = 300.0
-MAX_POOLS = 256  # what a registration can carry
 MAX_REPLICAS = 256
 MAX_ERROR_CHARS = 1_000
 EXTERNAL = "external"
@@ -156,10 +155,9 @@ class Pools:
         return (pool, replica) if pool and replica else None
 
     def _named(self, name: str) -> tuple[Pool, Replica] | None:
-        for pool, replica in self._each():
-            if file_name(pool.id, replica.id) == name:
-                return pool, replica
-        return None
+        """Whose file this is. Two may share a name (a-b/c and a/b-c); then it is of the one that stands by it."""
+        found = [(pool, replica) for pool, replica in self._each() if file_name(pool.id, replica.id) == name]
+        return max(found, key=lambda each: (each[1].spawned, each[1].handoff is not None), default=None)
 
     def _each(self) -> Iterator[tuple[Pool, Replica]]:
         for pool in self._pools.values():
@@ -186,6 +184,7 @@ class Pools:
         replica.retry_at = None
         replica.started_at = now
         replica.run += 1
+        replica.served = False
         self._changed(pool)
         if replica.owned:
             return [ev.Spawn(pool.id, replica.id, replica.run)]
@@ -227,11 +226,14 @@ class Pools:
         stable = replica.ready_at is not None and now - replica.ready_at >= STABLE_S
         replica.handoff, replica.ready_at = None, None
         actions: list[Action] = [ev.StopProbe(pool.id, replica.id)]
-        actions.append(ev.Note("engine.ended", pool.id, replica.id, "stopped" if asked else event.reason))
+        # An engine's own words tell why it did not start. Once it has served, they may be somebody's prompt.
+        reason = f"{event.reason}: {event.said}" if event.said and not replica.served else event.reason
+        actions.append(ev.Note("engine.ended", pool.id, replica.id, "stopped" if asked else reason))
         if asked:
             if replica.wanted:
                 actions += self._start(pool, replica, now)
         else:
+            pool.last_error = (replica.verdict or reason)[:MAX_ERROR_CHARS]
             actions += self._count_failure(pool, replica, event, now, stable=stable)
         self._changed(pool)
         return actions
@@ -239,7 +241,6 @@ class Pools:
     def _count_failure(
         self, pool: Pool, replica: Replica, event: ev.Exited, now: float, *, stable: bool
     ) -> list[Action]:
-        pool.last_error = (replica.verdict or event.reason)[:MAX_ERROR_CHARS]
         replica.verdict = None
         if stable:
             replica.in_a_row = 0
@@ -250,7 +251,7 @@ class Pools:
             replica.failures.popleft()
         if len(replica.failures) >= FAILURES:
             replica.state = step(replica.state, Step.GAVE_UP)
-            return [ev.Note("pool.failed", pool.id, replica.id, pool.last_error)]
+            return [ev.Note("pool.failed", pool.id, replica.id, pool.last_error or "")]
         if replica.wanted:
             replica.retry_at = now + RESTART.delay_s(replica.in_a_row, event.chance)
         return []
@@ -304,6 +305,15 @@ class Pools:
     # ------------------------------------------------------------ handoffs
 
     def _seen(self, handoff: Handoff, now: float) -> list[Action]:
+        held = self._named(handoff.file_name)
+        if held is None or (held[0].id, held[1].id) == (handoff.pool_id, handoff.replica_id):
+            return self._accept(handoff, now)
+        if held[1].spawned:
+            return self._bad(handoff.file_name, f"it is the file of {held[0].id}/{held[1].id}", now)
+        gone = self._gone(handoff.file_name, f"its file is about {handoff.pool_id}/{handoff.replica_id} now", now)
+        return gone + self._accept(handoff, now)
+
+    def _accept(self, handoff: Handoff, now: float) -> list[Action]:
         pool = self._pools.get(handoff.pool_id)
         replica = pool.replicas.get(handoff.replica_id) if pool else None
         if pool and replica and replica.spawned:
@@ -410,7 +420,7 @@ class Pools:
             return []
         pool, replica = found
         replica.state = step(replica.state, Step.ANSWERED)
-        replica.ready_at = now
+        replica.ready_at, replica.served = now, True
         handoff = replica.handoff
         if handoff is not None and handoff.slots is None and event.slots:
             replica.slots = event.slots

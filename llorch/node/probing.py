@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from llorch.node.engine_answer import BROKEN
+from llorch.node.engine_answer import BROKEN, read_into, told_of_its_end
 from llorch.node.engine_keys import read_key
 from llorch.node.handoff import Handoff
 
@@ -53,6 +53,7 @@ async def _call(
     http: aiohttp.ClientSession, handoff: Handoff, path: str, timeout_s: float, body: Mapping[str, Any] | None = None
 ) -> tuple[int, bytes]:
     """Status and body of one request. Raises NotYet when there was no whole answer."""
+    parts: list[bytes] = []
     try:
         async with (
             asyncio.timeout(timeout_s),
@@ -64,7 +65,9 @@ async def _call(
                 allow_redirects=False,
             ) as response,
         ):
-            return response.status, await response.content.read(MAX_ANSWER_BYTES)
+            with told_of_its_end(response):
+                await read_into(parts, response, MAX_ANSWER_BYTES)
+            return response.status, b"".join(parts)
     except TimeoutError:
         raise NotYet(f"no answer to {path} within {timeout_s:.0f} s") from None
     except aiohttp.ClientConnectorError:

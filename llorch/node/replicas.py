@@ -50,6 +50,7 @@ class Replica:
     verdict: str | None = None  # why we ended it, which says more than how it then ended
     started_at: float = 0.0
     ready_at: float | None = None
+    served: bool = False  # tasks may have run in this run of it
 
     @property
     def free(self) -> int:

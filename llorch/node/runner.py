@@ -26,8 +26,9 @@ from llorch.node.engines.openai_api import Decoder, EngineRequest, NativeDecoder
 from llorch.node.replicas import Lease
 from llorch.node.tasklog import NATIVE, Gone, Reader, State, TaskEntry, TaskLogs
 from llorch.tasks import Guard
+from llorch.web import MIN_BODY_RATE
 
-BODY_TIMEOUT_S = 30.0  # a slot is held while the body comes, so it must not come for ever
+BODY_TIMEOUT_S = 30.0  # a slot is held while the body comes, so it must not come for ever; a large one takes longer
 ROOM_TIMEOUT_S = 30.0  # a reader that is a whole log behind for this long is overtaken
 STALL_AFTER_S = 120.0  # an engine that has begun to stream and is silent for this long has stopped
 PIECE_BYTES = 256 * 1024  # of a large answer that goes into the log at once
@@ -282,7 +283,7 @@ class Execution:
     async def _whole_body(self) -> bytes:
         assert self._body is not None  # it is read once
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout(BODY_TIMEOUT_S + self.entry.opening.body_len / MIN_BODY_RATE):
                 return await self._body
         except TimeoutError:
             raise LlorchError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None

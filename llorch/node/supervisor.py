@@ -175,6 +175,7 @@ class Supervisor:
         key = (pool_id, replica_id)
         plan = self._plans[pool_id]
         process: EngineProcess | None = None
+        said = ""
         try:
             ids = self._ids(pool_id, replica_id)
             process = EngineProcess(self.files, file_name(pool_id, replica_id), self._stop_grace_s, ids)
@@ -191,6 +192,7 @@ class Supervisor:
             await process.start(launch, self._env)
             self.post(ev.Spawned(run, self._handoff(plan, replica_id, process)))
             reason = await process.wait()
+            said = process.last_words()
         except LlorchError as error:
             reason = error.message
         except OSError as error:
@@ -203,7 +205,7 @@ class Supervisor:
             self._unwritten.pop(file_name(pool_id, replica_id), None)
             if process is not None:
                 process.remove_files()
-        self.post(ev.Exited(pool_id, replica_id, run, reason, random.random()))
+        self.post(ev.Exited(pool_id, replica_id, run, reason, random.random(), said))
 
     def _handoff(self, plan: Plan, replica_id: str, process: EngineProcess) -> Handoff:
         spec = plan.spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import json
 import logging
@@ -361,6 +362,9 @@ async def test_a_body_is_asked_for_only_of_those_who_may_send_it() -> None:
                 f"POST /read HTTP/1.1\r\nHost: x\r\n{AUTH}Expect: the unexpected\r\nContent-Length: 2\r\n\r\nhi"
             )
             assert (await client.answer())[0] == 200
+        async with wire(server) as old:  # HTTP/1.0 knows no 100
+            old.send(f"POST /read HTTP/1.0\r\n{AUTH}Expect: 100-continue\r\nContent-Length: 2\r\n\r\nhi")
+            assert (await old.answer())[0] == 200
 
 
 # ---------------------------------------------------------------- streams
@@ -571,6 +575,27 @@ async def test_a_taken_port_is_said_and_nothing_is_left_open() -> None:
         app = web.make_app([], Gate(TokenRing), max_body_bytes=1)
         with pytest.raises(ConfigError, match="already in use"):
             await web.serve(app, server.host, server.port)
+
+
+async def test_localhost_is_served_where_the_kernel_lacks_one_of_its_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def both(*_: object, **__: object) -> list[Any]:
+        return [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+        ]
+
+    opened = web._bound
+
+    def no_v6(family: int, address: tuple[Any, ...]) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return opened(family, address)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
+    monkeypatch.setattr(web, "_bound", no_v6)
+    [only] = await web._listening("localhost", 0, loopback_only=True)
+    with only:
+        assert only.getsockname()[0] == "127.0.0.1"
 
 
 async def test_a_name_is_served_at_each_of_its_addresses_on_one_port() -> None:

@@ -62,17 +62,20 @@ class Openable(Protocol):
     def open(self, mode: Literal["rb"]) -> BinaryIO: ...
 
 
-def read_header(path: Openable) -> Header:
-    """Raises ValueError with what is wrong with the file, OSError when it can't be read."""
+def read_header(path: Openable, *, first: bool = True) -> Header:
+    """Raises ValueError with what is wrong with the file, OSError when it can't be read.
+
+    Only the `first` file of a split model describes it; of the others the architecture is "".
+    """
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        return _read(file, size)
+        return _read(file, size, first)
 
 
 def parse_header(data: bytes) -> Header:
     """The header in `data`, the beginning of a file or all of it. Raises ValueError with what is wrong with it."""
-    return _read(io.BytesIO(data), None)
+    return _read(io.BytesIO(data), None, True)
 
 
 class _Reader:
@@ -137,7 +140,7 @@ class _Reader:
         return None
 
 
-def _read(file: BinaryIO, size: int | None) -> Header:
+def _read(file: BinaryIO, size: int | None, first: bool) -> Header:
     """`size` is that of the whole file, None where only its beginning is at hand."""
     reader = _Reader(file)
     if reader.take(4) != MAGIC:
@@ -156,8 +159,8 @@ def _read(file: BinaryIO, size: int | None) -> Header:
     furthest = max((_tensor_offset(reader) for _ in range(tensors)), default=None)
     if size is not None and furthest is not None:
         _check_end(size, reader.taken, furthest, _number(values, "general.alignment"))
-    architecture = _text(values, "general.architecture")
-    if architecture is None:
+    architecture = _text(values, "general.architecture") or ""
+    if first and not architecture:
         raise ValueError("it does not say of which architecture it is")
     ctx_train = _number(values, f"{architecture}.context_length")
     kind = _number(values, "general.file_type")

@@ -478,7 +478,8 @@ class OpenAiAnswer:
         return self._release()
 
     def cancel(self, now: float) -> bytes:
-        self._meter.finish_reason = "canceled"
+        if not self.done:  # an answer that is whole stays so, though not all of it was read yet
+            self._meter.finish_reason = "canceled"
         return self.fail(LlorchError(Code.CANCELED, "the task was cancelled"), now)
 
     def fail(self, error: LlorchError, now: float) -> bytes:

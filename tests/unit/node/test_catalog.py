@@ -6,6 +6,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from llorch import demo
@@ -39,14 +41,26 @@ def test_a_closed_catalog_gives_up_its_digests() -> None:
     assert not catalog.digest_all() and catalog.report()[0].sha256 is None
 
 
+def split_model(folder: Path) -> list[Path]:
+    """A model in two files as its writer makes them: only the first one describes it."""
+    writer = gguf.GGUFWriter(folder / "big.gguf", "llama", split_max_tensors=2)
+    writer.add_context_length(128)
+    for number in range(4):
+        writer.add_tensor(f"t{number}", np.zeros((32, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.iterdir())
+
+
 def test_all_parts_of_a_split_model_count(tmp_path: Path) -> None:
-    parts = [tmp_path / f"big-0000{number}-of-00002.gguf" for number in (1, 2)]
-    shutil.copy(demo.model_path(), parts[0])
-    shutil.copy(demo.model_path(), parts[1])
+    parts = split_model(tmp_path)
     catalog = Catalog()
     assert catalog.find(f"file:{parts[0]}") == str(parts[0])
     assert catalog.report()[0].id == "big"
-    assert catalog.report()[0].size_bytes == 2 * parts[0].stat().st_size
+    assert catalog.report()[0].size_bytes == sum(part.stat().st_size for part in parts)
+    assert catalog.report()[0].ctx_train == 128
     with pytest.raises(ConfigError, match="part 2"):
         catalog.find(f"file:{parts[1]}")
     parts[1].write_bytes(b"x" * 10)

@@ -303,6 +303,15 @@ def test_a_cancelled_v1_stream_ends_with_a_frame() -> None:
     assert decoder.cancel(12.0) == b"" and decoder.error is not None
 
 
+def test_an_answer_that_is_whole_is_not_cancelled_any_more() -> None:
+    asked = encode_openai("/v1/chat/completions", {"model": "m", "messages": []}, "m")
+    decoder = openai_decoder(FACTS, asked)
+    decoder.feed(b'{"choices": [{"finish_reason": "stop"}]}', 11.0)
+    assert decoder.finish(12.0)
+    assert decoder.cancel(13.0) == b""
+    assert (decoder.finish_reason, decoder.error) == ("stop", None)
+
+
 def test_a_failure_from_outside_ends_the_stream_too() -> None:
     stalled = LlorchError(Code.ENGINE_STALLED, "no token for 60 s")
     decoder = NativeDecoder(FACTS)

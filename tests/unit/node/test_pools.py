@@ -176,6 +176,40 @@ def test_a_handoff_that_goes_stops_the_engine_only_if_it_is_ours() -> None:
     assert pools.pool_report("p")["state"] == "stopped"
 
 
+def test_one_file_is_about_one_replica_though_two_could_have_its_name() -> None:
+    pools = pools_of()
+    offer(pools, foreign("a-b", "c"))
+    offer(pools, foreign("a", "b-c"))  # the same a-b-c.json, with other content
+    assert not pools.health("a-b")["ready"] and pools.health("a")["ready"]
+    pools.handle(ev.HandoffGone("a-b-c.json"), 1)
+    assert not pools.health("a")["ready"]
+
+
+def test_the_file_of_a_spawned_replica_can_be_no_others() -> None:
+    pools = pools_of(spec(id="a-b"))
+    pools.handle(ev.Start(), 0)
+    written = own(pool_id="a-b")
+    pools.handle(ev.Spawned(1, written), 0)
+    (note, rewritten) = pools.handle(ev.HandoffSeen(foreign("a", "b-r0")), 0)
+    assert isinstance(note, ev.Note) and note.event == "handoff.invalid"
+    assert rewritten == ev.WriteHandoff(written)
+    with pytest.raises(LlorchError):
+        pools.health("a")
+
+
+def test_an_engines_own_words_are_told_only_of_one_that_never_served() -> None:
+    pools = pools_of(spec())
+    pools.handle(ev.Start(), 0)
+    pools.handle(ev.Spawned(1, own()), 0)
+    (note,) = only(pools.handle(ev.Exited("p", "r0", 1, "exited with code 1", 0, "out of memory"), 0), ev.Note)
+    assert note.reason == pools.pool_report("p")["last_error"] == "exited with code 1: out of memory"
+    pools.handle(ev.Tick(), 100)
+    bring_up(pools, 100, run=2)
+    assert pools.health("p")["ready"]
+    (note,) = only(pools.handle(ev.Exited("p", "r0", 2, "killed by SIGABRT", 0, "prompt: CANARY"), 200), ev.Note)
+    assert note.reason == pools.pool_report("p")["last_error"] == "killed by SIGABRT"
+
+
 def test_an_empty_handed_off_pool_may_come_back_with_another_model() -> None:
     pools = pools_of()
     offer(pools, foreign())

@@ -1,0 +1,70 @@
+"""What is asked of an engine before it may serve, however its answers are cut on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from llorch.node import probing
+from llorch.node.handoff import Handoff
+
+COMPLETION = {"choices": [{"text": "t0 ", "finish_reason": "length"}]}
+PROPS = {"total_slots": 3, "default_generation_settings": {"n_ctx": 512}}
+
+
+@contextlib.asynccontextmanager
+async def an_engine(*, embeds: bool = False, cut: bool = True) -> AsyncIterator[Handoff]:
+    """Each of its answers comes in two pieces, the second when the first must have been read."""
+
+    async def pieces(request: web.Request, value: object) -> web.StreamResponse:
+        raw = json.dumps(value).encode()
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(len(raw))})
+        await response.prepare(request)
+        await response.write(raw[: len(raw) // 2])
+        await asyncio.sleep(0.02)
+        if not cut:
+            await response.write(raw[len(raw) // 2 :])
+        elif request.transport is not None:
+            request.transport.abort()
+        return response
+
+    async def complete(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=501) if embeds else await pieces(request, COMPLETION)
+
+    async def embed(request: web.Request) -> web.StreamResponse:
+        return await pieces(request, {"data": [{"embedding": [0.25] * 30_000}]})
+
+    async def props(request: web.Request) -> web.StreamResponse:
+        return await pieces(request, PROPS)
+
+    app = web.Application()
+    app.router.add_post("/v1/completions", complete)
+    app.router.add_post("/v1/embeddings", embed)
+    app.router.add_get("/props", props)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield Handoff(pool_id="p", replica_id="r0", engine="vllm", url=url, model="m")
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+async def test_an_answer_that_comes_in_pieces_is_read_whole(embeds: bool) -> None:
+    async with an_engine(embeds=embeds, cut=False) as handoff, aiohttp.ClientSession() as http:
+        assert await probing.generates(http, handoff) == probing.Answer(slots=3, ctx=512)
+
+
+async def test_an_answer_that_breaks_off_is_none() -> None:
+    async with an_engine() as handoff, aiohttp.ClientSession() as http:
+        with pytest.raises(probing.NotYet, match="no proper answer to /v1/completions"):
+            await probing.generates(http, handoff)

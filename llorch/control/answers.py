@@ -274,9 +274,12 @@ class NativeJson:
         self._size += len(data)
         if self._size > MAX_COLLECTED_BYTES:
             raise LlorchError(Code.PAYLOAD_TOO_LARGE, "the answer is too large for one document", hint="stream it")
-        for event in self._events.feed(data):
-            if event.event == "token":
-                self._text.append(json.loads(event.data)["t"])
+        try:
+            for event in self._events.feed(data):
+                if event.event == "token":
+                    self._text.append(str(json.loads(event.data)["t"]))
+        except (sse.SseError, ValueError, KeyError, TypeError):
+            raise LlorchError(Code.ENGINE_FAILED, "the node's answer can't be read") from None
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
         if tail.error is not None:

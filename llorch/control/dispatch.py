@@ -133,11 +133,8 @@ class Dispatcher:
             )
         self._room.pump()
 
-    async def run(self, task: Task, client: Client) -> Tail:
-        """Serve `task` to `client`. Returns its TAIL; raises LlorchError when it fails before or without one.
-
-        Cancelled (the client left): the node is told, and decides. Raises ShuttingDown when the control goes first.
-        """
+    def admit(self, task: Task) -> None:
+        """Take `task` in: from here on it is known, and must be run. Raises DRAINING, or CONFLICT for a known id."""
         if self.draining:
             raise LlorchError(Code.DRAINING, "this control is shutting down", retry_after_ms=2_000)
         known = self.tasks.get(task.task_id)
@@ -147,6 +144,14 @@ class Dispatcher:
         task.label = task.wish.model if self._registry.models().has_model(task.wish.model) else ""
         self.tasks.add(task)
         self._quiet.clear()
+
+    async def run(self, task: Task, client: Client) -> Tail:
+        """Serve `task` to `client`. Returns its TAIL; raises LlorchError when it fails before or without one.
+
+        Cancelled (the client left): the node is told, and decides. Raises ShuttingDown when the control goes first.
+        """
+        if self.tasks.get(task.task_id) is not task:
+            self.admit(task)
         started = self._clock()
         with self._metrics.inflight(task.label):
             try:

@@ -30,6 +30,7 @@ async def follow_log(
 ) -> web.StreamResponse:
     """Relay a native task's log from `offset`. Raises LlorchError as long as nothing was sent."""
     stream = Stream(request, control.slow_reader_timeout_s)
+    task: Task | None = None
     headers = SSE_HEADERS | {"X-Llorch-Task": task_id} | headers
     try:
         task = await _begun(control, task_id, stream, headers)
@@ -41,6 +42,8 @@ async def follow_log(
             return await _relay(request, stream, feed, upstream, task_id, headers)
     except LlorchError as error:
         if not stream.committed:
+            if error.code is Code.NODE_LOST and task is not None and _failed_here(task):
+                return await _last_word(request, stream, task, headers)  # what is missing went with its node
             raise
         if error.code is Code.NODE_LOST:
             stream.abort()
@@ -68,6 +71,10 @@ def _control_ended(task: Task, offset: int) -> bool:
     if task.tail is not None:
         return task.tail.length == 0
     return offset >= task.offset
+
+
+def _failed_here(task: Task) -> bool:
+    return task.ended and not task.abandoned and task.error is not None
 
 
 async def _last_word(request: web.Request, stream: Stream, task: Task, headers: dict[str, str]) -> web.StreamResponse:

@@ -15,6 +15,7 @@ from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import TASK_ID, TaskBody, decode_object, model_id_ok, parse
 
 MAX_DEADLINE_MS = 86_400_000
+MAX_PATH_CHARS = 256  # as a record carries it
 
 # Headers of the client that go on to the node, and from there to the engine where it knows them.
 _FORWARDED = ("content-type", "accept", "traceparent", "anthropic-version", "anthropic-beta", "openai-beta")
@@ -57,6 +58,8 @@ def openai_task(
     path: str, raw: bytes, headers: Mapping[str, str], *, owner: str, request_id: str, task_id: str, now: float
 ) -> Task:
     """The task of a /v1 body. Only `model` and `stream` are read; the node reads the rest."""
+    if len(path) > MAX_PATH_CHARS or not (path.isascii() and path.isprintable()):
+        raise LlorchError(Code.NOT_FOUND, "no engine serves this path")
     content_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content_type in _JSON_TYPES or content_type.endswith("+json"):
         model, stream = _peek(decode_object(raw))
@@ -117,7 +120,7 @@ def _peek(body: dict[str, Any]) -> tuple[str, bool]:
 def _deadline_ms(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:12]) <= MAX_DEADLINE_MS:
+    if not (text.isascii() and text.isdigit() and len(text) <= 12 and 1 <= int(text) <= MAX_DEADLINE_MS):
         raise invalid(f"X-Llorch-Deadline-Ms is not between 1 and {MAX_DEADLINE_MS}", param="X-Llorch-Deadline-Ms")
     return int(text)
 

@@ -184,6 +184,8 @@ class NodeClient:
             feed.put(Lost(type(error).__name__))
         except LlorchError as error:
             feed.put(Refused(error))
+        except ValueError:  # aiohttp will not send it: no fault of the node's
+            feed.put(Refused(LlorchError(Code.INVALID_REQUEST, "this can't be sent to a node")))
         finally:
             feed.put(Lost("the reading was ended"))
 

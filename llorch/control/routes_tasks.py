@@ -22,7 +22,7 @@ from llorch.control.answers import (
 from llorch.control.dispatch import ShuttingDown
 from llorch.control.follow import follow_log
 from llorch.control.state import CONTROL, Control
-from llorch.control.tasks import State, Task, view_of_report
+from llorch.control.tasks import ENDED, State, Task, view_of_report
 from llorch.control.views import openai_models
 from llorch.errors import Code, LlorchError
 from llorch.messages import TaskBody
@@ -43,6 +43,8 @@ async def submit(request: web.Request) -> web.StreamResponse:
         now=time.monotonic(),
     )
     if _repeated(control, task):
+        if task.detach:
+            return _taken(task.task_id, _view(control, task.task_id, request[PRINCIPAL])["state"], {})
         return await follow_log(request, control, task.task_id, 0, {"Idempotency-Replayed": "true"})
     if task.detach:
         return await _detach(control, task)
@@ -82,6 +84,7 @@ async def _serve(control: Control, task: Task, answer: Answer) -> web.StreamResp
 
 async def _detach(control: Control, task: Task) -> web.StreamResponse:
     client = Detached()
+    control.dispatcher.admit(task)  # at once: the same task sent again finds it
     running = control.guard.spawn(_run_detached(control, task, client), f"detached.{task.task_id}")
     try:
         await asyncio.wait((running, client.taken), return_when=asyncio.FIRST_COMPLETED)
@@ -92,11 +95,15 @@ async def _detach(control: Control, task: Task) -> web.StreamResponse:
         error = running.result()
         if error is not None and not client.taken.done():
             raise error
-    events_url = f"/v2/tasks/{task.task_id}/events"
+    return _taken(task.task_id, task.state.value, task_headers(task))
+
+
+def _taken(task_id: str, state: object, headers: dict[str, str]) -> web.Response:
+    events_url = f"/v2/tasks/{task_id}/events"
     return json_response(
-        {"task_id": task.task_id, "state": task.state.value, "events_url": events_url},
+        {"task_id": task_id, "state": state, "events_url": events_url},
         status=202,
-        headers=task_headers(task) | {"Location": events_url},
+        headers={"X-Llorch-Task": task_id, **headers, "Location": events_url},
     )
 
 
@@ -164,6 +171,8 @@ async def cancel_task(request: web.Request) -> web.StreamResponse:
         control.dispatcher.cancel(task)
     elif view["state"] in (State.PLACED, State.STREAMING) or (task is not None and task.abandoned):
         node_id = view["node_id"]
+        if task is not None and (view["state"] not in ENDED or control.registry.task(task_id) is None):
+            task.abandoned = False  # so that a node that is away now is told when it comes back
         if isinstance(node_id, str):
             await _cancel_on_node(control, node_id, task_id)
     return json_response({"task_id": task_id, "state": view["state"]}, status=202)
@@ -173,7 +182,7 @@ async def _cancel_on_node(control: Control, node_id: str, task_id: str) -> None:
     try:
         await control.nodes.call(node_id, "DELETE", f"/v2/tasks/{task_id}")
     except LlorchError as error:
-        if error.code is not Code.TASK_NOT_FOUND:  # it has ended there: what was asked for is so
+        if error.code not in (Code.TASK_NOT_FOUND, Code.NODE_LOST):  # it has ended there, or goes when the node is back
             raise
 
 
@@ -183,6 +192,8 @@ async def task_placement(request: web.Request) -> web.StreamResponse:
     if task is None:
         raise LlorchError(Code.TASK_NOT_FOUND, "no such task at this control")
     made = task.placement
+    if made is None and task.ended and task.node_id is not None:
+        raise LlorchError(Code.TASK_NOT_FOUND, "why it went where it went is kept of the newest tasks only")
     decision = made.decision() if made is not None else control.dispatcher.explain(task.wish)
     return json_response({"task_id": task.task_id, "state": task.state.value, **decision.to_wire()})
 

@@ -6,6 +6,7 @@ node; this is what can be answered without asking. Never holds a task's output. 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +17,7 @@ from llorch.errors import Code, LlorchError
 from llorch.messages import Tail, TaskReport
 
 MAX_ENDED_TASKS = 10_000  # the views of ended tasks that are kept; about 1 KB each
+MAX_EXPLAINED_TASKS = 200  # of them, those whose placement can still be explained: it holds the facts of every pool
 
 
 class State(StrEnum):
@@ -156,6 +158,7 @@ class TaskStore:
     def __init__(self, most_ended: int = MAX_ENDED_TASKS) -> None:
         self._running: dict[str, Task] = {}
         self._ended: dict[str, Task] = {}
+        self._explained: deque[Task] = deque()
         self._most_ended = most_ended
 
     def __iter__(self) -> Iterator[Task]:
@@ -182,5 +185,8 @@ class TaskStore:
         task.body = b""
         if self._running.pop(task.task_id, None) is not None:
             self._ended[task.task_id] = task
+            self._explained.append(task)
+            while len(self._explained) > MAX_EXPLAINED_TASKS:
+                self._explained.popleft().placement = None
             while len(self._ended) > self._most_ended:
                 del self._ended[next(iter(self._ended))]

@@ -53,6 +53,7 @@ class Lease:
     epoch: str
     interval_s: float
     seq: int = 0
+    held: bool = False  # a beat or a link was accepted under it
 
 
 class _LeaseEnded(Exception):
@@ -109,7 +110,9 @@ class Membership:
             except _LeaseEnded as ended:
                 log.info("node.reregisters", node_id=self._node.node_id, url=self.url, why=str(ended))
                 self._failures += 1
-                pause_s = 0 if self._failures == 1 else RETRY.delay_s(self._failures, random.random())
+                # A control that has restarted answers, and knows nobody: back at once, however often it failed before.
+                anew = lease.held and str(ended) == Code.NODE_UNKNOWN
+                pause_s = 0 if anew or self._failures == 1 else RETRY.delay_s(self._failures, random.random())
             except LlorchError as error:
                 pause_s = self._pause_s(error)
             except Exception:
@@ -168,6 +171,7 @@ class Membership:
             if self._link is None:
                 await self._open_link(lease)
             self._failures = 0
+            lease.held = True
             return interval_s
         except LlorchError as error:
             if error.code in _REGISTER_AGAIN:

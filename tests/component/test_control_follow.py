@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 
 import pytest
 
@@ -263,3 +264,54 @@ async def test_the_same_task_again_is_the_same_task() -> None:
         attempt.end()
         await first.answer()
         assert len(node.opened) == 1
+
+
+async def test_a_task_that_was_sent_again_detached_is_taken_once_and_told_so_each_time() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        body = {"detach": True, "accept": "application/json", "task_id": str(uuid.uuid4())}
+        asking = [control.submit(**body) for _ in range(4)]
+        attempt = await node.asked()
+        attempt.begin()
+        answers = [await each.answer() for each in asking]
+        assert [answer.status for answer in answers] == [202] * 4
+        assert {answer.json["task_id"] for answer in answers} == {attempt.task_id}
+        assert len(node.opened) == 1
+        attempt.end()
+        await control.idle()
+        assert (await control.submit(**body).answer()).json["state"] == "done"
+
+
+async def test_a_canceled_task_whose_node_is_away_is_ended_when_the_node_is_back() -> None:
+    async with a_control() as control:
+        attempt = await a_streaming_task(control)
+        node = control.node("a")
+        await node.cut()
+        answer = await control.ask("POST", f"/v2/tasks/{attempt.task_id}/cancel").answer()
+        assert (answer.status, answer.json["task_id"]) == (202, attempt.task_id)
+        report = {"task_id": attempt.task_id, "attempt": 1, "owner": "alice", "state": "running", "offset": 0}
+        await node.join(pool(slots_free=3), tasks=[report | {"pool_id": "p0", "model": "m"}])
+        reader = await node.reader()
+        await eventually(lambda: reader.canceled, within_s=5)
+
+
+async def test_a_reader_of_a_task_that_went_with_its_node_is_told_how_it_ended() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        attempt = (await node.asked()).begin().say("one")
+        await asking.has(b"one")
+        await node.cut()
+        assert (await asking.answer()).names[-1] == "error"
+        again = await control.ask("GET", f"/v2/tasks/{attempt.task_id}/events").answer()
+        assert (again.status, again.names) == (200, ["error"])
+        assert again.events[0][1]["code"] == "NODE_LOST"
+
+
+async def test_a_node_that_sends_no_proper_events_is_a_failed_engine_not_a_fault_of_the_control() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit(accept="application/json")
+        (await node.asked()).begin().event("token", {"no": "text"})
+        answer = await asking.answer()
+        assert (answer.status, answer.code) == (502, "ENGINE_FAILED")

@@ -396,7 +396,7 @@ class OpenAiDecoder(_Stream):
         if self.done:
             return b""
         self._meter.finish_reason = "canceled"
-        return self.fail(LlorchError(Code.CANCELED, "the task was cancelled"), now)
+        return self.fail(LlorchError(Code.CANCELED, "the task was canceled"), now)
 
     def _render(self, block: bytes, chunk: Chunk) -> bytes:
         if chunk.usage_only and not self._asked_usage:
@@ -480,7 +480,7 @@ class OpenAiAnswer:
     def cancel(self, now: float) -> bytes:
         if not self.done:  # an answer that is whole stays so, though not all of it was read yet
             self._meter.finish_reason = "canceled"
-        return self.fail(LlorchError(Code.CANCELED, "the task was cancelled"), now)
+        return self.fail(LlorchError(Code.CANCELED, "the task was canceled"), now)
 
     def fail(self, error: LlorchError, now: float) -> bytes:
         """Nothing can be said inside a JSON body: `error` says it."""

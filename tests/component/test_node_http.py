@@ -159,7 +159,7 @@ async def test_body_that_breaks_off_frees_the_slot(tmp_path: Path, path: str) ->
         await eventually(lambda: setup.node.slots_free == 0)
         writer.close()
         await writer.wait_closed()
-        await eventually(lambda: setup.node.slots_free == 1, within_s=1.0)
+        await eventually(lambda: setup.node.slots_free == 1, within_s=2.0)
         assert len(setup.node.runner) == 0
         assert setup.engine.calls.empty()
 
@@ -174,7 +174,7 @@ async def test_body_over_the_limit_is_refused_stated_or_not_and_frees_the_slot(t
         for body in (b"x" * 2_001, pieces()):
             async with setup.node.request("POST", INFER, data=body) as response:
                 assert (response.status, (await response.json())["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
-            await eventually(lambda: setup.node.slots_free == 1, within_s=1.0)
+            await eventually(lambda: setup.node.slots_free == 1, within_s=2.0)
 
 
 async def test_cancelled_before_its_engine_answered_a_native_task_is_a_whole_stream(tmp_path: Path) -> None:

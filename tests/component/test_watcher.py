@@ -18,6 +18,7 @@ from llorch.node.watcher import Watcher
 
 Event = HandoffSeen | HandoffBad | HandoffGone
 DEADLINE_S = 10.0
+TRIES = 5  # for what has to be quick: a machine may stall once, and what is slow by its making is slow each time
 
 
 def handoff(replica: str = "r0", port: int = 8000) -> Handoff:
@@ -71,24 +72,34 @@ async def test_a_rename_is_seen_well_within_a_second(tmp_path: Path) -> None:
     async with watching(tmp_path, rescan_s=60) as events:
         put(tmp_path, handoff("first"))
         await until(lambda: len(events) == 1)  # the notifications are on
-        began = time.monotonic()
-        put(tmp_path, handoff("second"))
-        await until(lambda: len(events) == 2)
-        assert time.monotonic() - began < 1.0
+        took_s = []
+        for number in range(2, 2 + TRIES):
+            began = time.monotonic()
+            put(tmp_path, handoff(f"r{number}"))
+            await until(lambda n=number: len(events) == n)
+            took_s.append(time.monotonic() - began)
+            if took_s[-1] < 1.0:
+                break
+        assert min(took_s) < 1.0
 
 
 async def test_a_busy_directory_does_not_put_it_off(tmp_path: Path) -> None:
     async with watching(tmp_path, rescan_s=60) as events:
         put(tmp_path, handoff("first"))
         await until(lambda: len(events) == 1)
-        put(tmp_path, handoff("second"))
-        began = time.monotonic()
+        took_s = []
         noise = 0
-        while len(events) < 2 and time.monotonic() - began < DEADLINE_S:
-            noise += 1
-            (tmp_path / f".noise-{noise}").touch()
-            await asyncio.sleep(0.005)
-        assert time.monotonic() - began < 1.0
+        for number in range(2, 2 + TRIES):
+            put(tmp_path, handoff(f"r{number}"))
+            began = time.monotonic()
+            while len(events) < number and time.monotonic() - began < DEADLINE_S:
+                noise += 1
+                (tmp_path / f".noise-{noise}").touch()
+                await asyncio.sleep(0.005)
+            took_s.append(time.monotonic() - began)
+            if took_s[-1] < 1.0:
+                break
+        assert min(took_s) < 1.0
 
 
 async def test_what_no_notification_tells_is_seen_by_the_rescan(tmp_path: Path) -> None:

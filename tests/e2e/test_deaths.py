@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.cluster import Cluster, alive, descendants, eventually, expected_text, simulated
+from tests.cluster import Cluster, alive, descendants, eventually, expected_text, lasting_port, simulated
 
 LONG = ("--tokens", "100000", "--delay-ms", "20")
 
@@ -19,7 +19,6 @@ async def test_a_killed_node_gets_nothing_more_within_a_second_and_is_offline_wh
     pool = simulated("p0", "sim", 4, "--tokens", "64")
     a, _ = await asyncio.gather(llorch.start_node("a", [pool]), llorch.start_node("b", [pool]))
     a.kill()
-    killed = time.monotonic()
 
     async def a_is_passed_over() -> bool:
         _, decision = await llorch.post(
@@ -28,17 +27,18 @@ async def test_a_killed_node_gets_nothing_more_within_a_second_and_is_offline_wh
         return bool(decision["node_id"] == "b")
 
     await eventually(a_is_passed_over, within_s=1.0)
-    assert time.monotonic() - killed < 1.0
-    done = await asyncio.gather(*(llorch.complete(placement={"prefer": ["a"]}) for _ in range(8)))
-    assert {task["node_id"] for task in done} == {"b"}
 
-    async def offline() -> bool:
-        node = await llorch.get("/v2/nodes/a")
-        return bool(node["state"] == "offline")
+    async def offline() -> int:
+        """The age of its last beat, once it is offline."""
+        seen = await llorch.get("/v2/nodes/a")
+        return int(seen["heartbeat_age_ms"]) if seen["state"] == "offline" else 0
 
     assert not await offline()  # its lease runs on: not reachable is another fact than offline
-    await eventually(offline, within_s=4.0)
-    assert 1.5 <= time.monotonic() - killed <= 4.0
+    age_ms, *done = await asyncio.gather(
+        eventually(offline), *(llorch.complete(placement={"prefer": ["a"]}) for _ in range(8))
+    )
+    assert {task["node_id"] for task in done} == {"b"}
+    assert 2_000 <= age_ms <= 4_000
 
 
 @pytest.mark.slow
@@ -106,27 +106,25 @@ async def test_tasks_with_no_output_move_on_and_the_others_end_in_one_node_lost(
 
 
 async def test_a_killed_control_has_its_nodes_back_within_3_s(llorch: Cluster) -> None:
-    control = await llorch.start_control()
-    port = int(control.url.rpartition(":")[2])
+    port = lasting_port()
+    control = await llorch.start_control(port=port)
     pool = simulated("p0", "sim", 2, "--tokens", "64")
     await asyncio.gather(*(llorch.start_node(name, [pool]) for name in ("a", "b")))
     control.kill()
     await llorch.start_control(port=port)
-    back = time.monotonic()
 
     async def both_bound() -> bool:
         pools = (await llorch.get("/v2/pools"))["pools"]
         return sum(pool["bound"] for pool in pools) == 2
 
     await eventually(both_bound, within_s=3.0)
-    assert time.monotonic() - back <= 3.0
     done = await asyncio.gather(*(llorch.complete() for _ in range(8)))
     assert {task["node_id"] for task in done} == {"a", "b"}
 
 
 async def test_a_native_task_outlives_its_control_and_is_followed_at_the_next(llorch: Cluster) -> None:
-    control = await llorch.start_control()
-    port = int(control.url.rpartition(":")[2])
+    port = lasting_port()
+    control = await llorch.start_control(port=port)
     await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "100", "--delay-ms", "20")])
     got = b""
     headers = llorch.headers()

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster import Cluster, alive, eventually, expected_text, simulated
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+from tests.cluster import Cluster, alive, eventually, expected_text, lasting_port, simulated
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[tuple[int, int]]:
     """An engine that a person started by hand: (port, pid)."""
-    port = free_port()
+    port = lasting_port()
     process = subprocess.Popen(
         [
             sys.executable, "-m", "llorch.node.engines.simulated_server",
@@ -69,14 +61,12 @@ async def test_a_handoff_by_hand_is_routable_within_2_s_and_its_removal_too(
 
     await eventually(listening)
     hand_over(engines_dir(llorch), "mine-r0.json", handoff(port))
-    renamed = time.monotonic()
 
     async def serves() -> bool:
         status, task = await llorch.post("/v2/tasks", {"model": "mine", "prompt": "x", "max_tokens": 4})
         return status == 200 and task["text"] == expected_text(4)
 
     await eventually(serves, within_s=2.0)
-    assert time.monotonic() - renamed <= 2.0
     pools = {pool["pool_id"]: pool for pool in (await llorch.get("/v2/nodes/a"))["pools"]}
     assert (pools["mine"]["engine"], pools["mine"]["slots_total"]) == ("vllm", 2)
     assert [replica["owned"] for replica in pools["mine"]["replicas"]] == [False]

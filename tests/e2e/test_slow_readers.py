@@ -41,18 +41,21 @@ async def test_stalled_readers_hold_up_nobody_on_the_same_link_and_cost_their_wi
     ]
     try:
 
-        async def offsets() -> list[int]:
+        async def offsets() -> tuple[list[int], list[int]]:
             """How far each stream has come at the control, and each log at the node."""
-            seen = (await llorch.get("/v2/tasks"))["tasks"]
+            at_control = (await llorch.get("/v2/tasks"))["tasks"]
             service = llorch.headers(llorch.tokens["LLORCH_SERVICE_TOKEN"])
             async with llorch.session.get(node.url + "/v2/tasks", headers=service) as response:
-                seen += (await response.json())["tasks"]
-            return [task["offset"] for task in seen if task["state"] in ("streaming", "running")]
+                at_node = (await response.json())["tasks"]
+            streams = [task["offset"] for task in at_control if task["state"] == "streaming"]
+            return streams, [task["offset"] for task in at_node if task["state"] == "running"]
 
         async def all_run_dry() -> bool:
             first = await offsets()
             await asyncio.sleep(0.3)
-            return len(first) == 2 * 8 and first == await offsets()
+            streams, logs = first
+            full = len(streams) == len(logs) == 8 and min(logs) >= 1024 * 1024  # not only standing still: each log is
+            return full and first == await offsets()
 
         await eventually(all_run_dry, within_s=20.0)
         started = time.monotonic()

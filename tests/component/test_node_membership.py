@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llorch.backoff import Backoff
 from llorch.node import heartbeat
 from llorch.node import pool_events as ev
 from llorch.node.tasklog import Limits
@@ -137,6 +138,22 @@ async def test_control_that_is_down_is_tried_until_it_is_there(tmp_path: Path) -
         await setup.control.start()
         await setup.control.linked(2)
         await eventually(lambda: membership.linked)
+
+
+async def test_control_that_is_back_and_knows_nobody_is_registered_with_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with node_between(tmp_path) as setup:
+        await setup.link()
+        await setup.control.close()
+        (membership,) = setup.node.memberships
+        await eventually(lambda: membership._failures >= 2, what="it tries")
+        setup.control.refuse_beats = (404, "NODE_UNKNOWN")
+        await setup.control.start()
+        monkeypatch.setattr(heartbeat, "RETRY", Backoff(first_s=60.0, most_s=60.0))  # what it must not wait for
+        await eventually(lambda: len(setup.control.registered) == 2)
+        setup.control.refuse_beats = None
+        await setup.control.linked(2)
 
 
 async def test_refused_token_is_said_aloud_and_tried_again(

@@ -174,16 +174,17 @@ async def cancel_task(request: web.Request) -> web.StreamResponse:
         if task is not None and (view["state"] not in ENDED or control.registry.task(task_id) is None):
             task.abandoned = False  # so that a node that is away now is told when it comes back
         if isinstance(node_id, str):
-            await _cancel_on_node(control, node_id, task_id)
+            await _cancel_on_node(control, node_id, task_id, known=task is not None)
     return json_response({"task_id": task_id, "state": view["state"]}, status=202)
 
 
-async def _cancel_on_node(control: Control, node_id: str, task_id: str) -> None:
+async def _cancel_on_node(control: Control, node_id: str, task_id: str, *, known: bool) -> None:
+    """`known` here: then a node that is away is told when it is back (`cancel_surplus`)."""
     try:
         await control.nodes.call(node_id, "DELETE", f"/v2/tasks/{task_id}")
     except LlorchError as error:
-        if error.code not in (Code.TASK_NOT_FOUND, Code.NODE_LOST):  # it has ended there, or goes when the node is back
-            raise
+        if error.code is not Code.TASK_NOT_FOUND and not (known and error.code is Code.NODE_LOST):
+            raise  # TASK_NOT_FOUND: it has ended there, so what was asked for is so
 
 
 async def task_placement(request: web.Request) -> web.StreamResponse:

@@ -15,6 +15,9 @@ async def test_200_concurrent_tasks_over_two_nodes_all_complete_and_spread_by_sl
         llorch.start_node("big", [simulated("p0", "sim", 8, *args)]),
         llorch.start_node("small", [simulated("p0", "sim", 4, *args)]),
     )
+    # While there is room everywhere, each goes to the least loaded for its slots.
+    few = await asyncio.gather(*(llorch.complete(tokens=250) for _ in range(6)))
+    assert Counter(task["node_id"] for task in few) == {"big": 4, "small": 2}
     done = await asyncio.gather(*(llorch.complete(tokens=20) for _ in range(200)))
     assert [task["text"] for task in done] == [expected_text(20)] * 200
     assert {task["state"] for task in done} == {"done"}
@@ -23,7 +26,9 @@ async def test_200_concurrent_tasks_over_two_nodes_all_complete_and_spread_by_sl
     assert 1.5 <= spread["big"] / spread["small"] <= 2.7, spread
     nodes = await llorch.get("/v2/nodes")
     assert [node["in_flight"] for node in nodes["nodes"]] == [0, 0]
-    assert {task["task_id"] for task in (await llorch.get("/v2/tasks"))["tasks"]} == {task["task_id"] for task in done}
+    assert {task["task_id"] for task in (await llorch.get("/v2/tasks"))["tasks"]} == {
+        task["task_id"] for task in few + done
+    }
 
 
 async def test_streams_of_many_tasks_have_no_loss_and_no_repetition(llorch: Cluster) -> None:

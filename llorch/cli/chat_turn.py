@@ -1,0 +1,152 @@
+"""One turn of a chat: a task, its answer as it comes, and what stops it.
+
+Owns that a task whose answer is not wanted any more is cancelled at the control, and the signals of a chat at a
+terminal: ^C stops what runs and never the program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+from llorch.cli.answer import progress
+from llorch.cli.interrupts import SIGNALS, Interrupted
+from llorch.cli.output import OutputClosed, OutputFailed, is_terminal
+from llorch.cli.submit import cancel_quietly
+from llorch.client.api import LlorchClient, with_task_id
+from llorch.client.events import End, Failed, Token
+from llorch.client.faults import TimedOut
+from llorch.client.render import TextRenderer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """How a turn ended: with an `end`, with a `failed`, or (neither) because it was stopped here.
+
+    `told`: of a stopped one, whether the control knows.
+    """
+
+    text: str
+    task_id: str
+    end: End | None = None
+    failed: Failed | None = None
+    told: bool = False
+
+
+@contextlib.asynccontextmanager
+async def within(timeout_s: float | None) -> AsyncIterator[None]:
+    """The caller's --timeout, for one turn: a conversation may last as long as it likes."""
+    try:
+        async with asyncio.timeout(timeout_s) as limit:
+            yield
+    except TimeoutError:
+        if timeout_s is None or not limit.expired():
+            raise
+        raise TimedOut(f"it took longer than --timeout, {timeout_s:g} s") from None
+
+
+async def take_turn(
+    client: LlorchClient, body: Mapping[str, Any], *, write: Callable[[str], None], timeout_s: float | None
+) -> Taken:
+    """Submit `body` and print its answer, which ends in a newline. Raises what `LlorchClient.submit` does, TimedOut,
+    and what `write` does.
+    """
+    task = with_task_id(body)
+    task_id = task["task_id"]
+    # A pipe gets the last newline too, so that answers can be told apart there; and control characters, as they are.
+    shown = TextRenderer(write, progress(), terminal=True, raw=not is_terminal(sys.stdout))
+    said: list[str] = []
+    taken: Taken | None = None
+    try:
+        async with within(timeout_s), contextlib.aclosing(client.submit(task)) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    said.append(event.text)
+                shown.show(event)
+                if isinstance(event, End):
+                    taken = Taken("".join(said), task_id, end=event)
+                elif isinstance(event, Failed):
+                    taken = Taken("".join(said), task_id, failed=event)
+    except (asyncio.CancelledError, Interrupted):
+        if taken is None:
+            return Taken("".join(said), task_id, told=await cancel_quietly(client, task_id))
+    except (TimedOut, OutputClosed, OutputFailed):
+        if taken is None:
+            await cancel_quietly(client, task_id)
+            raise
+    finally:
+        with contextlib.suppress(Exception):  # what made us leave is what matters
+            shown.close()
+    assert taken is not None, "a stream ends in a terminal event or raises"
+    return taken
+
+
+class Stops:
+    """The signals of a chat at a terminal, while the block lasts.
+
+    ^C stops what `run` runs, once: a second one finds it on its way. SIGTERM and SIGHUP do the same, and `leaving` says
+    that there is to be nothing after it.
+    """
+
+    def __init__(self) -> None:
+        self.leaving = False
+        self._writing = False
+        self._running: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stops:
+        self._loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            try:
+                ignored = signal.getsignal(number) is signal.SIG_IGN
+                if not ignored:
+                    self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread, so signals are somebody else's
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What `work` returns; None if it was stopped and did not say otherwise."""
+        if self.leaving:
+            work.close()
+            return None
+        task = self._running = asyncio.create_task(work)
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._running = None
+        return None if task.cancelled() else task.result()
+
+    def guarded(self, write: Callable[[str], None]) -> Callable[[str], None]:
+        """`write`, such that a signal breaks out of it."""
+
+        def writing(text: str) -> None:
+            self._writing = True
+            try:
+                write(text)
+            finally:
+                self._writing = False
+
+        return writing
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.leaving = self.leaving or number != signal.SIGINT
+        task, self._running = self._running, None
+        if self._writing:  # perhaps into a pipe that nobody reads
+            self._writing = False
+            raise Interrupted
+        if task is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(task.cancel)

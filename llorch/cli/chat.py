@@ -174,9 +174,15 @@ def _texts(interrupts: Interrupts) -> Iterator[str]:
     """Complete texts, as standard input has them. Raises Failure (usage) for what is none."""
     from llorch.cli.chat_lines import more
 
-    lines: list[bytes] = []
     source = sys.stdin.buffer if sys.stdin is not None and not sys.stdin.closed else None
-    reading = interrupts.guarded(lambda _: lines.append(source.readline(MAX_MESSAGE_BYTES) if source else b""))
+    lines: list[bytes] = []
+
+    def next_line(_: str) -> None:
+        if interrupts.hit:  # since we last looked; from here on a signal breaks out
+            raise Interrupted
+        lines.append(source.readline(MAX_MESSAGE_BYTES) if source is not None else b"")
+
+    reading = interrupts.guarded(next_line)
     pending = ""
     while True:
         try:

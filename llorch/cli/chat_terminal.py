@@ -138,7 +138,9 @@ class _Words(Completer):
         elif word == "/model":
             yield from _starting(self._models(), rest)
         elif word in ("/save", "/save!"):
-            yield from self._paths.get_completions(Document(rest), complete_event)
+            for found in self._paths.get_completions(Document(rest), complete_event):
+                slash = "/" if found.display_text.endswith("/") else ""  # a folder, as a shell writes it
+                yield Completion(found.text + slash, found.start_position, found.display)
 
 
 def _starting(words: Iterable[str], start: str) -> Iterator[Completion]:

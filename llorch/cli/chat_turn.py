@@ -68,13 +68,14 @@ async def take_turn(
     try:
         async with within(timeout_s), contextlib.aclosing(client.submit(task)) as events:
             async for event in events:
-                if isinstance(event, Token):
-                    said.append(event.text)
+                match event:  # noted before it is shown: a signal may break out of the showing
+                    case Token():
+                        said.append(event.text)
+                    case End():
+                        taken = Taken("".join(said), task_id, end=event)
+                    case Failed():
+                        taken = Taken("".join(said), task_id, failed=event)
                 shown.show(event)
-                if isinstance(event, End):
-                    taken = Taken("".join(said), task_id, end=event)
-                elif isinstance(event, Failed):
-                    taken = Taken("".join(said), task_id, failed=event)
     except (asyncio.CancelledError, Interrupted):
         if taken is None:
             return Taken("".join(said), task_id, told=await cancel_quietly(client, task_id))

@@ -1,15 +1,19 @@
 """`llorch dev`: a whole cluster on this machine, for as long as the command runs.
 
-Owns what is started with which flags, what a person is told, and the answer to -p. The roles are real processes, as in
-production; ending them is the keeper's (see `llorch.cli.keeper`), whatever ends this one.
+Owns what is started with which flags and in which order, when a person is told what, and the answer to -p. The roles
+are real processes, as in production, and start all at once: the nodes know the URL of a control that is not there yet,
+and register when it is. Ending them is the keeper's (see `llorch.cli.keeper`), whatever ends this one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import contextlib
+import os
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,10 +25,15 @@ from llorch.client.text import plain
 
 if TYPE_CHECKING:
     from llorch.cli.dev_cluster import Cluster, LogTail
+    from llorch.cli.dev_words import Look
     from llorch.client.api import LlorchClient
+    from llorch.client.events import Event
 
 MODEL_WITHIN_S = 600.0  # for pools to get ready: a large model on a slow disk
-LOOK_EVERY_S = 0.1
+LOOK_FIRST_S, LOOK_MOST_S = 0.03, 0.25  # between two looks at the nodes: a small model is loaded in no time
+LOGS_EVERY_S = 0.1
+TASKS_EVERY_S = 0.25
+PROGRESS_EVERY_S = 0.2
 TASK_GRACE = "2s"  # for what still runs when the command is ended
 MAX_NODES = 64
 ANSWER_TOKENS = 128  # a paragraph: a model with random weights ends only where its context does
@@ -55,6 +64,8 @@ def dev(
 
 
 def _run(given: dict[str, Any]) -> Any:
+    from llorch.cli import dev_checks
+
     engine, prompt, max_tokens = given["engine"], given.pop("prompt"), given.pop("max_tokens")
     if prompt is not None and not prompt.strip():
         raise usage("the prompt is empty", 'llorch dev -p "Hello"')
@@ -64,15 +75,12 @@ def _run(given: dict[str, Any]) -> Any:
         engine = "llamacpp"
     if engine not in ("llamacpp", "simulated"):
         raise usage(f"{engine!r} is not one of llamacpp, simulated")
-    if engine == "llamacpp" and importlib.util.find_spec("xllamacpp") is None:
-        raise Failure(
-            "the engine llamacpp needs the package xllamacpp, which is not installed",
-            code=Exit.USAGE,
-            hint="pip install 'llorch[llamacpp]', or use --engine simulated",
-        )
-    body = None if prompt is None else {"prompt": prompt, "max_tokens": max_tokens or ANSWER_TOKENS}
     node_words = _node_words(engine, given["model"], given["slots"], given["ctx"])
-    return _Dev(given["nodes"], node_words, given["port"], given["verbose"]).run(body)
+    if engine == "llamacpp":
+        dev_checks.check_wheel()
+        dev_checks.check_model(given["model"])
+    body = None if prompt is None else {"prompt": prompt, "max_tokens": max_tokens or ANSWER_TOKENS}
+    return _Dev(given["nodes"], engine, node_words, given["port"], given["verbose"]).run(body)
 
 
 def _node_words(engine: str, model: str, slots: str | None, ctx: str | None) -> list[str]:
@@ -85,24 +93,67 @@ def _node_words(engine: str, model: str, slots: str | None, ctx: str | None) -> 
     return [word for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
 
 
+class Waiting:
+    """The line that says what is being waited for. `write` is None where there is no terminal for it."""
+
+    def __init__(self, write: Callable[[str], None] | None) -> None:
+        self.text = "starting"
+        self._write = write
+        self._began = time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def shown(self) -> AsyncIterator[None]:
+        """While the block runs; nothing is left of it after."""
+        if self._write is None:
+            yield
+            return
+        ticking = asyncio.create_task(self._tick(self._write), name="dev.waiting")
+        try:
+            yield
+        finally:
+            ticking.cancel()
+            await asyncio.gather(ticking, return_exceptions=True)
+            self._write(_CLEAR_LINE)
+
+    async def _tick(self, write: Callable[[str], None]) -> None:
+        from llorch.cli.dev_words import progress
+
+        shown = ""
+        while True:
+            line = progress(self.text, time.monotonic() - self._began, shutil.get_terminal_size().columns)
+            if line != shown:
+                write(_CLEAR_LINE + line)
+                shown = line
+            await asyncio.sleep(PROGRESS_EVERY_S)
+
+
+_CLEAR_LINE = "\r\x1b[K"
+
+
 class _Dev:
-    def __init__(self, nodes: int, node_words: list[str], port: int, verbose: bool) -> None:
+    def __init__(self, nodes: int, engine: str, node_words: list[str], port: int, verbose: bool) -> None:
         self._nodes = [f"dev-{number}" for number in range(1, nodes + 1)]
-        self._control_words = ["--bind", f"127.0.0.1:{port}"]
+        self._engine = engine
         self._node_words = ["--bind", "127.0.0.1:0", "--allow-cpu", *node_words]
+        self._port = port
         self._verbose = verbose
         self._terminal = is_terminal(sys.stderr)
+        self._waiting = Waiting(write_err if self._terminal and not verbose else None)
         self._serving = False
 
     async def run(self, body: Mapping[str, Any] | None) -> int:
         """`body`: a task without its model, to be answered and no more."""
+        from llorch.cli import contexts, dev_checks
         from llorch.cli.dev_cluster import Cluster, Tokens
         from llorch.cli.interrupts import Interrupted, Interrupts
 
         with Interrupts() as interrupts:
             try:
-                async with Cluster.starting(Tokens.make()) as cluster:
-                    return await self._with(cluster, body, interrupts.guarded)
+                if body is None:
+                    dev_checks.check_context_place(contexts.contexts_path(os.environ))
+                with dev_checks.held_port(self._port) as port:
+                    async with Cluster.starting(Tokens.make()) as cluster:
+                        return await self._with(cluster, port, body, interrupts.guarded)
             except (asyncio.CancelledError, Interrupted) as ended:
                 if not interrupts.hit:
                     raise
@@ -111,114 +162,158 @@ class _Dev:
                     running.uncancel()
                 return Exit.OK if self._serving else Exit.INTERRUPTED  # ^C is how it is meant to end
 
-    async def _with(self, cluster: Cluster, body: Mapping[str, Any] | None, guarded: Any) -> int:
-        from llorch.client.api import LlorchClient
-
+    async def _with(self, cluster: Cluster, port: int, body: Mapping[str, Any] | None, guarded: Any) -> int:
         watch = asyncio.create_task(self._show_logs(cluster), name="dev.logs") if self._verbose else None
         try:
-            url = await self._start(cluster)
-            async with LlorchClient(url, cluster.tokens.api) as client:
-                model = await self._pools_ready(cluster, client)
-                self._progress("")
-                name, current = await cluster.add_context(url)
+            async with contextlib.AsyncExitStack() as exits:
+                async with self._waiting.shown():
+                    url = await self._start(cluster, port)
+                    # Not before: it takes a while, of which the roles make better use.
+                    from llorch.client.api import LlorchClient
+
+                    client = await exits.enter_async_context(LlorchClient(url, cluster.tokens.api))
+                    look, nodes = await self._nodes_ready(cluster, client)
                 if body is not None:
-                    return await self._answer(client, {**body, "model": model}, guarded)
-            self._serving = True
-            write_err(_how_to(url, name, current, model, self._nodes))
+                    return await self._answer(client, {**body, "model": look.model}, guarded)
+            await self._welcome(cluster, url, look.model, nodes)
             return await self._serve(cluster)
         finally:
-            self._progress("")
             if watch is not None:
                 watch.cancel()
                 await asyncio.gather(watch, return_exceptions=True)
             if self._serving:
-                write_err("ending the cluster ...\n")
-
-    def _progress(self, text: str) -> None:
-        if self._terminal and not self._verbose:
-            write_err(f"\r\x1b[K{text}")
+                write_err("\n" * self._terminal + "ending the cluster ...\n")  # not behind the ^C
 
     # ------------------------------------------------------------ starting
 
-    async def _start(self, cluster: Cluster) -> str:
-        write_err("llorch dev: real roles on this machine, for trying out; --allow-cpu is implied\n")
-        level = ["--log-level", "debug" if self._verbose else "info"]
-        common = ["--dev", "--shutdown-grace", TASK_GRACE, *level]
-        self._progress("starting the control ...")
-        state = cluster.state
-        await cluster.start_role(
-            "control",
-            ["control", *common, *self._control_words, "--data-dir", str(state / "control.d")],
-        )
-        url = await cluster.ready_url("control")
-        self._progress("starting the nodes ...")
-        for name in self._nodes:
-            await cluster.start_role(
-                name,
-                [
-                    "node",
-                    *common,
-                    *self._node_words,
-                    "--join",
-                    url,
-                    "--node-id",
-                    name,
-                    "--data-dir",
-                    f"{state / name}.d",
-                ],
-            )
-        for name in self._nodes:
-            await cluster.ready_url(name)
-        return url
+    async def _start(self, cluster: Cluster, port: int) -> str:
+        """Start every role; the URL of the control, which listens by then."""
+        from llorch.cli.dev_words import STARTING
 
-    async def _pools_ready(self, cluster: Cluster, client: LlorchClient) -> str:
-        """Wait until every node has a pool that takes tasks; the model they serve. Raises Failure if one can't."""
+        write_err(STARTING)
+        self._waiting.text = "starting the control"
+        level = ["--log-level", "debug" if self._verbose else "info"]
+        common = ["--dev", "--shutdown-grace", TASK_GRACE, *level, "--data-dir"]
+        url = f"http://127.0.0.1:{port}"
+        bind = ["--bind", f"127.0.0.1:{port}"]
+        await cluster.start_role("control", ["control", *common, str(cluster.state / "control.d"), *bind])
+        for name in self._nodes:
+            own = [str(cluster.state / f"{name}.d"), "--node-id", name, "--join", url]
+            await cluster.start_role(name, ["node", *common, *own, *self._node_words])
+        return await cluster.ready_url("control")
+
+    async def _nodes_ready(self, cluster: Cluster, client: LlorchClient) -> tuple[Look, list[dict[str, Any]]]:
+        """Wait until every node has a pool that takes tasks. Raises Failure if one can't."""
+        from llorch.cli.dev_words import Start
         from llorch.client.faults import ClientFault
 
+        start, pause_s = Start(self._nodes), LOOK_FIRST_S
         until = asyncio.get_running_loop().time() + MODEL_WITHIN_S
         while asyncio.get_running_loop().time() < until:
-            for name in ("control", *self._nodes):
+            for name in ("control", *self._nodes, "keeper"):
                 if name in cluster.ended:
                     raise cluster.failure(name)
             try:
-                pools = await client.pools()
+                nodes = await client.nodes()
             except ClientFault:
-                pools = []  # if it has ended, the next look tells
-            failed = [pool for pool in pools if pool.get("state") == "failed"]
-            if failed:
-                name, why = str(failed[0].get("node_id")), failed[0].get("last_error")
-                raise Failure(f"the engine of {name} failed", why=str(why) if why else cluster.failure(name).why)
-            bound = {str(pool.get("node_id")): pool for pool in pools if pool.get("bound") and pool.get("model")}
-            if len(bound) == len(self._nodes):
-                return str(next(iter(bound.values()))["model"])
-            self._progress(f"loading the model ({len(bound)} of {len(self._nodes)} nodes ready) ...")
-            await asyncio.sleep(LOOK_EVERY_S)
+                nodes = []  # if it has ended, the next look tells
+            look = start.look(nodes)
+            self._waiting.text = look.text
+            if look.ready:
+                return look, nodes
+            await self._judge(cluster, look)
+            await asyncio.sleep(pause_s)
+            pause_s = min(LOOK_MOST_S, pause_s * 1.1)
         raise Failure("the pools did not get ready in time", why=cluster.failure(self._nodes[0]).why)
+
+    async def _judge(self, cluster: Cluster, look: Look) -> None:
+        """Raise Failure where an engine that ended will not do better the next time."""
+        from llorch.cli import dev_checks
+        from llorch.cli.dev_words import engine_fault, memory_fault
+
+        for name, _ in look.ended:
+            fault = memory_fault(name, cluster.engine_log(name))
+            if fault is None and self._engine == "llamacpp":
+                fault = await dev_checks.wheel_trouble(cluster.environment())
+            if fault is not None:
+                raise dev_checks.failure(fault)
+        if look.failed is not None:
+            name, said = look.failed
+            raise dev_checks.failure(engine_fault(name, said, cluster.engine_log(name)))
 
     # ------------------------------------------------------------ running
 
     async def _answer(self, client: LlorchClient, body: Mapping[str, Any], guarded: Any) -> int:
         from llorch.cli.answer import print_stream
+        from llorch.cli.dev_words import answered
         from llorch.cli.output import Output, write_out
+        from llorch.client.api import with_task_id
+        from llorch.client.faults import ClientFault
+        from llorch.errors import LlorchError
 
-        return await print_stream(client.submit(body), Output(), write=guarded(write_out))
+        task = with_task_id(body)
+        nodes: list[str] = []
+        code = await print_stream(_noting(client.submit(task), nodes), Output(), write=guarded(write_out))
+        if len(self._nodes) > 1 and nodes and code == Exit.OK:
+            reason = None
+            with contextlib.suppress(LlorchError, ClientFault):
+                reason = (await client.placement(task["task_id"])).get("reason")
+            write_err(answered(nodes[-1], len(self._nodes), str(reason) if reason else None))
+        return code
+
+    async def _welcome(self, cluster: Cluster, url: str, model: str, nodes: list[dict[str, Any]]) -> None:
+        from llorch.cli import contexts, dev_checks
+        from llorch.cli.dev_words import Serving, welcome
+
+        name, current = await cluster.add_context(url)
+        self._serving = True
+        serving = Serving(
+            url=url,
+            model=model,
+            nodes=nodes,
+            context=name,
+            current=current and dev_checks.is_current(os.environ),
+            context_file=dev_checks.shown_path(contexts.contexts_path(os.environ)),
+            program=dev_checks.program(),
+            tells_tasks=self._tells_tasks,
+        )
+        write_err(welcome(serving))
+
+    @property
+    def _tells_tasks(self) -> bool:
+        """A person is there, and does not get the logs, in which they are too."""
+        return self._terminal and not self._verbose
 
     async def _serve(self, cluster: Cluster) -> int:
         """Until a signal, or until nothing is left that could serve. A node that dies is told: that may be the test."""
-        from llorch.cli.dev_cluster import exit_words
+        from llorch.cli.dev_words import exit_words
 
+        tasks = asyncio.create_task(self._tell_tasks(cluster), name="dev.tasks") if self._tells_tasks else None
         told: set[str] = set()
+        try:
+            while True:
+                for name in sorted(set(cluster.ended) - told):
+                    told.add(name)
+                    left = sum(node not in cluster.ended for node in self._nodes)
+                    how = exit_words(cluster.ended[name])
+                    write_err(f"{name} has ended ({how}); {left} of {len(self._nodes)} nodes left\n")
+                    if left == 0 or name not in self._nodes:
+                        raise cluster.failure(name)
+                cluster.changed.clear()
+                await cluster.changed.wait()
+        finally:
+            if tasks is not None:
+                tasks.cancel()
+                await asyncio.gather(tasks, return_exceptions=True)
+
+    async def _tell_tasks(self, cluster: Cluster) -> None:
+        from llorch.cli.dev_words import ended_tasks
+
+        tail = cluster.tail("control")
+        tail.new_lines()
         while True:
-            for name in sorted(set(cluster.ended) - told):
-                told.add(name)
-                left = sum(node not in cluster.ended for node in self._nodes)
-                write_err(
-                    f"{name} has ended ({exit_words(cluster.ended[name])}); {left} of {len(self._nodes)} nodes left\n"
-                )
-                if left == 0 or name not in self._nodes:
-                    raise cluster.failure(name) if name != "keeper" else Failure("the keeper has ended")
-            cluster.changed.clear()
-            await cluster.changed.wait()
+            await asyncio.sleep(TASKS_EVERY_S)
+            write_err("".join(f"{plain(line)}\n" for line in ended_tasks(tail.new_lines())))
 
     async def _show_logs(self, cluster: Cluster) -> None:
         tails: dict[str, LogTail] = {}
@@ -226,22 +321,20 @@ class _Dev:
             for name in cluster.roles:
                 for line in tails.setdefault(name, cluster.tail(name)).new_lines():
                     write_err(f"{name}: {plain(line)}\n")
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(LOGS_EVERY_S)
 
 
-def _how_to(url: str, name: str, current: bool, model: str, nodes: Sequence[str]) -> str:
-    """What to type next. The token is not among it: it is in the context, and a terminal's scrollback is a log."""
-    flag = "" if current else f" --context {name}"
-    token = f"$(llorch context show {name} --token)"
-    return (
-        f"ready: {url}  model {model}, {len(nodes)} node{'s' if len(nodes) > 1 else ''}, context {name}\n"
-        f'  llorch submit{flag} "Hello"\n'
-        f"  llorch status{flag}\n"
-        f'  curl {url}/v2/tasks -H "Authorization: Bearer {token}" \\\n'
-        f'       -d \'{{"model": "{model}", "prompt": "Hello"}}\'\n'
-        f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={token}\n"
-        "^C ends it and leaves nothing behind.\n"
-    )
+async def _noting(events: AsyncGenerator[Event, None], nodes: list[str]) -> AsyncGenerator[Event, None]:
+    """The events, and on the way the nodes that they came from."""
+    from llorch.client.events import Migrated, Started
+
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if isinstance(event, Started):
+                nodes.append(event.node_id)
+            elif isinstance(event, Migrated):
+                nodes.append(event.target)
+            yield event
 
 
 def register(app: typer.Typer) -> None:

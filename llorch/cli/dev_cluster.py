@@ -23,13 +23,13 @@ from typing import Any
 
 import llorch
 from llorch.cli import contexts
+from llorch.cli.dev_words import role_fault
 from llorch.cli.keeper import ROLE_GRACE_S, STRAY_GRACE_S, is_alive
 from llorch.cli.output import Failure
 from llorch.errors import ConfigError
 
 READY_WITHIN_S = 60.0  # a role that has printed no ready line by then never will
-LOOK_EVERY_S = 0.05
-SHOWN_LOG_LINES = 15
+LOOK_EVERY_S = 0.02
 CONTEXT = "dev"
 _OWN_SETTINGS = ("LLORCH_", "ORCHESTRATORD_", "POOL_MANAGERD_", "NOTIFY_SOCKET")
 
@@ -66,12 +66,11 @@ class LogTail:
         self._read += len(whole)
         return whole.decode("utf-8", "replace").splitlines()
 
-    def last_lines(self) -> str:
+    def whole(self) -> str:
         try:
-            text = self._path.read_text("utf-8", "replace")
+            return self._path.read_text("utf-8", "replace")
         except OSError:
             return ""
-        return "\n".join(text.splitlines()[-SHOWN_LOG_LINES:])
 
 
 class Cluster:
@@ -82,6 +81,7 @@ class Cluster:
         self.identity = hello["keeper"]
         self.tokens = tokens
         self.ended: dict[str, int] = {}
+        self._unstarted: dict[str, str] = {}  # why a role's process could not be made
         self.changed = asyncio.Event()
         self._process = process
         self._tails: dict[str, LogTail] = {}
@@ -107,7 +107,11 @@ class Cluster:
         try:
             hello = json.loads(await process.stdout.readline() or "{}")
             if "state" not in hello:
-                raise Failure("the keeper of `llorch dev` did not start", why=hello.get("failed"))
+                raise Failure(
+                    "the keeper of `llorch dev` did not start",
+                    why=hello.get("failed"),
+                    hint="TMPDIR=DIR llorch dev, with a directory that can be written and has room",
+                )
             cluster = cls(process, hello, tokens)
             listener = asyncio.create_task(cluster._listen(), name="dev.keeper")
             yield cluster
@@ -142,14 +146,18 @@ class Cluster:
     async def _listen(self) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
-            message = json.loads(line)
-            if "started" in message:
-                self._started.append(message["role"])
-            if "ended" in message:
-                self.ended[message["ended"]] = message["code"]
+            self._heard(json.loads(line))
             self.changed.set()
         self.ended.setdefault("keeper", 0)
         self.changed.set()
+
+    def _heard(self, message: Mapping[str, Any]) -> None:
+        if "started" in message:
+            self._started.append(message["role"])
+        if "ended" in message:
+            self.ended[message["ended"]] = message["code"]
+            if message.get("why"):
+                self._unstarted[message["ended"]] = message["why"]
 
     async def _tell(self, order: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -162,9 +170,9 @@ class Cluster:
         """`llorch WORDS` as a child of the keeper, its output in `<state>/<name>.log`."""
         self._tails[name] = self.tail(name)
         argv = [sys.executable, "-m", "llorch", *words]
-        await self._tell({"start": name, "argv": argv, "env": self._environment()})
+        await self._tell({"start": name, "argv": argv, "env": self.environment()})
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """This process's, without its settings: what is meant for this machine's own roles is not meant for these."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
         return kept | {
@@ -191,10 +199,17 @@ class Cluster:
         raise self.failure(name)
 
     def failure(self, name: str) -> Failure:
-        """Why a role did not get ready: its own last words."""
-        code = self.ended.get(name)
-        what = "did not get ready in time" if code is None else f"ended with {exit_words(code)}"
-        return Failure(f"{name} {what}", why=self._tails[name].last_lines() or None)
+        """Why a role did not get ready: its own words, if it had any."""
+        why = self._unstarted.get(name)
+        if name == "keeper" or ("keeper" in self.ended and name not in self.ended):
+            return Failure("the keeper has ended", hint="somebody ended it, or memory was short")
+        fault = role_fault(name, self.ended.get(name), self._tails[name].whole(), why)
+        return Failure(fault.message, why=fault.why, hint=fault.hint)
+
+    def engine_log(self, name: str) -> str:
+        """What the engines of a node have written, the run before too."""
+        logs = sorted((self.state / f"{name}.d" / ".runtime" / "logs").glob("*.log*"), reverse=True)
+        return "".join(LogTail(path).whole() for path in logs)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -236,7 +251,3 @@ def _python_path() -> str:
     """Where this very llorch is, first: the roles run it from another directory."""
     own = str(Path(llorch.__file__).resolve().parent.parent)
     return os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def exit_words(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"code {code}"

@@ -88,8 +88,9 @@ class Keeper:
                 if os.getppid() != keeper:
                     os._exit(1)
 
-        log = os.open(self.state / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        log = -1
         try:
+            log = os.open(self.state / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             role = subprocess.Popen(
                 order["argv"],
                 env=order["env"],
@@ -104,7 +105,8 @@ class Keeper:
             self._say({"ended": name, "code": 127, "why": error.strerror})
             return
         finally:
-            os.close(log)
+            if log >= 0:
+                os.close(log)
         self._roles[name] = role
         self._say({"started": name, "role": f"{role.pid}:{process_start(role.pid)}"})
         threading.Thread(target=self._watch, args=(name, role.pid), daemon=True).start()

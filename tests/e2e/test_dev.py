@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -98,6 +99,15 @@ async def test_dev_with_a_prompt_prints_the_answer_alone_and_ends(dev: Dev) -> N
     code, out, err = await asyncio.to_thread(dev.run, "dev", "--engine", "simulated", "-p", "go", "--max-tokens", "3")
     assert (code, out) == (0, expected_text(3))
     assert err == "llorch dev: real roles on this machine, for trying out; --allow-cpu is implied\n"
+    assert not dev.file.exists(), "an answer needs no context"
+    await dev.nothing_is_left()
+
+
+async def test_dev_with_a_prompt_and_several_nodes_says_which_of_them_answered(dev: Dev) -> None:
+    words = ("dev", "--engine", "simulated", "--nodes", "2", "-p", "go", "--max-tokens", "3")
+    code, out, err = await asyncio.to_thread(dev.run, *words)
+    assert (code, out) == (0, expected_text(3))
+    assert re.search(r"^answered by dev-[12], the least loaded of 2 that could take it$", err, re.MULTILINE), err
     await dev.nothing_is_left()
 
 
@@ -135,14 +145,51 @@ async def test_dev_with_several_nodes_serves_whoever_follows_its_words(dev: Dev)
     code, out, _ = await llorch("status", "--json")
     assert (code, [node["node_id"] for node in json.loads(out)["nodes"]]) == (0, ["dev-1", "dev-2", "dev-3"])
     assert [pool["slots_total"] for pool in json.loads(out)["pools"]] == [2, 2, 2]
-    curl = re.search(r"  (curl .*\\\n.*)\n", running.text())
-    assert curl, "it says how to use curl"
-    said = curl.group(1).replace("curl ", "curl -sN ").replace("llorch context", f"{sys.executable} -m llorch context")
-    code, out, _ = await asyncio.to_thread(dev.run, said, program=("bash", "-c"))
-    assert (code, "event: end" in out) == (0, True)
+    exports = "\n".join(re.findall(r"  (export OPENAI_.*)\n", running.text()))
+    exports = re.sub(r"\$\(.* context show", f"$({sys.executable} -m llorch context show", exports)
+    ask = 'curl -sf "$OPENAI_BASE_URL/models" -H "Authorization: Bearer $OPENAI_API_KEY"'
+    code, out, _ = await asyncio.to_thread(dev.run, f"{exports}\n{ask}", program=("bash", "-c"))
+    assert (code, [model["id"] for model in json.loads(out)["data"]]) == (0, ["demo"])
+    assert "task " not in running.text(), "without a terminal it says no more than it must"
+    assert "starting" not in running.text()
     assert await running.stop(signal.SIGINT) == 0, "^C is how it is meant to end"
     await dev.nothing_is_left()
     assert dev.contexts.current is None
+
+
+async def test_on_a_terminal_it_says_what_it_waits_for_and_where_each_task_went(dev: Dev) -> None:
+    leader, follower = os.openpty()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "llorch", "dev", "--engine", "simulated", "--nodes", "2"],
+        env=dev.env(), cwd=dev.llorch.folder, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+    )  # fmt: skip
+    os.close(follower)
+    os.set_blocking(leader, False)
+    shown = ""
+
+    def sees(pattern: str) -> re.Match[str] | None:
+        nonlocal shown
+        with contextlib.suppress(BlockingIOError, OSError):  # nothing new, or the other side is gone
+            shown += os.read(leader, 65536).decode()
+        return re.search(pattern, shown)
+
+    try:
+        found = await eventually(lambda: sees(r"ready: (http://\S+)[\s\S]*leaves nothing behind"), within_s=30.0)
+        dev.url, dev.below = found.group(1), descendants(running.pid)
+        lines = shown.replace("\r\n", "\n").split("\n")
+        assert any(line.startswith("\r\x1b[Kstarting the control") for line in lines)
+        assert any(re.search(r"\x1b\[Kready: http", line) for line in lines), "nothing is left of the line that waits"
+        ran = await asyncio.to_thread(dev.run, "submit", "Hello", "--max-tokens", "3")
+        assert ran[:2] == (0, expected_text(3))
+        await eventually(lambda: sees(r"task [0-9a-f-]{36}  dev-[12]  done, 3 tokens"), what="its task is told")
+        running.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(running.wait, 20) == 0
+    finally:
+        if running.poll() is None:
+            running.kill()
+            running.wait()
+        os.close(leader)
+    await dev.nothing_is_left()
 
 
 async def test_a_node_that_dies_is_told_and_the_rest_goes_on_until_none_is_left(dev: Dev) -> None:
@@ -185,7 +232,7 @@ async def test_dev_takes_another_name_where_its_own_is_taken_and_changes_no_curr
     assert set(dev.contexts.named) == {"dev", "dev-2"}
     assert dev.contexts.named["dev-2"].url == dev.url
     assert dev.contexts.current == "dev"
-    assert 'llorch submit --context dev-2 "Hello"' in running.text()
+    assert 'llorch submit --context dev-2 "Once' in running.text()
     assert await running.stop(signal.SIGTERM) == 0
     assert set(dev.contexts.named) == {"dev"}
     contexts.remove(dev.file, "dev")
@@ -205,24 +252,38 @@ async def test_dev_that_is_ended_while_it_starts_leaves_nothing(dev: Dev, ending
     await dev.nothing_is_left()
 
 
-async def test_a_start_that_fails_says_why_and_leaves_nothing(dev: Dev) -> None:
+@pytest.mark.llama
+async def test_a_wheel_that_is_broken_is_told_after_one_try_and_leaves_nothing(dev: Dev) -> None:
+    broken = dev.llorch.folder / "broken" / "xllamacpp"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    command = f"PYTHONPATH={broken.parent} {sys.executable} -m llorch dev -p x"
+    code, out, err = await asyncio.to_thread(dev.run, command, program=("bash", "-c"))
+    assert (code, out) == (1, "")
+    assert "error: xllamacpp is installed and can't be used\n" in err
+    assert "illegal instruction" in err
+    assert "--engine simulated" in err
+    await dev.nothing_is_left()
+
+
+async def test_what_can_be_known_before_anything_starts_is_told_then(dev: Dev) -> None:
+    (dev.llorch.folder / "file").write_text("")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        code, out, err = await asyncio.to_thread(dev.run, "dev", "--engine", "simulated", "--port", port)
-    assert (code, out) == (1, "")
-    assert "error: control ended with code" in err
-    assert "in use" in err
-    await dev.nothing_is_left()
-
-
-@pytest.mark.llama
-async def test_a_model_that_is_not_there_says_so_and_leaves_nothing(dev: Dev) -> None:
-    code, out, err = await asyncio.to_thread(dev.run, "dev", "-m", "file:/no/such/model.gguf", "-p", "x")
-    assert (code, out) == (1, "")
-    assert "/no/such/model.gguf" in err
-    assert "Traceback" not in err
+        for words, said in (
+            (f"dev --engine simulated --port {port}", "in use"),
+            ("dev -m file:/no/such/model.gguf -p x", "/no/such/model.gguf"),
+        ):
+            code, out, err = await asyncio.to_thread(dev.run, *words.split())
+            assert (code, out) == (2, ""), err
+            assert err.startswith("error: "), "not a word before it"
+            assert said in err
+            assert "hint: " in err
+    command = f"XDG_CONFIG_HOME={dev.llorch.folder}/file {sys.executable} -m llorch dev --engine simulated"
+    code, _, err = await asyncio.to_thread(dev.run, command, program=("bash", "-c"))
+    assert (code, "is not a directory" in err) == (2, True)
     await dev.nothing_is_left()
 
 

@@ -327,30 +327,38 @@ async def test_answers_alone_go_to_a_pipe_and_the_prompt_stays_at_the_terminal(
     assert "one" not in chat.screen
 
 
-async def test_a_signal_ends_a_piped_chat_as_it_ends_submit(control: ScriptedControl, env: dict[str, str]) -> None:
-    control.on("POST /v2/tasks", stalls("a part"))
-    for waiting in (False, True):
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "llorch", "chat", env=env, stdin=PIPE, stdout=PIPE, stderr=PIPE
-        )
-        try:
-            assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-            if waiting:  # for a line that does not come
-                control.on("POST /v2/tasks", says("one"))
-            process.stdin.write(b"Hello\n")
-            await process.stdin.drain()
-            shown = b"one\n" if waiting else b"a part"
-            async with asyncio.timeout(WITHIN_S):
-                assert await process.stdout.readexactly(len(shown)) == shown
-                if not waiting:
-                    on_cancel(control, answer({"state": "canceled"}, 202))
-                process.send_signal(signal.SIGINT)
-                code = await process.wait()
-                told = await process.stderr.read()
-            assert (code, told) == (130, b"" if waiting else b"canceled\n")
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-            process._transport.close()  # type: ignore[attr-defined]
-    assert len(cancels(control)) == 1
+@pytest.mark.parametrize("blocked", [False, True], ids=["in an answer", "waiting for a line"])
+async def test_a_signal_ends_a_piped_chat_as_it_ends_submit(
+    control: ScriptedControl, env: dict[str, str], blocked: bool
+) -> None:
+    control.on("POST /v2/tasks", says("one") if blocked else stalls("a part"))
+    reading, writing = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "llorch", "chat", env=env, stdin=reading, stdout=PIPE, stderr=PIPE
+    )
+
+    def taken() -> bool:
+        return struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, b"\0" * 4))[0] == 0
+
+    try:
+        assert process.stdout is not None
+        os.write(writing, b"Hello\n")
+        shown = b"one\n" if blocked else b"a part"
+        async with asyncio.timeout(WITHIN_S):
+            assert await process.stdout.readexactly(len(shown)) == shown
+        if blocked:
+            os.write(writing, b"half a line")
+            await eventually(taken, within_s=WITHIN_S)
+        else:
+            on_cancel(control, answer({"state": "canceled"}, 202))
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(WITHIN_S):
+            _, told = await process.communicate()
+        assert (process.returncode, told) == (130, b"" if blocked else b"canceled\n")
+    finally:
+        os.close(reading)
+        os.close(writing)
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+    assert len(cancels(control)) == (0 if blocked else 1)

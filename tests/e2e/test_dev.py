@@ -257,7 +257,7 @@ async def test_a_wheel_that_is_broken_is_told_after_one_try_and_leaves_nothing(d
     broken = dev.llorch.folder / "broken" / "xllamacpp"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    command = f"PYTHONPATH={broken.parent} {sys.executable} -m llorch dev -p x"
+    command = f"PYTHONPATH={broken.parent}:$PYTHONPATH {sys.executable} -m llorch dev -p x"
     code, out, err = await asyncio.to_thread(dev.run, command, program=("bash", "-c"))
     assert (code, out) == (1, "")
     assert "error: xllamacpp is installed and can't be used\n" in err

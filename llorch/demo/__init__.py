@@ -1,6 +1,6 @@
-"""The model in the box: a tiny one with random weights, so that everything can be tried with nothing to download.
+"""The model in the box: a very small story teller, so that everything can be tried with nothing to download.
 
-Owns where it lies. Its text is noise on purpose; its card is README.md beside this file.
+Owns where it lies. What it is and how it was made: README.md beside this file, and `examples/demo-model/`.
 """
 
 from __future__ import annotations

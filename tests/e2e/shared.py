@@ -1,9 +1,13 @@
-"""One cluster for several tests that only ask it things: starting one takes longer than most of them."""
+"""What end-to-end tests have in common: commands as processes, and one cluster for several tests that only ask it
+things, for starting one takes longer than most of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -35,3 +39,21 @@ async def visiting(cluster: Cluster) -> AsyncIterator[Cluster]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         cluster.session = session
         yield cluster
+
+
+async def start(llorch: Cluster, *argv: str, stdin: int = DEVNULL, **env: str) -> Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "llorch", *argv,
+        env=llorch.client_env() | env, stdin=stdin, stdout=PIPE, stderr=PIPE, cwd=llorch.folder,
+    )  # fmt: skip
+
+
+async def end_of(process: Process, stdin: bytes | None = None) -> tuple[int, str, str]:
+    async with asyncio.timeout(30):
+        out, err = await process.communicate(stdin)
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def run(llorch: Cluster, *argv: str, stdin: bytes | None = None, **env: str) -> tuple[int, str, str]:
+    return await end_of(await start(llorch, *argv, stdin=DEVNULL if stdin is None else PIPE, **env), stdin)

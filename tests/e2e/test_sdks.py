@@ -39,6 +39,7 @@ async def client(sim: Cluster) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 ASK: Any = [{"role": "user", "content": "go"}]
+STORY: Any = [{"role": "user", "content": "Tell me a story"}]  # longer than any max_tokens here
 
 
 async def engine_requests(running: Cluster, node: str = "a") -> list[dict[str, Any]]:
@@ -148,25 +149,25 @@ async def test_the_sdks_reach_real_llama_cpp(tmp_path: Path) -> None:
         await running.start_control()
         await running.start_node("a", [{"id": "p0", "engine": "llamacpp", "model": "demo", "slots": 2, "ctx": 512}])
         async with anthropic.AsyncAnthropic(base_url=running.url, api_key=running.token, max_retries=0) as claude:
-            message = await claude.messages.create(model="demo", max_tokens=8, messages=ASK)
+            message = await claude.messages.create(model="demo", max_tokens=8, messages=STORY)
             assert message.content[0].type == "text"
             assert message.usage.output_tokens == 8
             text = ""
-            async with claude.messages.stream(model="demo", max_tokens=8, messages=ASK) as stream:
+            async with claude.messages.stream(model="demo", max_tokens=8, messages=STORY) as stream:
                 async for piece in stream.text_stream:
                     text += piece
             assert text
             with pytest.raises(anthropic.NotFoundError):
-                await claude.messages.create(model="nope", max_tokens=8, messages=ASK)
+                await claude.messages.create(model="nope", max_tokens=8, messages=STORY)
         async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=running.token, max_retries=0) as client:
             assert [model.id async for model in client.models.list()] == ["demo"]
-            answer = await client.chat.completions.create(model="demo", messages=ASK, max_tokens=8, seed=1)
+            answer = await client.chat.completions.create(model="demo", messages=STORY, max_tokens=8, seed=1)
             assert answer.usage is not None
             assert answer.usage.completion_tokens == 8
             chunks = [
                 chunk
                 async for chunk in await client.chat.completions.create(
-                    model="demo", messages=ASK, max_tokens=8, stream=True, stream_options={"include_usage": True}
+                    model="demo", messages=STORY, max_tokens=8, stream=True, stream_options={"include_usage": True}
                 )
             ]
             assert chunks[-1].usage is not None
@@ -174,10 +175,10 @@ async def test_the_sdks_reach_real_llama_cpp(tmp_path: Path) -> None:
             plain = [
                 chunk
                 async for chunk in await client.chat.completions.create(
-                    model="demo", messages=ASK, max_tokens=8, stream=True
+                    model="demo", messages=STORY, max_tokens=8, stream=True
                 )
             ]
             assert all(chunk.choices and chunk.usage is None for chunk in plain)
-        task = await running.complete("demo", tokens=8, seed=1)
+        task = await running.complete("demo", tokens=8, seed=1, prompt="Once upon a time")
         assert task["tokens_out"] == 8
         assert task["text"]

@@ -6,32 +6,15 @@ import asyncio
 import json
 import signal
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE
 from collections import Counter
 
 import pytest
 
 from tests.cluster import Cluster, eventually, expected_text, lasting_port, simulated
+from tests.e2e.shared import end_of, run, start
 
 SLOW = simulated("slow", "slow", 1, "--delay-ms", "20", "--tokens", "5000")
-
-
-async def start(llorch: Cluster, *argv: str, stdin: int = DEVNULL, **env: str) -> Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "llorch", *argv,
-        env=llorch.client_env() | env, stdin=stdin, stdout=PIPE, stderr=PIPE, cwd=llorch.folder,
-    )  # fmt: skip
-
-
-async def end_of(process: Process, stdin: bytes | None = None) -> tuple[int, str, str]:
-    async with asyncio.timeout(30):
-        out, err = await process.communicate(stdin)
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
-
-
-async def run(llorch: Cluster, *argv: str, stdin: bytes | None = None, **env: str) -> tuple[int, str, str]:
-    return await end_of(await start(llorch, *argv, stdin=DEVNULL if stdin is None else PIPE, **env), stdin)
 
 
 async def it_was_canceled(llorch: Cluster) -> None:

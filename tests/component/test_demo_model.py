@@ -1,0 +1,116 @@
+"""What the demo model writes can be read: measured over samples by real llama.cpp, as anybody would draw them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import aiohttp
+import pytest
+
+from tests.component.llama_process import Server, serving
+from tests.demo_corpus import vocabulary, words
+
+pytest.importorskip("xllamacpp")
+pytestmark = [pytest.mark.llama, pytest.mark.timeout(180)]
+
+TEMPERATURE = 0.8
+MAX_TOKENS = 400
+OPENINGS = (
+    "Once upon a time", "One day", "The little fox", "It was a dark night and", "There was once a king who",
+    "Anna was afraid of", "Long ago", "The robot", "In the forest", "Tell me a story about a dragon",
+)  # fmt: skip
+QUESTIONS = (
+    "Tell me a story about a fox and a bell", "Why is the sky blue?", "Hello! Who are you?",
+    "Write a poem about the moon", "What does a rabbit eat?", "Tell me a joke",
+    "I am sad", "What is the capital of Italy?", "How do you make bread?",
+    "Tell me a story about a girl called Mia",
+)  # fmt: skip
+SEEDS = range(10)
+
+
+@dataclass(frozen=True)
+class Sample:
+    asked: str
+    text: str
+    ended: bool  # by itself, not at MAX_TOKENS
+
+    @property
+    def repeats(self) -> int:
+        """How often the commonest run of four words occurs."""
+        said = words(self.text)
+        runs = Counter(tuple(said[at : at + 4]) for at in range(len(said) - 3))
+        return max(runs.values(), default=0)
+
+
+async def drawn(server: Server) -> list[Sample]:
+    at_once = asyncio.Semaphore(4)
+
+    async def one(session: aiohttp.ClientSession, path: str, asked: str, seed: int) -> Sample:
+        chat = path.endswith("chat/completions")
+        about = {"messages": [{"role": "user", "content": asked}]} if chat else {"prompt": asked}
+        async with at_once:
+            status, text = await server.post(
+                session, path, {**about, "seed": seed, "temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
+            )
+        assert status == 200, text
+        choice = json.loads(text)["choices"][0]
+        said = choice["message"]["content"] if chat else choice["text"]
+        return Sample(asked, said, choice["finish_reason"] == "stop")
+
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+        samples = [
+            group.create_task(one(session, path, asked, seed))
+            for path, asks in (("/v1/completions", OPENINGS), ("/v1/chat/completions", QUESTIONS))
+            for asked in asks
+            for seed in SEEDS
+        ]
+    return [sample.result() for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Sample]]:
+    with serving(tmp_path_factory.mktemp("llama")) as server:
+        yield asyncio.run(drawn(server))
+
+
+def test_there_are_two_hundred_and_they_differ(samples: list[Sample]) -> None:
+    assert len(samples) == 200
+    stories = [sample.text for sample in samples if sample.asked in OPENINGS]
+    assert len(set(stories)) > 0.95 * len(stories)
+
+
+def test_its_words_are_words(samples: list[Sample]) -> None:
+    said = Counter(word for sample in samples for word in words(sample.text))
+    unknown = Counter({word: count for word, count in said.items() if word not in vocabulary()})
+    rate = 1 - unknown.total() / said.total()
+    assert said.total() > 5_000
+    assert rate >= 0.98, unknown.most_common(20)
+
+
+def test_it_stops_by_itself_at_the_end_of_a_sentence(samples: list[Sample]) -> None:
+    odd = [sample for sample in samples if not (sample.ended and sample.text.strip()[-1:] in (".", "!", "?", '"'))]
+    assert len(odd) <= 0.02 * len(samples), odd
+
+
+def test_it_does_not_go_round_in_circles(samples: list[Sample]) -> None:
+    assert [sample for sample in samples if sample.repeats > 3] == []
+
+
+def test_an_answer_is_about_what_was_asked(samples: list[Sample]) -> None:
+    about = {
+        "Tell me a story about a fox and a bell": "fox",
+        "Tell me a story about a girl called Mia": "Mia",
+        "Why is the sky blue?": "light",
+        "Write a poem about the moon": "moon",
+        "What does a rabbit eat?": "carrots",
+        "What is the capital of Italy?": "Rome",
+        "How do you make bread?": "flour",
+        "Tell me a story about a dragon": "dragon",
+    }
+    asked = [sample for sample in samples if sample.asked in about]
+    missed = [sample for sample in asked if about[sample.asked] not in sample.text]
+    assert len(missed) <= 0.1 * len(asked), missed

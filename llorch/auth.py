@@ -128,7 +128,6 @@ def authorize(ring: TokenRing, headers: Mapping[str, str], *scopes: Scope) -> Pr
     if principal is None:
         raise LlorchError(Code.UNAUTHENTICATED, "no valid token was presented")
     if not any(map(principal.may, scopes)):
-        raise LlorchError(
-            Code.FORBIDDEN, "this token lacks the scope", details={"needs": [scope.value for scope in scopes]}
-        )
+        needs = [scope.value for scope in scopes]
+        raise LlorchError(Code.FORBIDDEN, f"this token lacks the scope {' or '.join(needs)}", details={"needs": needs})
     return principal

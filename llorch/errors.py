@@ -75,7 +75,12 @@ MEANINGS: Mapping[Code, Meaning] = {
     Code.UNAUTHENTICATED: Meaning(
         401, "authentication_error", False, "send `Authorization: Bearer TOKEN`; llorch submit reads LLORCH_TOKEN"
     ),
-    Code.FORBIDDEN: Meaning(403, "permission_error", False, "use a token with the scope that `details` names"),
+    Code.FORBIDDEN: Meaning(
+        403,
+        "permission_error",
+        False,
+        "use a token with that scope; an admin token has them all",
+    ),
     Code.MODEL_NOT_FOUND: Meaning(404, _ABSENT, False, "`llorch pool ls` and GET /v1/models list the models there are"),
     Code.NOT_FOUND: Meaning(404, _ABSENT, False, "GET /openapi.json lists every route"),
     Code.METHOD_NOT_ALLOWED: Meaning(405, _BAD, False, "GET /openapi.json lists every route and its methods"),

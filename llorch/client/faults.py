@@ -5,17 +5,13 @@
     ├── StreamBroken        the stream ended after output began, and could not be taken up again
     └── TimedOut            the caller's own limit has passed
 
-Owns turning a connection's exceptions into words. Quotes nothing that a peer sent.
+Owns which fault an exception is; the words for one of a connection's are `llorch.reach`'s.
 """
 
 from __future__ import annotations
 
-import os
-import ssl
-
-import aiohttp
-
 from llorch import sse
+from llorch.reach import why_unreachable
 
 
 class ClientFault(Exception):
@@ -44,34 +40,8 @@ class TimedOut(ClientFault):
 
 def unreachable(url: str, error: Exception) -> Unreachable:
     """The fault for an exception of aiohttp's, or of the socket under it, at `url`."""
-    why, hint = _words(error)
-    return Unreachable(f"can't reach {url}", why=why, hint=hint)
-
-
-def _words(error: Exception) -> tuple[str, str]:
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return _certificate(error.certificate_error)
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "the host name does not resolve", "check the host in --url"
-    if isinstance(error, aiohttp.ClientConnectorSSLError):
-        return "the TLS handshake failed", "is it http:// rather than https://?"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        reason = os.strerror(error.os_error.errno) if error.os_error.errno else "the connection failed"
-        return reason, "is `llorch control` running there? --url, LLORCH_URL or a context name it"
-    if isinstance(error, (aiohttp.ServerTimeoutError, TimeoutError)):
-        return "it did not answer in time", "check the host, the port and the firewalls between"
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "it closed the connection without an answer", "is it https:// rather than http://?"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return "what answers there does not speak HTTP", "check the port in --url"
     if isinstance(error, sse.SseError):
-        return "what it sent is no stream of events", "check the host and the port in --url"
-    return "the connection was lost", "is `llorch control` still running there?"
-
-
-def _certificate(error: Exception) -> tuple[str, str]:
-    said = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else ""
-    why = f"its certificate can't be verified: {said}" if said else "its certificate can't be verified"
-    if "hostname" in said.lower() or "ip address" in said.lower():
-        return why, "use the host name that the certificate is for"
-    return why, "give the authority that signed it: --tls-ca FILE"
+        why, hint = "what it sent is no stream of events", "check the host and the port in --url"
+    else:
+        why, hint = why_unreachable(error, "--url, LLORCH_URL or the context")
+    return Unreachable(f"can't reach {url}", why=why, hint=hint)

@@ -33,6 +33,7 @@ from llorch.node.dial import dial
 from llorch.node.link import Calls, NodeLink
 from llorch.node.reports import Identity, Snapshot
 from llorch.node.state import Node
+from llorch.reach import why_unreachable
 
 RETRY = Backoff(first_s=0.4, most_s=2.0)  # 0.2 to 2 s with its jitter
 SLOW_RETRY = Backoff(first_s=5.0, most_s=30.0)  # for refusals that only a person can mend
@@ -43,6 +44,7 @@ MAX_ANSWER_BYTES = 1024 * 1024
 
 _REGISTER_AGAIN = frozenset({Code.NODE_UNKNOWN, Code.LEASE_STALE, Code.NODE_ID_CONFLICT})
 _FOR_A_PERSON = frozenset({Code.UNAUTHENTICATED, Code.FORBIDDEN, Code.NODE_ID_CONFLICT, Code.UNTRUSTED_ADDRESS})
+_WRONG_TOKEN = "--node-token or --node-token-file has to hold a node token of that control"
 
 log = Log("node.heartbeat")
 
@@ -260,7 +262,8 @@ class Membership:
         """How long to wait after a failure, which is logged once for each kind in a row."""
         self._failures += 1
         if error.code in _FOR_A_PERSON:
-            log.error("control.refuses", node_id=self._node.node_id, url=self.url, code=error.code, hint=error.hint)
+            hint = _WRONG_TOKEN if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN) else error.hint
+            log.error("control.refuses", node_id=self._node.node_id, url=self.url, code=error.code, hint=hint)
             return SLOW_RETRY.delay_s(self._failures, random.random())
         tell = log.warning if self._failures in (1, 10) or self._failures % 100 == 0 else log.debug
         tell(
@@ -269,6 +272,7 @@ class Membership:
             url=self.url,
             code=error.code,
             reason=error.message,
+            hint=error.hint,
             failures=self._failures,
         )
         return RETRY.delay_s(self._failures, random.random())
@@ -289,7 +293,8 @@ class Membership:
                 answer = await _whole(response)
                 status = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise LlorchError(Code.NODE_LOST, f"the control can't be reached: {type(error).__name__}") from None
+            why, hint = why_unreachable(error, "--join")
+            raise LlorchError(Code.NODE_LOST, f"the control can't be reached: {why}", hint=hint) from None
         try:
             value = decode_json(answer)
         except LlorchError:

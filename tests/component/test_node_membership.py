@@ -166,6 +166,7 @@ async def test_refused_token_is_said_aloud_and_tried_again(
         setup.node.pools.handle(ev.Drain(POOL), 0.0)
         await eventually(lambda: "control.refuses" in caplog.text)
         assert "code=UNAUTHENTICATED" in caplog.text
+        assert "--node-token" in caplog.text  # and not what a client would have to do
         setup.control.refuse_beats = None
         before = len(full_beats(setup))
         await eventually(lambda: len(full_beats(setup)) > before)

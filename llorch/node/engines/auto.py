@@ -19,7 +19,7 @@ from llorch.node.engines.simulated import Simulated
 from llorch.node.engines.spec import Engine
 
 AUTO = "auto"
-INSTALL = "pip install 'llorch[llamacpp]'"
+INSTALL = "pip install xllamacpp"  # the extra [llamacpp], also where llorch came from a checkout
 MEND = (
     "install a llama-server built for this GPU and put it in PATH (or --llama-server PATH), "
     "or serve from the CPU with --allow-cpu"

@@ -120,7 +120,7 @@ def test_with_no_engine_at_all_it_says_what_to_install(facts: EngineFacts) -> No
     for gpus in (True, False):
         with pytest.raises(ConfigError) as caught:
             choose(facts, gpus=gpus, allow_cpu=True)
-        assert caught.value.hint == "pip install 'llorch[llamacpp]'"
+        assert caught.value.hint == "pip install xllamacpp"
 
 
 def test_an_engine_that_was_asked_for_by_name_is_not_replaced() -> None:

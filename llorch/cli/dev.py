@@ -36,7 +36,6 @@ TASKS_EVERY_S = 0.25
 PROGRESS_EVERY_S = 0.2
 TASK_GRACE = "2s"  # for what still runs when the command is ended
 MAX_NODES = 64
-ANSWER_TOKENS = 128  # a paragraph: a model with random weights ends only where its context does
 
 
 def dev(
@@ -49,10 +48,7 @@ def dev(
         str | None, typer.Option("--prompt", "-p", metavar="PROMPT", help="Print one answer, and end.")
     ] = None,
     max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens", metavar="N", min=1, help=f"How long -p's answer may get. Default: {ANSWER_TOKENS}."
-        ),
+        int | None, typer.Option("--max-tokens", metavar="N", min=1, help="End -p's answer after this many tokens.")
     ] = None,
     model: Annotated[str, typer.Option("--model", "-m", metavar="REF", help="demo, or file:/abs/path.gguf")] = "demo",
     slots: Annotated[str | None, typer.Option("--slots", metavar="N", help="Sequences at a time, per node.")] = None,
@@ -79,8 +75,12 @@ def _run(given: dict[str, Any]) -> Any:
     if engine == "llamacpp":
         dev_checks.check_wheel()
         dev_checks.check_model(given["model"])
-    body = None if prompt is None else {"prompt": prompt, "max_tokens": max_tokens or ANSWER_TOKENS}
+    body = None if prompt is None else _body(prompt, max_tokens)
     return _Dev(given["nodes"], engine, node_words, given["port"], given["verbose"]).run(body)
+
+
+def _body(prompt: str, max_tokens: int | None) -> dict[str, Any]:
+    return {"prompt": prompt} | ({} if max_tokens is None else {"max_tokens": max_tokens})
 
 
 def _node_words(engine: str, model: str, slots: str | None, ctx: str | None) -> list[str]:

@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, **words: Any) -> Any:
 
 def test_an_answer_has_a_length_unless_another_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch) is None
-    assert asked(monkeypatch, prompt="Hello") == {"prompt": "Hello", "max_tokens": 128}
+    assert asked(monkeypatch, prompt="Hello") == {"prompt": "Hello"}
     assert asked(monkeypatch, prompt="Hello", max_tokens=5) == {"prompt": "Hello", "max_tokens": 5}
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from random import Random
 from types import ModuleType
 
 FOLDER = Path(__file__).parents[1] / "examples" / "demo-model"
@@ -32,13 +33,29 @@ def words(text: str) -> list[str]:
 
 
 @cache
-def vocabulary(documents: int = 3000) -> frozenset[str]:
-    """Every word that the program says. Not those that it lets people ask with: many of them are made up."""
+def vocabulary(documents: int = 8000) -> frozenset[str]:
+    """Every word that the program says, without those that it makes up: they could be anything."""
     corpus = module("corpus")
-    said = (
-        text
-        for number in range(documents)
-        for role, text in corpus.document("words for tests", number)
-        if role in (corpus.PLAIN, "assistant")
-    )
-    return frozenset(word for text in said for word in words(text))
+    made_up = corpus.talk.made_up
+
+    def marked(rng: Random) -> str:
+        made_up(rng)  # for the draws that come after it
+        return "Qqqq"
+
+    corpus.talk.made_up = marked
+    try:
+        said = [
+            text
+            for number in range(documents)
+            for role, text in corpus.document("words for tests", number)
+            if role in (corpus.PLAIN, "assistant")
+        ]
+    finally:
+        corpus.talk.made_up = made_up
+    return frozenset(word for text in said for word in words(text)) - {"qqqq"}
+
+
+def known_rate(text: str, asked: str = "") -> float:
+    """How many of a text's words are words: the program's, or those that were asked with."""
+    said, known = words(text), vocabulary() | set(words(asked))
+    return sum(word in known for word in said) / len(said)

@@ -21,9 +21,10 @@ KINDS = (
 
 
 def write(path: Path, model: Llama, vocabulary: sentencepiece.SentencePieceProcessor) -> int:
-    """Write the model; its size in bytes. Raises OSError."""
+    """Write the model, whole or not at all; its size in bytes. Raises OSError."""
     shape = model.shape
-    writer = gguf.GGUFWriter(str(path), "llama")
+    part = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(str(part), "llama")
     writer.add_name(NAME)
     writer.add_description(DESCRIPTION)
     writer.add_license("apache-2.0")
@@ -53,6 +54,7 @@ def write(path: Path, model: Llama, vocabulary: sentencepiece.SentencePieceProce
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    part.replace(path)
     return path.stat().st_size
 
 

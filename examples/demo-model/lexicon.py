@@ -221,4 +221,3 @@ inside a block of ice / the ice was thick and cold / warm / breathed on the ice 
 COLOURS = frozenset(["white", "black", "grey", "brown", "red", "green", "blue", "golden", "pink", "bright"])
 WEATHER = ["sunny", "windy", "rainy", "foggy", "cold", "warm", "snowy", "quiet", "grey", "bright", "frosty", "stormy"]
 SEASONS = ["spring", "summer", "autumn", "winter"]
-TIMES = ["morning", "afternoon", "evening", "day", "night"]

@@ -30,7 +30,7 @@ from phrases import (
     UNKNOWN,
 )
 from poems import poem
-from stories import PLOTS, told
+from stories import PLOTS, Plot, told
 from wording import tidy, upper
 
 Turn = tuple[str, str]
@@ -186,7 +186,7 @@ def _young(rng: Random) -> Exchange:
 def _animal(rng: Random) -> Exchange:
     kind = rng.choice(ANIMALS)
     a = tidy(f"a {kind.noun}")
-    some = f"{upper(a)}"
+    some = upper(a)
     likes = [part.strip() for part in kind.like.split(",")]
     exchange = rng.choice(
         (
@@ -260,7 +260,7 @@ def story(rng: Random, *, short: bool = False) -> tuple[Exchange, Scene]:
     return (asked(request, rng), text), scene
 
 
-def _wish(rng: Random):  # type: ignore[no-untyped-def]
+def _wish(rng: Random) -> tuple[str, Scene, Plot | None, tuple[str, ...]]:
     """What is asked for, the scene and the plot that grant it, and words that have to be in the story."""
     draw = rng.random()
     if draw < 0.12:
@@ -422,7 +422,7 @@ def _system(rng: Random) -> tuple[str, Callable[[str], str]]:
     if draw < 0.75:
         return rng.choice(PLAIN_SYSTEMS), _same
     if draw < 0.82:
-        return rng.choice(SHORT_SYSTEMS), lambda answer: first_sentence(answer)
+        return rng.choice(SHORT_SYSTEMS), first_sentence
     if draw < 0.88:
         return rng.choice(POLITE_SYSTEMS), lambda answer: f"With pleasure. {answer}"
     who, sound = rng.choice(tuple(SOUNDS.items()))

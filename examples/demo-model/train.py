@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if not options.out.parent.is_dir():
+        parser.error(f"there is no folder {options.out.parent}")
     torch.manual_seed(int.from_bytes(hashlib.sha256(SEED.encode()).digest()[:8]) >> 1)
     torch.set_num_threads(options.threads)
     say = timed()

@@ -8,7 +8,7 @@ from random import Random
 
 _CHOICE = re.compile(r"\(([^()]*)\)")
 # "a" before a vowel that is heard.
-_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou](?!ne\b|nce\b|ni|se))", re.IGNORECASE)
+_ARTICLE = re.compile(r"\b([Aa]) (?=(?:o(?!ne\b|nce\b)|u(?!ni|se)|[aei])\w)")
 
 
 def filled(template: str, slots: Mapping[str, str], rng: Random) -> str:

@@ -22,7 +22,7 @@ SLOTS, CTX = 2, 512
 
 
 class Server:
-    """A process, begun and awaited without a loop: the tests of this module share one."""
+    """A process, begun and awaited without a loop, so that the tests of a module can share one."""
 
     def __init__(self, folder: Path, *args: str) -> None:
         key_file = folder / "key"

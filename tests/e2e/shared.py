@@ -49,8 +49,13 @@ async def start(llorch: Cluster, *argv: str, stdin: int = DEVNULL, **env: str) -
 
 
 async def end_of(process: Process, stdin: bytes | None = None) -> tuple[int, str, str]:
-    async with asyncio.timeout(30):
-        out, err = await process.communicate(stdin)
+    try:
+        async with asyncio.timeout(30):
+            out, err = await process.communicate(stdin)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise AssertionError("the command did not end within 30 s") from None
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 

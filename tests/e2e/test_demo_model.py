@@ -25,10 +25,19 @@ async def test_every_way_in_reads_well_and_stops_by_itself(llorch: Cluster) -> N
     _, completion = await llorch.post("/v1/completions", {"model": "demo", "prompt": "Once upon a time", "seed": 1})
     assert (native["finish_reason"], messages["finish_reason"]) == ("stop", "stop")
     assert completion["choices"][0]["finish_reason"] == "stop"
-    for text in (native["text"], messages["text"], completion["choices"][0]["text"]):
+    ask = {"model": "demo", "messages": [{"role": "user", "content": STORY}], "seed": 1}
+    _, chat = await llorch.post("/v1/chat/completions", ask)
+    assert chat["choices"][0]["finish_reason"] == "stop"
+    _, stream = await llorch.post("/v1/chat/completions", {**ask, "stream": True})
+    streamed = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    assert streamed[-1]["choices"][0]["finish_reason"] == "stop"
+    pieces = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in streamed)
+
+    said = chat["choices"][0]["message"]["content"]
+    for text in (native["text"], messages["text"], completion["choices"][0]["text"], said, pieces):
         assert len(text.split()) > 30
         assert text[-1] in '.!?"'
-    assert "fox" in messages["text"]
+    assert all("fox" in text for text in (messages["text"], said, pieces))
 
     status, out, err = await run(llorch, "submit", "--seed", "1", "Why is the sky blue?")
     assert (status, err) == (0, "")

@@ -75,3 +75,14 @@ def test_most_conversations_answer_and_some_have_a_system_message() -> None:
 
 def test_it_has_the_words_of_a_small_world() -> None:
     assert 1200 < len(vocabulary()) < 4000
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("a animal", "an animal"), ("A owl", "An owl"), ("a onion", "an onion"), ("a umbrella", "an umbrella"),
+        ("a unicorn", "a unicorn"), ("a one-eyed cat", "a one-eyed cat"), ("a fox  sat .", "a fox sat."),
+    ],
+)  # fmt: skip
+def test_articles_and_spaces_are_put_right(written: str, read: str) -> None:
+    assert module("wording").tidy(written) == read

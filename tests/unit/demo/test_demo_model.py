@@ -31,3 +31,10 @@ def test_its_card_tells_its_size_and_its_vocabulary() -> None:
     gguf = pytest.importorskip("gguf")
     tokens = gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"]
     assert f"{len(tokens.data):,} pieces" in card
+
+
+def test_its_card_tells_how_it_is_sampled_where_a_request_does_not_say() -> None:
+    gguf = pytest.importorskip("gguf")
+    path = Path(demo.model_path())
+    min_p = float(gguf.GGUFReader(path).fields["general.sampling.min_p"].contents())
+    assert f"min_p {min_p:.2f}" in path.with_name("README.md").read_text()

@@ -76,13 +76,18 @@ async def take_turn(
                     case Failed():
                         taken = Taken("".join(said), task_id, failed=event)
                 shown.show(event)
+        shown.close()
     except (asyncio.CancelledError, Interrupted):
         if taken is None:
             return Taken("".join(said), task_id, told=await cancel_quietly(client, task_id))
-    except (TimedOut, OutputClosed, OutputFailed):
+    except TimedOut:
         if taken is None:
             await cancel_quietly(client, task_id)
             raise
+    except (OutputClosed, OutputFailed):
+        if taken is None:
+            await cancel_quietly(client, task_id)
+        raise
     finally:
         with contextlib.suppress(Exception):  # what made us leave is what matters
             shown.close()

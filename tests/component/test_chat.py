@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llorch.backoff import Backoff
+from llorch.cli.output import OutputClosed, OutputFailed, write_out
 from llorch.client import api
 from llorch.errors import Code
 from tests.component.command_line import CommandLine, Ran
@@ -273,6 +274,24 @@ async def test_a_timeout_is_of_one_answer_and_the_control_sees_the_cancel(
     assert ran.err == "error: it took longer than --timeout, 1 s\n"
     stalled = control.asked("POST /v2/tasks")[1].json()["task_id"]
     assert len(control.asked(f"POST /v2/tasks/{stalled}/cancel")) == 1
+
+
+@pytest.mark.parametrize("fault", [OutputClosed(), OutputFailed("No space left on device")], ids=["closed", "full"])
+@pytest.mark.parametrize("last", [end(), error("NODE_LOST")], ids=["end", "error"])
+async def test_an_answer_whose_last_newline_can_not_be_written_ends_it_and_nothing_more_is_asked(
+    control: ScriptedControl, llorch: CommandLine, monkeypatch: pytest.MonkeyPatch, last: bytes, fault: Exception
+) -> None:
+    def until_the_newline(text: str) -> None:
+        if text == "\n":
+            raise fault
+        write_out(text)
+
+    monkeypatch.setattr("llorch.cli.chat.write_out", until_the_newline)
+    control.on("POST /v2/tasks", stream(started(), token(0, "one"), last))
+    ran = await llorch("chat", stdin=b"first\nsecond\n")
+    told = "" if isinstance(fault, OutputClosed) else f"error: standard output can't be written: {fault}\n"
+    assert ran == (141 if isinstance(fault, OutputClosed) else 1, "one", told)
+    assert len(control.requests) == 2, "the models and one task, which has ended: nothing is left to cancel"
 
 
 @pytest.mark.parametrize(

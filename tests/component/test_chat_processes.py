@@ -8,6 +8,7 @@ import fcntl
 import os
 import pty
 import re
+import resource
 import signal
 import struct
 import sys
@@ -362,3 +363,18 @@ async def test_a_signal_ends_a_piped_chat_as_it_ends_submit(
             process.kill()
         await process.wait()
     assert len(cancels(control)) == (0 if blocked else 1)
+
+
+async def test_a_disk_that_is_full_at_the_end_of_an_answer_fails_the_run(
+    control: ScriptedControl, env: dict[str, str], tmp_path: Path
+) -> None:
+    control.on("POST /v2/tasks", says("one"))
+    with (tmp_path / "answers").open("wb") as answers:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-B", "-m", "llorch", "chat", env=env, stdin=PIPE, stdout=answers, stderr=PIPE,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3, 3)),
+        )  # fmt: skip
+    async with asyncio.timeout(WITHIN_S):
+        _, told = await process.communicate(b"first\nsecond\n")
+    assert (process.returncode, told) == (1, b"error: standard output can't be written: File too large\n")
+    assert asked(control) == [["first"]]

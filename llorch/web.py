@@ -400,13 +400,20 @@ def _tuned_socket(address: Any) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def client_session(
-    *, tls: ssl.SSLContext | None = None, read_timeout_s: float | None = None, connect_timeout_s: float = 5.0
+    *,
+    tls: ssl.SSLContext | None = None,
+    read_timeout_s: float | None = None,
+    connect_timeout_s: float = 5.0,
+    reuse: bool = True,
 ) -> AsyncIterator[aiohttp.ClientSession]:
     """A session that never follows, unpacks or believes what a peer did not have to say.
 
-    `read_timeout_s` is between two reads; None leaves it to the caller. No proxy from the environment is used.
+    `read_timeout_s` is between two reads; None leaves it to the caller. No proxy from the environment is used. Without
+    `reuse` each request has a connection of its own.
     """
-    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=30, ssl=tls or True, socket_factory=_tuned_socket)
+    connector = aiohttp.TCPConnector(
+        limit=0, ttl_dns_cache=30, ssl=tls or True, socket_factory=_tuned_socket, force_close=not reuse
+    )
     async with aiohttp.ClientSession(
         connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s),

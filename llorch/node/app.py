@@ -27,6 +27,7 @@ from llorch.errors import ConfigError
 from llorch.node import pool_events as ev
 from llorch.node.calls import LinkCalls
 from llorch.node.catalog import Catalog
+from llorch.node.engine_answer import engine_session
 from llorch.node.engines.auto import EngineFacts
 from llorch.node.engines.detect import detect
 from llorch.node.gpu import GpuInventory
@@ -145,7 +146,7 @@ async def run(settings: NodeSettings) -> int:
             poll_handoffs=settings.poll_handoffs,
             on_note=lambda note: on_note(metrics, note),
         )
-        engines = await exits.enter_async_context(web.client_session())
+        engines = await exits.enter_async_context(engine_session())
         controls = await exits.enter_async_context(web.client_session(tls=client_tls))
         memberships: list[Membership] = []
 

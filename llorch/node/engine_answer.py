@@ -1,16 +1,18 @@
 """An engine's HTTP answer as it comes, however it may break.
 
-Owns what counts as a broken connection, that a reader of an answer always learns of its end, and how much of an error
-answer is read. Never decodes an answer and never quotes one.
+Owns how an engine is connected to, what counts as a broken connection, that a reader of an answer always learns of its
+end, and how much of an error answer is read. Never decodes an answer and never quotes one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 
 import aiohttp
+
+from llorch.web import client_session
 
 MAX_ERROR_BYTES = 64 * 1024  # of an engine's error answer
 ERROR_BODY_TIMEOUT_S = 5.0
@@ -63,3 +65,13 @@ async def read_into(parts: list[bytes], response: aiohttp.ClientResponse, limit:
     while limit > 0 and (part := await response.content.read(limit)):
         parts.append(part)
         limit -= len(part)
+
+
+def engine_session() -> AbstractAsyncContextManager[aiohttp.ClientSession]:
+    """For requests to engines: each has a connection of its own.
+
+    An engine may close a kept one in the very moment in which it is used again (of 300 tasks, 4 at a time, llama.cpp's
+    server did so to 5), and nobody can tell whether such a request was read. A connection on loopback costs less than
+    a token.
+    """
+    return client_session(reuse=False)

@@ -197,6 +197,27 @@ async def test_a_whole_answer_that_is_not_whole_shows_nothing(tmp_path: Path, an
         await idle(setup)
 
 
+async def test_an_engine_that_closes_a_connection_when_it_is_used_again_costs_no_task(tmp_path: Path) -> None:
+    class Keeping(RawEngine):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head.lower())
+                await reader.readexactly(int(length[1]) if length else 0)
+                writer.write(self.answer)
+                await reader.read(1)
+            writer.close()
+
+    body = json.dumps(token("t0 ", "stop")).encode()
+    kept = JSON_200.replace(b"Connection: close", b"Content-Length: %d" % len(body))
+    async with node_with(tmp_path, Keeping(kept + body)) as setup:
+        link = await setup.link()
+        for _ in range(3):
+            tail = await ended(link.open({"model": MODEL, "messages": []}, path=CHAT, stream=False))
+            assert "error" not in tail, tail
+        await idle(setup)
+
+
 @pytest.mark.parametrize("kind", [b"x" * 5_000, b"a\xff\x80b", b"\x7f", b""])
 async def test_a_content_type_that_is_none_is_json(tmp_path: Path, kind: bytes) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: " + kind + b"\r\nContent-Length: 15\r\n\r\n"

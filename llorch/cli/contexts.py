@@ -99,7 +99,10 @@ def changing(path: Path) -> Iterator[Contexts]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of the directory: it needs no file of its own that would stay behind
         contexts = load(path)
         yield contexts
-        _store(path, contexts)
+        if contexts.named:
+            _store(path, contexts)
+        else:
+            _remove(path)
     finally:
         os.close(lock)
 
@@ -125,6 +128,14 @@ def _store(path: Path, contexts: Contexts) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ConfigError(f"the contexts in {path} can't be written: {error.strerror}") from None
+
+
+def _remove(path: Path) -> None:
+    """No file where there was none before the first context."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the contexts in {path} can't be removed: {error.strerror}") from None
 
 
 def remove(path: Path, name: str, *, keeper: str | None = None) -> bool:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from llorch.client.api import LlorchClient
     from llorch.client.events import Event
 
-MODEL_WITHIN_S = 600.0  # for pools to get ready: a large model on a slow disk
+LOAD_TIMEOUT = "10m"  # of a node: a large model on a slow disk
+MODEL_WITHIN_S = 660.0  # for pools to get ready: a large model on a slow disk
 LOOK_FIRST_S, LOOK_MOST_S = 0.03, 0.25  # between two looks at the nodes: a small model is loaded in no time
 LOGS_EVERY_S = 0.1
 TASKS_EVERY_S = 0.25
@@ -72,6 +73,7 @@ def _run(given: dict[str, Any]) -> Any:
     if engine not in ("llamacpp", "simulated"):
         raise usage(f"{engine!r} is not one of llamacpp, simulated")
     node_words = _node_words(engine, given["model"], given["slots"], given["ctx"])
+    dev_checks.check_system()
     if engine == "llamacpp":
         dev_checks.check_wheel()
         dev_checks.check_model(given["model"])
@@ -134,7 +136,7 @@ class _Dev:
     def __init__(self, nodes: int, engine: str, node_words: list[str], port: int, verbose: bool) -> None:
         self._nodes = [f"dev-{number}" for number in range(1, nodes + 1)]
         self._engine = engine
-        self._node_words = ["--bind", "127.0.0.1:0", "--allow-cpu", *node_words]
+        self._node_words = ["--bind", "127.0.0.1:0", "--allow-cpu", "--load-timeout", LOAD_TIMEOUT, *node_words]
         self._port = port
         self._verbose = verbose
         self._terminal = is_terminal(sys.stderr)
@@ -294,6 +296,8 @@ class _Dev:
             while True:
                 for name in sorted(set(cluster.ended) - told):
                     told.add(name)
+                    if name == "keeper":
+                        raise cluster.failure(name)
                     left = sum(node not in cluster.ended for node in self._nodes)
                     how = exit_words(cluster.ended[name])
                     write_err(f"{name} has ended ({how}); {left} of {len(self._nodes)} nodes left\n")

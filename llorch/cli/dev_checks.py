@@ -33,6 +33,15 @@ def failure(fault: Fault, code: Exit = Exit.FAILED) -> Failure:
     return Failure(fault.message, code=code, why=fault.why, hint=fault.hint)
 
 
+def check_system() -> None:
+    if sys.platform != "linux":
+        raise Failure(
+            "llorch dev needs Linux, as nodes do",
+            code=Exit.USAGE,
+            hint="control and client run here: llorch control, llorch chat --url URL",
+        )
+
+
 # ---------------------------------------------------------------- llama.cpp
 
 
@@ -46,19 +55,20 @@ def check_wheel() -> None:
         )
 
 
-def _install() -> str:
+def _install(*, again: bool = False) -> str:
     requirement = WHEEL
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for line in importlib.metadata.requires("llorch") or ():
             if line.startswith(WHEEL):
                 requirement = line.partition(";")[0].strip()
-    return install_words(sys.executable, requirement, has_pip=importlib.util.find_spec("pip") is not None)
+    has_pip = importlib.util.find_spec("pip") is not None
+    return install_words(sys.executable, requirement, has_pip=has_pip, again=again)
 
 
 async def wheel_trouble(env: Mapping[str, str]) -> Fault | None:
     """What is wrong with xllamacpp, found by importing it in a process of its own: it may end that."""
     asked = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", f"import {WHEEL}", env=dict(env),
+        sys.executable, "-P", "-c", f"import {WHEEL}", env=dict(env),  # not what lies in this directory
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -70,7 +80,7 @@ async def wheel_trouble(env: Mapping[str, str]) -> Fault | None:
         if asked.returncode is None:
             asked.kill()
             await asked.wait()
-    return wheel_fault(asked.returncode or 0, said.decode("utf-8", "replace"), _install())
+    return wheel_fault(asked.returncode or 0, said.decode("utf-8", "replace"), _install(again=True))
 
 
 # ---------------------------------------------------------------- the model
@@ -94,9 +104,9 @@ def check_model(ref: str) -> None:
 
 @contextlib.contextmanager
 def held_port(port: int) -> Iterator[int]:
-    """A port for the control, 0 meaning any, so that the nodes know its URL before it is there. Nobody else is given
-    it meanwhile: it is bound here and not listened on, which Linux lets a second socket share that has SO_REUSEADDR
-    too, as every listener of llorch has. Raises Failure if it is taken.
+    """A port for the control, 0 meaning any, so that the nodes know its URL before it is there. Nobody who asks for
+    any port is given it meanwhile: it is bound here and not listened on, which Linux lets a second socket share that
+    has SO_REUSEADDR too, as every listener of llorch has. Raises Failure if it is taken.
     """
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -109,10 +119,7 @@ def held_port(port: int) -> Iterator[int]:
                 why=error.strerror,
                 hint="give another --port, or none: then a free one is taken",
             ) from None
-        number = int(sock.getsockname()[1])
-        if sys.platform != "linux":
-            sock.close()  # elsewhere it could not be shared
-        yield number
+        yield int(sock.getsockname()[1])
 
 
 # ---------------------------------------------------------------- the context
@@ -133,15 +140,24 @@ def check_context_place(path: Path) -> None:
 
 def is_current(env: Mapping[str, str]) -> bool:
     """Whether commands in a shell like this one would take the current context: its variables go before."""
-    return not any(env.get(name) for name in ("LLORCH_URL", "LLORCH_TOKEN", "LLORCH_TLS_CA"))
+    return not any(env.get(name) for name in ("LLORCH_URL", "LLORCH_TOKEN", "LLORCH_TOKEN_FILE", "LLORCH_TLS_CA"))
 
 
 def program() -> str:
     """What a person types for llorch in a shell like this one."""
     found, typed = shutil.which("llorch"), Path(shutil.which(sys.argv[0]) or sys.argv[0]).absolute()
+    if not typed.exists():
+        return f"{short_path(sys.executable, _home())} -m llorch"
     same = found is not None and Path(found).samefile(typed)
-    return program_words(str(typed), found=same, python=sys.executable, home=str(Path.home()))
+    return program_words(str(typed), found=same, python=sys.executable, home=_home())
 
 
 def shown_path(path: Path) -> str:
-    return short_path(str(path), str(Path.home()))
+    return short_path(str(path), _home())
+
+
+def _home() -> str:
+    try:
+        return str(Path.home())
+    except RuntimeError:  # this user has none
+        return "/nonexistent"

@@ -31,6 +31,7 @@ from llorch.errors import ConfigError
 READY_WITHIN_S = 60.0  # a role that has printed no ready line by then never will
 LOOK_EVERY_S = 0.02
 CONTEXT = "dev"
+CONTEXT_TRIES = 5
 _OWN_SETTINGS = ("LLORCH_", "ORCHESTRATORD_", "POOL_MANAGERD_", "NOTIFY_SOCKET")
 
 
@@ -148,7 +149,7 @@ class Cluster:
         async for line in self._process.stdout:
             self._heard(json.loads(line))
             self.changed.set()
-        self.ended.setdefault("keeper", 0)
+        self.ended.setdefault("keeper", 0)  # that it has ended is known here, not how
         self.changed.set()
 
     def _heard(self, message: Mapping[str, Any]) -> None:
@@ -225,16 +226,18 @@ class Cluster:
         made, or that another `llorch dev` uses, is left alone: this one gets a number.
         """
         path = contexts.contexts_path(os.environ)
-        name = _free_name(contexts.load(path))
-        # The order is in the keeper's pipe before the context is there: at no moment could it stay behind.
-        await self._tell({"context": name, "path": str(path)})
-        with contexts.changing(path) as known:
-            if name in known.named and not _stale(known.named[name]):
-                raise Failure(f"the context {name} was taken just now", hint="try again")
-            known.named[name] = contexts.Context(url=url, token=self.tokens.api, keeper=self.identity)
-            if known.current is None:
-                known.current = name
-            return name, known.current == name
+        for _ in range(CONTEXT_TRIES):  # another one that starts now may be faster
+            name = _free_name(contexts.load(path))
+            # The order is in the keeper's pipe before the context is there: at no moment could it stay behind.
+            await self._tell({"context": name, "path": str(path)})
+            with contexts.changing(path) as known:
+                if name in known.named and not _stale(known.named[name]):
+                    continue
+                known.named[name] = contexts.Context(url=url, token=self.tokens.api, keeper=self.identity)
+                if known.current is None:
+                    known.current = name
+                return name, known.current == name
+        raise Failure("no name for a context is left to this cluster", hint="llorch context ls")
 
 
 def _stale(context: contexts.Context) -> bool:

@@ -202,7 +202,8 @@ def role_fault(name: str, code: int | None, log: str, why: str | None = None) ->
 
 def memory_fault(name: str, log: str) -> Fault | None:
     """If the engine's log tells that memory was short; that will not change by another start."""
-    found = next((line for line in log.splitlines() if _MEMORY.search(line)), None)
+    told = (line for line in log.splitlines() if _ENGINE_ERROR.match(line) or "bad_alloc" in line)  # not its warnings
+    found = next((line for line in told if _MEMORY.search(line)), None)
     if found is None:
         return None
     return Fault(
@@ -225,7 +226,10 @@ def engine_fault(name: str, said: str, log: str) -> Fault:
 
 
 def wheel_fault(code: int, said: str, install: str) -> Fault | None:
-    """What is wrong with xllamacpp, by how `import xllamacpp` ended: exit code, last line. None: nothing is."""
+    """What is wrong with xllamacpp, by how `import xllamacpp` ended: exit code, last line. None: nothing is.
+
+    `install` is the command that installs it again.
+    """
     if code == 0:
         return None
     last = one_line(said.strip().rpartition("\n")[2])
@@ -243,7 +247,7 @@ def wheel_fault(code: int, said: str, install: str) -> Fault | None:
     return Fault(
         message,
         f"{last or exit_words(code)}: it is damaged, or for another platform or Python",
-        f"{install.replace(' install ', ' install --force-reinstall ', 1)}; {SIMULATED}",
+        f"{install}; {SIMULATED}",
     )
 
 
@@ -254,11 +258,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def install_words(python: str, requirement: str, *, has_pip: bool) -> str:
+def install_words(python: str, requirement: str, *, has_pip: bool, again: bool = False) -> str:
     """The command that adds a package to this very installation, however llorch itself came into it."""
+    python = shlex.quote(python)
     if has_pip:
-        return f"{python} -m pip install '{requirement}'"
-    return f"uv pip install --python {python} '{requirement}'"
+        return f"{python} -m pip install {'--force-reinstall ' * again}'{requirement}'"
+    return f"uv pip install {'--reinstall ' * again}--python {python} '{requirement}'"
 
 
 def program_words(typed: str, *, found: bool, python: str, home: str) -> str:

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import aiohttp
 
 from llorch.backoff import Backoff
-from llorch.errors import Code, LlorchError
+from llorch.errors import MEANINGS, Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import decode_json
 from llorch.node import reports
@@ -272,7 +272,7 @@ class Membership:
             url=self.url,
             code=error.code,
             reason=error.message,
-            hint=error.hint,
+            hint=error.hint if error.hint != MEANINGS[error.code].hint else None,  # which is for clients
             failures=self._failures,
         )
         return RETRY.delay_s(self._failures, random.random())
@@ -301,9 +301,12 @@ class Membership:
             value = None
         if status >= 400:
             wire = value.get("error") if isinstance(value, dict) else None
-            raise LlorchError.from_wire(wire, fallback=_BY_STATUS.get(status, Code.NODE_LOST))
-        if not isinstance(value, dict):
-            raise LlorchError(Code.NODE_LOST, f"the control answered HTTP {status} with something that is not JSON")
+            if isinstance(wire, dict) or status in _BY_STATUS:
+                raise LlorchError.from_wire(wire, fallback=_BY_STATUS.get(status, Code.NODE_LOST))
+        if not isinstance(value, dict) or status >= 400:
+            raise LlorchError(
+                Code.NODE_LOST, f"what answered with HTTP {status} is no control", hint="check the URL in --join"
+            )
         return value
 
 

@@ -24,6 +24,7 @@ from llorch.auth import Scope, TokenRing
 from llorch.link import Link
 from llorch.node import pool_events as ev
 from llorch.node.calls import LinkCalls
+from llorch.node.engine_answer import engine_session
 from llorch.node.handoff import Handoff
 from llorch.node.heartbeat import Membership
 from llorch.node.metrics import NodeMetrics
@@ -308,6 +309,8 @@ class ScriptedControl:
         self.beats.append(await request.json())
         if self.refuse_beats is not None:
             status, code = self.refuse_beats
+            if not code:  # something else answers there
+                return web.json_response(["nothing", "of", "ours"], status=status)
             return web.json_response({"error": {"code": code, "message": code}}, status=status)
         return web.json_response({"success": True, "next_heartbeat_ms": self.interval_ms})
 
@@ -364,7 +367,7 @@ class NodeUnderTest:
         self.url = ""
 
     async def start(self, controls: list[ScriptedControl], *, early_beat_s: float = 0.25) -> None:
-        session = await self._exits.enter_async_context(web.client_session())
+        session = await self._exits.enter_async_context(engine_session())
         self.session = await self._exits.enter_async_context(web.client_session())
         self.runner = Runner(
             "n1", self.pools, self.logs, session, self.metrics, max_body_bytes=64 << 20, changed=self._changed

@@ -128,13 +128,17 @@ async def test_control_that_restarts_is_found_again_with_its_new_epoch(tmp_path:
         await setup.control.linked(3)  # the second was given up for its epoch
 
 
-async def test_control_that_is_down_is_tried_until_it_is_there(tmp_path: Path) -> None:
+async def test_control_that_is_down_is_tried_until_it_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with node_between(tmp_path) as setup:
         await setup.link()
         await setup.control.close()
         (membership,) = setup.node.memberships
         await eventually(lambda: not membership.linked)
         await eventually(lambda: membership._failures >= 2, what="it tries")
+        said = 'can\'t be reached: Connection refused" hint="is `llorch control` running there? the URL is from --join"'
+        assert said in caplog.text
         await setup.control.start()
         await setup.control.linked(2)
         await eventually(lambda: membership.linked)
@@ -170,6 +174,17 @@ async def test_refused_token_is_said_aloud_and_tried_again(
         setup.control.refuse_beats = None
         before = len(full_beats(setup))
         await eventually(lambda: len(full_beats(setup)) > before)
+
+
+async def test_what_is_no_control_is_told_to_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with node_between(tmp_path) as setup:
+        await setup.link()
+        setup.control.refuse_beats = (404, "")
+        setup.node.pools.handle(ev.Drain(POOL), 0.0)
+        await eventually(lambda: "heartbeat.failed" in caplog.text)
+        assert "what answered with HTTP 404 is no control" in caplog.text
+        assert "--join" in caplog.text
+        assert "send it again" not in caplog.text
 
 
 async def test_leaving_deregisters(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_words_that_are_wrong_are_told_before_anything_starts(dev: Dev) -> None:
     assert list(dev.temporary.iterdir()) == []
 
 
-def test_help_says_how_long_an_answer_may_get(dev: Dev) -> None:
+def test_help_says_how_an_answer_is_bounded(dev: Dev) -> None:
     code, out, _ = dev.run("dev", "--help")
     assert code == 0
-    assert re.search(r"--max-tokens N\s+How long -p's answer may get\. Default: 128\.", " ".join(out.split()))
+    assert re.search(r"--max-tokens N\s+End -p's answer after this many tokens\.", " ".join(out.split()))

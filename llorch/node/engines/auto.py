@@ -19,7 +19,8 @@ from llorch.node.engines.simulated import Simulated
 from llorch.node.engines.spec import Engine
 
 AUTO = "auto"
-INSTALL = "pip install xllamacpp"  # the extra [llamacpp], also where llorch came from a checkout
+# What the extra [llamacpp] brings, by a name that is good wherever llorch itself came from.
+INSTALL = "pip install xllamacpp, where llorch itself is installed"
 MEND = (
     "install a llama-server built for this GPU and put it in PATH (or --llama-server PATH), "
     "or serve from the CPU with --allow-cpu"
@@ -104,7 +105,8 @@ def choose(facts: EngineFacts, *, gpus: bool, allow_cpu: bool) -> str:
         return llamacpp.NAME
     if not facts.has_llama_server and facts.xllamacpp_version is None:
         problem = f" ({facts.llama_server}: {facts.llama_server_problem})" if facts.llama_server_problem else ""
-        raise ConfigError(f"there is no engine on this machine{problem}", hint=INSTALL)
+        mend = MEND if gpus and not allow_cpu else INSTALL
+        raise ConfigError(f"there is no engine on this machine{problem}", hint=mend)
     if gpus and not allow_cpu:
         raise ConfigError("this machine has a GPU, and no engine here can use it", hint=MEND)
     return llamacpp.NAME if facts.xllamacpp_version is not None else llama_server.NAME

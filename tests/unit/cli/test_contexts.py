@@ -90,3 +90,12 @@ def test_no_context_shows_its_token_in_a_message() -> None:
 def test_the_place_of_contexts_follows_the_xdg_rules() -> None:
     assert config_home({"XDG_CONFIG_HOME": "/x"}) == Path("/x/llorch")
     assert config_home({"XDG_CONFIG_HOME": "relative"}) == config_home({}) == Path.home() / ".config" / "llorch"
+
+
+def test_the_last_context_takes_the_file_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "llorch" / "contexts.json"
+    with contexts.changing(path) as known:
+        known.named["a"] = contexts.Context(url="http://127.0.0.1:1")
+    assert path.exists()
+    assert contexts.remove(path, "a")
+    assert list(path.parent.iterdir()) == []

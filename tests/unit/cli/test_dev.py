@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, **words: Any) -> Any:
     return dev._run({**WORDS, **words})
 
 
-def test_an_answer_has_a_length_unless_another_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_goes_on_to_its_end_unless_a_length_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch) is None
     assert asked(monkeypatch, prompt="Hello") == {"prompt": "Hello"}
     assert asked(monkeypatch, prompt="Hello", max_tokens=5) == {"prompt": "Hello", "max_tokens": 5}
@@ -152,10 +152,22 @@ def test_a_directory_that_is_read_only_is_named(tmp_path: Path, monkeypatch: pyt
     assert "-p PROMPT" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("name", ["LLORCH_URL", "LLORCH_TOKEN", "LLORCH_TLS_CA"])
+@pytest.mark.parametrize("name", ["LLORCH_URL", "LLORCH_TOKEN", "LLORCH_TOKEN_FILE", "LLORCH_TLS_CA"])
 def test_a_shell_with_settings_of_its_own_needs_the_context_named(name: str) -> None:
     assert dev_checks.is_current({"PATH": "/bin", "LLORCH_API_TOKEN": "x"})
     assert not dev_checks.is_current({name: "x"})
+
+
+def test_a_program_that_is_no_file_and_a_user_without_a_home_still_get_their_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(sys, "argv", ["-c", "dev"])
+    assert dev_checks.program() == f"{sys.executable} -m llorch"
+    assert dev_checks.shown_path(Path("/etc/x")) == "/etc/x"
 
 
 # ---------------------------------------------------------------- the line that waits

@@ -206,6 +206,8 @@ def test_an_engine_without_memory_is_told_so_and_what_takes_less() -> None:
     assert fault.why == "ggml_aligned_malloc: insufficient memory (attempted to allocate 65536.00 MB)"
     assert "--ctx" in str(fault.hint)
     assert words.memory_fault("dev-1", "0.1 E load: unknown model architecture: 'x'\n") is None
+    warned = "0.1 W failed to mlock 1 MB: Cannot allocate memory\n0.2 E load: unknown model architecture: 'x'\n"
+    assert words.memory_fault("dev-1", warned) is None
 
 
 def test_an_engine_is_quoted_where_it_says_why() -> None:
@@ -220,7 +222,7 @@ def test_an_engine_is_quoted_where_it_says_why() -> None:
 
 
 def test_a_wheel_that_can_not_be_imported_is_told_with_what_mends_it() -> None:
-    install = "/v/bin/python -m pip install 'xllamacpp>=1'"
+    install = "/v/bin/python -m pip install --force-reinstall 'xllamacpp>=1'"
     assert words.wheel_fault(0, "", install) is None
     library = "Traceback\nImportError: libgomp.so.1: cannot open shared object file: No such file or directory\n"
     fault = words.wheel_fault(1, library, install)
@@ -255,6 +257,8 @@ def test_a_wheel_that_can_not_be_imported_is_told_with_what_mends_it() -> None:
 def test_the_package_is_added_to_the_very_installation_that_runs() -> None:
     assert words.install_words("/v/bin/python", "x>=1", has_pip=True) == "/v/bin/python -m pip install 'x>=1'"
     assert words.install_words("/v/bin/python", "x>=1", has_pip=False) == "uv pip install --python /v/bin/python 'x>=1'"
+    again = words.install_words("/my src/python", "x", has_pip=True, again=True)
+    assert again == "'/my src/python' -m pip install --force-reinstall 'x'"
 
 
 def test_llorch_is_called_as_it_can_be_from_anywhere() -> None:

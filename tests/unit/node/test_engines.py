@@ -117,10 +117,14 @@ def test_a_gpu_left_unused_is_refused_with_the_mend(facts: EngineFacts) -> None:
 
 @pytest.mark.parametrize("facts", [NOTHING, BROKEN])
 def test_with_no_engine_at_all_it_says_what_to_install(facts: EngineFacts) -> None:
-    for gpus in (True, False):
+    for gpus, allow_cpu, mend in (
+        (True, True, "xllamacpp"),
+        (False, False, "xllamacpp"),
+        (True, False, "llama-server"),
+    ):
         with pytest.raises(ConfigError) as caught:
-            choose(facts, gpus=gpus, allow_cpu=True)
-        assert caught.value.hint == "pip install xllamacpp"
+            choose(facts, gpus=gpus, allow_cpu=allow_cpu)
+        assert caught.value.hint is not None and mend in caught.value.hint
 
 
 def test_an_engine_that_was_asked_for_by_name_is_not_replaced() -> None:

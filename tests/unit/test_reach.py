@@ -1,44 +1,49 @@
-"""Exceptions of connections as people read them: why, and what mends it."""
+"""Exceptions of connections as people read them: why, and what mends it; nothing that a peer sent."""
 
 from __future__ import annotations
 
 import errno
 import ssl
-from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 
 from llorch.reach import why_unreachable
 
-KEY = SimpleNamespace(ssl=True, host="desk", port=8080, is_ssl=True)
+KEY = ConnectionKey("h", 1, True, True, None, None, None)
 
 
-def certificate(said: str) -> ssl.SSLCertVerificationError:
-    error = ssl.SSLCertVerificationError(1, said)
-    error.verify_message = said
-    return error
+def certificate(message: str) -> aiohttp.ClientConnectorCertificateError:
+    error = ssl.SSLCertVerificationError()
+    error.verify_message = message
+    return aiohttp.ClientConnectorCertificateError(KEY, error)
 
 
 @pytest.mark.parametrize(
     ("error", "why", "hint"),
     [
-        (
-            aiohttp.ClientConnectorCertificateError(KEY, certificate("self-signed certificate")),
-            "self-signed",
-            "--tls-ca",
-        ),
-        (certificate("IP address mismatch, certificate is not valid for '10.0.0.1'."), "IP address", "host name"),
-        (aiohttp.ClientConnectorDNSError(KEY, OSError(-2, "?")), "does not resolve", "--join"),
-        (aiohttp.ClientConnectorSSLError(KEY, OSError(1, "?")), "TLS handshake", "http://"),
-        (aiohttp.ClientConnectorError(KEY, OSError(errno.ECONNREFUSED, "?")), "Connection refused", "llorch control"),
-        (TimeoutError(), "in time", "firewalls"),
-        (aiohttp.ServerDisconnectedError(), "without an answer", "https://"),
-        (ConnectionResetError(), "was lost", "llorch control"),
+        (aiohttp.ClientConnectorError(KEY, ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed ('h', 1)")),
+         "Connection refused", "llorch control"),
+        (aiohttp.ClientConnectorError(KEY, OSError("odd")), "the connection failed", "--join"),
+        (aiohttp.ClientConnectorDNSError(KEY, OSError(-2, "x")), "the host name does not resolve", "--join"),
+        (aiohttp.ClientConnectorSSLError(KEY, ssl.SSLError()), "the TLS handshake failed", "http://"),
+        (certificate("self-signed certificate"), "can't be verified: self-signed certificate", "--tls-ca"),
+        (certificate("Hostname mismatch, certificate is not valid for 'h'"), "Hostname mismatch", "host name"),
+        (certificate("IP address mismatch"), "IP address mismatch", "host name"),
+        (aiohttp.ConnectionTimeoutError(), "did not answer in time", "firewalls"),
+        (TimeoutError(), "did not answer in time", "firewalls"),
+        (aiohttp.ServerDisconnectedError(), "closed the connection", "https://"),
+        (aiohttp.ClientPayloadError("what the peer sent"), "the connection was lost", "still running"),
+        (ConnectionResetError("what the peer sent"), "the connection was lost", "still running"),
+        (aiohttp.ClientResponseError(None, (), message="what the peer sent"), "does not speak HTTP", "port"),  # type: ignore[arg-type]
+        (ssl.SSLCertVerificationError(), "can't be verified", "--tls-ca"),
+        (ssl.SSLError(), "the TLS handshake failed", "http://"),
     ],
-)
-def test_every_way_not_to_reach_a_peer_says_why_and_what_to_do(error: Exception, why: str, hint: str) -> None:
+)  # fmt: skip
+def test_every_failure_of_a_connection_says_why_and_what_to_do(error: Exception, why: str, hint: str) -> None:
     told = why_unreachable(error, "--join")
     assert why in told[0]
     assert hint in told[1]
+    assert "what the peer sent" not in "".join(told)
     assert type(error).__name__ not in "".join(told)

@@ -34,7 +34,7 @@ def why_unreachable(error: Exception, given_by: str) -> tuple[str, str]:
 
 
 def _certificate(error: Exception) -> tuple[str, str]:
-    said = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else ""
+    said = str(getattr(error, "verify_message", ""))
     why = f"its certificate can't be verified: {said}" if said else "its certificate can't be verified"
     if "hostname" in said.lower() or "ip address" in said.lower():
         return why, "use the host name that the certificate is for"

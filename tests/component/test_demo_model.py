@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from tests.component.llama_process import Server, serving
-from tests.demo_corpus import known_rate, vocabulary, words
+from tests.demo_corpus import known_rate, module, vocabulary, words
 
 pytest.importorskip("xllamacpp")
 pytestmark = [pytest.mark.llama, pytest.mark.timeout(180)]
@@ -77,9 +77,39 @@ async def drawn(server: Server) -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Sample]]:
-    with serving(tmp_path_factory.mktemp("llama")) as server:
-        yield asyncio.run(drawn(server))
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("llama")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def samples(server: Server) -> list[Sample]:
+    return asyncio.run(drawn(server))
+
+
+async def test_llama_cpp_reads_a_text_as_it_was_read_in_training(server: Server) -> None:
+    pytest.importorskip("sentencepiece")
+    tokens, corpus = module("tokens"), module("corpus")
+    vocabulary = tokens.trained()
+    texts = [text for number in range(40) for _, text in corpus.document("for tests", number)]
+    texts += ["", "  two  blanks ", "a\nb\n", "Ünïcödé 漢字 🦙", "<|user|>", "1234567890", '{"a": [1.5e-3]}']
+    async with aiohttp.ClientSession() as session:
+        for text in texts:
+            _, answer = await server.post(session, "/tokenize", {"content": text, "parse_special": False})
+            assert json.loads(answer)["tokens"] == vocabulary.encode(text), text
+
+
+async def test_a_conversation_becomes_what_was_read_in_training(server: Server) -> None:
+    pytest.importorskip("sentencepiece")
+    tokens = module("tokens")
+    talk = [("system", "Be brief."), ("user", "Hello!"), ("assistant", "Hi!"), ("user", "Why is the sky blue?")]
+    async with aiohttp.ClientSession() as session:
+        messages = {"messages": [{"role": role, "content": text} for role, text in talk]}
+        _, answer = await server.post(session, "/apply-template", messages)
+        prompt = json.loads(answer)["prompt"]
+        _, answer = await server.post(session, "/tokenize", {"content": prompt, "add_special": True})
+    read, _ = tokens.encoded(talk, tokens.trained())
+    assert json.loads(answer)["tokens"] == [*read, tokens.ROLES["assistant"]]
 
 
 def test_there_are_two_hundred_and_they_differ(samples: list[Sample]) -> None:

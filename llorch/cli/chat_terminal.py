@@ -159,7 +159,7 @@ def quiet() -> Iterator[None]:
         yield
         return
     during = [*before]
-    during[3] &= ~termios.ECHO
+    during[3] &= ~(termios.ECHO | termios.ICANON)  # by lines, it would cut long ones short and swallow a ^D
     termios.tcsetattr(fd, termios.TCSANOW, during)
     try:
         yield

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from llorch.cli.answer import progress
 from llorch.cli.interrupts import SIGNALS, Interrupted
-from llorch.cli.output import OutputClosed, OutputFailed, is_terminal
+from llorch.cli.output import OutputClosed, OutputFailed, abandon_output, is_terminal
 from llorch.cli.submit import cancel_quietly
 from llorch.client.api import LlorchClient, with_task_id
 from llorch.client.events import End, Failed, Token
@@ -62,7 +62,9 @@ async def take_turn(
     task = with_task_id(body)
     task_id = task["task_id"]
     # A pipe gets the last newline too, so that answers can be told apart there; and control characters, as they are.
-    shown = TextRenderer(write, progress(), terminal=True, raw=not is_terminal(sys.stdout))
+    waiting = progress()
+    shown = TextRenderer(write, waiting, terminal=True, raw=not is_terminal(sys.stdout))
+    close = shown.close
     said: list[str] = []
     taken: Taken | None = None
     try:
@@ -77,7 +79,9 @@ async def take_turn(
                         taken = Taken("".join(said), task_id, failed=event)
                 shown.show(event)
         shown.close()
-    except (asyncio.CancelledError, Interrupted):
+    except (asyncio.CancelledError, Interrupted) as stop:
+        if isinstance(stop, Interrupted):  # out of a write, and the next one would stand as still
+            close = waiting.clear
         if taken is None:
             return Taken("".join(said), task_id, told=await cancel_quietly(client, task_id))
     except TimedOut:
@@ -90,7 +94,7 @@ async def take_turn(
         raise
     finally:
         with contextlib.suppress(Exception):  # what made us leave is what matters
-            shown.close()
+            close()
     assert taken is not None, "a stream ends in a terminal event or raises"
     return taken
 
@@ -98,8 +102,8 @@ async def take_turn(
 class Stops:
     """The signals of a chat at a terminal, while the block lasts.
 
-    ^C stops what `run` runs, once: a second one finds it on its way. SIGTERM and SIGHUP do the same, and `leaving` says
-    that there is to be nothing after it.
+    ^C stops what `run` runs, once: a second one finds it on its way. SIGTERM, SIGHUP and SIGQUIT (^\\) do the same, and
+    `leaving` says that there is to be nothing after it.
     """
 
     def __init__(self) -> None:
@@ -111,7 +115,7 @@ class Stops:
 
     def __enter__(self) -> Stops:
         self._loop = asyncio.get_running_loop()
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGQUIT):
             try:
                 ignored = signal.getsignal(number) is signal.SIG_IGN
                 if not ignored:
@@ -153,6 +157,8 @@ class Stops:
         task, self._running = self._running, None
         if self._writing:  # perhaps into a pipe that nobody reads
             self._writing = False
+            if self.leaving:
+                abandon_output()  # or Python's own last flush would stand there again
             raise Interrupted
         if task is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(task.cancel)

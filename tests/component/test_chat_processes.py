@@ -41,7 +41,8 @@ from tests.component.scripted_control import (
 ROOT = Path(__file__).parent.parent.parent
 WITHIN_S = 30.0  # a busy machine takes long to start a process
 PROMPT = ">>>"  # the blank after it is shown by moving the cursor
-UP, LEFT, ALT_ENTER, ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b[D", "\x1b\r", "\r", "\x03", "\x04"
+UP, LEFT, ALT_ENTER, ENTER = "\x1b[A", "\x1b[D", "\x1b\r", "\r"
+CTRL_C, CTRL_D, CTRL_BACKSLASH = "\x03", "\x04", "\x1c"
 
 
 def says(text: str) -> Answer:
@@ -90,13 +91,13 @@ class Chat:
         os.write(self._master, text.encode())
 
     async def prompts(self, after: str = "") -> str:
-        """Wait until it reads keys: a terminal in its raw mode. What is typed before is typed ahead.
+        """Wait until it reads keys: only then ^C is one of them, and no signal. What is typed before is typed ahead.
 
         `after` is what is shown at the end of what came before: a prompt may be drawn more than once.
         """
         between = await self.shows(after) + after if after else ""
         between += await self.shows(PROMPT)
-        await eventually(lambda: not self.flags() & termios.ICANON, within_s=WITHIN_S, what="the raw mode")
+        await eventually(lambda: not self.flags() & termios.ISIG, within_s=WITHIN_S, what="the raw mode")
         return between
 
     async def ends(self) -> int:
@@ -153,6 +154,11 @@ def asked(control: ScriptedControl) -> list[list[str]]:
 
 def cancels(control: ScriptedControl) -> list[Asked]:
     return [one for one in control.requests if one.path.endswith("/cancel")]
+
+
+def in_pipe(reading: int) -> int:
+    """How many bytes wait to be read."""
+    return int(struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, b"\0" * 4))[0])
 
 
 def on_cancel(control: ScriptedControl, say: Answer) -> None:
@@ -216,11 +222,12 @@ async def test_what_is_typed_during_an_answer_is_not_shown_amid_it_and_is_asked_
     async with chatting(env, "Hello") as chat:
         await chat.shows("first half,")
         assert not chat.flags() & termios.ECHO
-        chat.type("ahead" + ENTER)
+        chat.type("ahead" * 1000 + ENTER + CTRL_D)  # longer than a line that a terminal keeps
         go_on.set()
         assert await chat.shows(" second half\n") == "", "nothing in between"
         await chat.shows("two\n")
-    assert asked(control)[1] == ["Hello", "first half, second half", "ahead"]
+        assert await chat.ends() == 0
+    assert asked(control)[1] == ["Hello", "first half, second half", "ahead" * 1000]
 
 
 # ---------------------------------------------------------------- ^C
@@ -250,7 +257,7 @@ async def test_ctrl_c_stops_the_answer_and_not_the_program_and_the_part_that_was
 
         chat.type("second" + ENTER)
         await eventually(lambda: len(asked(control)) == 2)
-        await eventually(lambda: bool(chat.flags() & termios.ICANON))
+        await eventually(lambda: bool(chat.flags() & termios.ISIG))
         on_cancel(control, answer({"state": "canceled"}, 202))
         chat.type(CTRL_C)
         await chat.prompts(after="canceled\n")
@@ -291,23 +298,48 @@ async def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_says_how_to_leave(
     assert asked(control) == [["Hello"], ["Hello"]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=lambda number: number.name)
 async def test_a_signal_to_end_ends_it_in_order(
     control: ScriptedControl, env: dict[str, str], number: signal.Signals
 ) -> None:
     control.on("POST /v2/tasks", stalls("a part"))
-    argv = ("Hello",) if number is signal.SIGTERM else ()
+    argv = () if number is signal.SIGHUP else ("Hello",)
     async with chatting(env, *argv) as chat:
         if argv:
             await chat.shows("a part")
             on_cancel(control, answer({"state": "canceled"}, 202))
         else:
             await chat.prompts()
-        chat.process.send_signal(number)
+        if number is signal.SIGQUIT:
+            chat.type(CTRL_BACKSLASH)
+        else:
+            chat.process.send_signal(number)
         assert await chat.ends() == 130
         assert chat.flags() & termios.ICANON
         assert chat.flags() & termios.ECHO
     assert len(cancels(control)) == len(argv)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+async def test_a_signal_breaks_out_of_a_pipe_that_nobody_reads(
+    control: ScriptedControl, env: dict[str, str], number: signal.Signals
+) -> None:
+    control.on("POST /v2/tasks", stalls("x" * 200_000))
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        async with chatting(env, "Hello", stdout=writing) as chat:
+            await eventually(lambda: in_pipe(reading) > 0, within_s=WITHIN_S)
+            on_cancel(control, answer({"state": "canceled"}, 202))
+            chat.process.send_signal(number)
+            if number is signal.SIGTERM:
+                assert await chat.ends() == 130
+            else:
+                await chat.prompts(after="canceled\n")
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert len(cancels(control)) == 1
 
 
 # ---------------------------------------------------------------- where it goes
@@ -338,9 +370,6 @@ async def test_a_signal_ends_a_piped_chat_as_it_ends_submit(
         sys.executable, "-m", "llorch", "chat", env=env, stdin=reading, stdout=PIPE, stderr=PIPE
     )
 
-    def taken() -> bool:
-        return struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, b"\0" * 4))[0] == 0
-
     try:
         assert process.stdout is not None
         os.write(writing, b"Hello\n")
@@ -349,7 +378,7 @@ async def test_a_signal_ends_a_piped_chat_as_it_ends_submit(
             assert await process.stdout.readexactly(len(shown)) == shown
         if blocked:
             os.write(writing, b"half a line")
-            await eventually(taken, within_s=WITHIN_S)
+            await eventually(lambda: in_pipe(reading) == 0, within_s=WITHIN_S)
         else:
             on_cancel(control, answer({"state": "canceled"}, 202))
         process.send_signal(signal.SIGINT)

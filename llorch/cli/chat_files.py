@@ -64,11 +64,14 @@ class History:
         if self._path is None or len(line) > ENTRY_BYTES:
             return
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.closing(_Opened(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)) as opened:
-                opened.write(line)
+            _private(self._path.parent)
+            with contextlib.closing(_Opened(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)) as opened:
+                size = opened.append(line)
         except OSError as error:
             self._give_up("written", error)
+            return
+        if size > 2 * HISTORY_BYTES:
+            self.load()  # which cuts it
 
     def _store(self, entries: list[str]) -> None:
         assert self._path is not None
@@ -82,6 +85,13 @@ class History:
         self._path = None
 
 
+def _private(folder: Path) -> None:
+    """Make `folder` one that nobody else looks into."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        folder.chmod(0o700)
+
+
 class _Opened:
     """A regular file of the user's own, by its descriptor: never a pipe that would hang, never readable by others."""
 
@@ -91,6 +101,8 @@ class _Opened:
             status = os.fstat(self._fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(0, "it is not a file")
+            if status.st_uid != os.geteuid():
+                raise OSError(0, "it is another user's")
             if stat.S_IMODE(status.st_mode) & 0o077:
                 os.fchmod(self._fd, 0o600)
             self._size = status.st_size
@@ -103,10 +115,13 @@ class _Opened:
         with os.fdopen(self._fd, "rb", closefd=False) as file:
             return file.read(most_bytes)
 
-    def write(self, line: bytes) -> None:
-        """In one call, so that two chats at a time do not mix their lines."""
+    def append(self, line: bytes) -> int:
+        """In one call, so that two chats at a time do not mix their lines; the size after it."""
+        if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
+            line = b"\n" + line  # the last one was torn
         if os.write(self._fd, line) < len(line):
             raise OSError(0, "the disk is full")
+        return self._size + len(line)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -59,18 +59,55 @@ def test_what_was_typed_is_there_again_whole_and_in_order_and_private(tmp_path: 
     assert warnings == []
 
 
-def test_a_file_that_others_may_read_is_made_private(tmp_path: Path, warnings: Warnings) -> None:
+def test_a_file_and_a_folder_that_others_may_read_are_made_private(tmp_path: Path, warnings: Warnings) -> None:
     path = tmp_path / "chat_history"
     path.write_text('"old"\n')
     path.chmod(0o644)
     assert History(path, warnings).load() == ["old"]
     assert mode(path) == 0o600
+    tmp_path.chmod(0o755)
+    History(path, warnings).append("new")
+    assert mode(tmp_path) == 0o700
+    assert warnings == []
+
+
+def test_a_file_of_another_user_is_left_alone(
+    tmp_path: Path, warnings: Warnings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chat_history"
+    path.write_text('"theirs"\n')
+    monkeypatch.setattr(chat_files.os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert History(path, warnings).load() == []
+    assert warnings == [f"the history in {path} can't be read: it is another user's"]
 
 
 def test_torn_and_foreign_lines_are_skipped(tmp_path: Path, warnings: Warnings) -> None:
     path = tmp_path / "chat_history"
     path.write_bytes(b'"a"\nnonsense\n\xff\xfe\n["a list"]\n17\n"b"\n"to')
     assert History(path, warnings).load() == ["a", "b"]
+    assert warnings == []
+
+
+def test_what_is_added_after_a_torn_line_is_not_lost_with_it(tmp_path: Path, warnings: Warnings) -> None:
+    path = tmp_path / "chat_history"
+    path.write_bytes(b'"a"\n"to')
+    history = History(path, warnings)
+    history.append("b")
+    history.append("c")
+    assert path.read_bytes() == b'"a"\n"to\n"b"\n"c"\n'
+    assert History(path, warnings).load() == ["a", "b", "c"]
+
+
+def test_the_file_is_bounded_while_a_chat_runs(
+    tmp_path: Path, warnings: Warnings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_files, "HISTORY_BYTES", 1000)
+    path = tmp_path / "chat_history"
+    history = History(path, warnings)
+    for number in range(100):
+        history.append(f"{number:02}" + "x" * 95)
+        assert path.stat().st_size <= 2000
+    assert History(path, warnings).load()[-1].startswith("99")
     assert warnings == []
 
 
@@ -92,10 +129,10 @@ def test_long_texts_are_bounded_in_bytes(tmp_path: Path, warnings: Warnings, mon
     monkeypatch.setattr(chat_files, "HISTORY_BYTES", 1000)
     path = tmp_path / "chat_history"
     history = History(path, warnings)
-    for number in range(40):
+    for number in range(20):
         history.append(f"{number:02}" + "x" * 95)
     kept = History(path, warnings).load()
-    assert [text[:2] for text in kept] == ["35", "36", "37", "38", "39"], "half of the bound, so that it lasts"
+    assert [text[:2] for text in kept] == ["15", "16", "17", "18", "19"], "half of the bound, so that it lasts"
     assert path.stat().st_size == 500
     history.append("y" * chat_files.ENTRY_BYTES)
     assert History(path, warnings).load() == kept, "what is too long for the file is left out of it"

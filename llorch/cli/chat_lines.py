@@ -6,11 +6,13 @@ Owns the commands, their words, and the rules for text of several lines. Pure: r
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
 BLOCK = '"""'  # begins and ends a text of several lines
+_ALONE = re.compile(rf"^[ \t\r]*{BLOCK}[ \t\r]*$", re.MULTILINE)
 
 
 class Command(StrEnum):
@@ -136,7 +138,10 @@ class _Block:
 
 
 def _block_of(text: str) -> _Block | None:
-    """The block that a message, or the text of /system, is; None if it is none. Quotes amid a line are text."""
+    """The block that a message, or the text of /system, is; None if it is none. Quotes amid a line are text.
+
+    Quotes that open it alone on their line are closed by such a line only: code has docstrings.
+    """
     start = text.lstrip()
     if start.startswith("/"):
         word, rest = _split(start)
@@ -144,6 +149,11 @@ def _block_of(text: str) -> _Block | None:
     if not start.startswith(BLOCK):
         return None
     inner, end, after = start[len(BLOCK) :].partition(BLOCK)
+    alone = _ALONE.match(start)
+    if alone is not None:
+        close = _ALONE.search(start, alone.end())
+        inner = start[alone.end() : close.start() if close else len(start)]
+        end, after = (close.group(), start[close.end() :]) if close else ("", "")
     if after.strip():
         return None
     return _Block(not end, inner.removeprefix("\n").removesuffix("\n"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llorch.cli.chat_lines import USAGE, Command, Do, Meaning, Say, Wrong, help_text, more, read
+from llorch.cli.chat_lines import BLOCK, USAGE, Command, Do, Meaning, Say, Wrong, help_text, more, read
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,10 @@ from llorch.cli.chat_lines import USAGE, Command, Do, Meaning, Say, Wrong, help_
         ('"""\none\n\ntwo\n"""', Say("one\n\ntwo")),
         ('"""on one line"""', Say("on one line")),
         ('"""\n/help\n"""', Say("/help")),
+        ('"""\ndef f():\n    """Doc."""\n    """a\n    b"""\n"""', Say('def f():\n    """Doc."""\n    """a\n    b"""')),
+        ('"""first\nlast"""', Say("first\nlast")),
+        ('""" \na\n  """ \n', Say("a")),
+        ('"""\na\n"""\nb', Say('"""\na\n"""\nb')),
         ('""""""', None),
         ('what does """ mean?', Say('what does """ mean?')),
         ('"""Doc."""\nimport x', Say('"""Doc."""\nimport x')),
@@ -85,6 +89,9 @@ def test_what_is_neither_is_told_with_a_way_on(text: str, said: str, advice: str
         ('"""\n\n', '"""\n\n\n'),
         ('"""\na \\', '"""\na \\\n'),  # within a block a backslash is text
         ('"""\na\n"""', None),
+        ('"""\n  """Doc."""', '"""\n  """Doc."""\n'),
+        ('"""\na"""', '"""\na"""\n'),
+        ('"""a\nb"""', None),
         ('/system """Be', '/system """Be\n'),
         ('/model """', None),
         ('say """', None),
@@ -104,9 +111,9 @@ def test_any_text_is_read_and_whatever_asks_for_more_can_be_ended(text: str) -> 
         assert more(longer) is None or more(longer + '"""') is None
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-def test_a_block_says_any_text_that_has_no_quotes_of_its_own(text: str) -> None:
-    if '"' not in text and text.strip():
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])) | st.text(alphabet='" \nx'))
+def test_a_block_says_any_text_that_has_no_such_line_of_its_own(text: str) -> None:
+    if text.strip() and all(line.strip(" \t\r") != BLOCK for line in text.split("\n")):
         assert read(f'"""\n{text}\n"""') == Say(text)
 
 

@@ -117,6 +117,8 @@ def _command(word: str, argument: str) -> Meaning:
     takes = USAGE[command].takes
     if argument and not takes and command is not Command.HELP:
         return Wrong(f"/{word} takes nothing after it", f"{USAGE[command].what}: /{word}")
+    if "\n" in argument and command is not Command.SYSTEM:
+        return Wrong(f"/{word} takes one line", f"/{word} {takes}".rstrip())
     if not argument and takes and not takes.startswith("["):
         return Wrong(f"/{word} needs a {takes.lower()}", f"/{word} {takes}")
     return Do(command, argument, force=word == _FORCED)

@@ -64,6 +64,8 @@ def test_a_complete_text_is_a_message_or_a_command(text: str, meaning: Meaning) 
         ("/usr/bin/python", "there is no command /usr/bin/python", "// begins a message with a slash"),
         ("/save", "/save needs a file", "/save FILE"),
         ("/save!", "/save! needs a file", "/save! FILE"),
+        ("/save a.md\nand then?", "/save takes one line", "/save FILE"),
+        ("/model a\nb", "/model takes one line", "/model [NAME]"),
         ("/clear my throat", "/clear takes nothing after it", "forget the conversation"),
         ('"""never closed', 'a block that begins with """ has no end', "end it"),
         ('/system """never closed', 'a block that begins with """ has no end', "end it"),

@@ -19,8 +19,8 @@ from llorch.cli.connection import connected
 from llorch.cli.exits import Exit
 from llorch.cli.flags import Call, client_command
 from llorch.cli.interrupts import Interrupted, Interrupts
-from llorch.cli.output import OutputClosed, OutputFailed, is_terminal, usage, warn, write_err, write_out
-from llorch.cli.submit import MaxTokens, Model, Seed, Temperature, only_model
+from llorch.cli.output import Failure, OutputClosed, OutputFailed, is_terminal, usage, warn, write_err, write_out
+from llorch.cli.submit import MaxTokens, Model, Seed, Temperature, only_of
 
 if TYPE_CHECKING:
     from llorch.cli.chat_session import Chat, Runner
@@ -35,6 +35,7 @@ Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The first 
 
 async def chat(
     call: Call,
+    invoked: typer.Context,
     prompt: Prompt = None,
     model: Model = None,
     system: System = None,
@@ -58,7 +59,7 @@ async def chat(
         raise usage("standard input holds the token, so it can't hold messages", "use --token-file FILE")
     options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
-    timeout_s = call.target.timeout_s
+    timeout_s, debug = call.target.timeout_s, bool(invoked.params.get("debug"))
     async with connected(replace(call.target, timeout_s=None)) as client:
         models, chosen = await _models(client, model, timeout_s)
 
@@ -75,11 +76,12 @@ async def chat(
                 run=run,
                 write=write,
                 talkative=talkative,
+                debug=debug,
             )
 
         if is_terminal(sys.stdin) and (is_terminal(sys.stdout) or is_terminal(sys.stderr)):
-            return await _at_a_terminal(begin, call.target.url, prompt)
-        return await _from_a_pipe(begin, prompt)
+            return await _at_a_terminal(begin, call.target.url, prompt, debug=debug)
+        return await _from_a_pipe(begin, prompt, debug=debug)
 
 
 async def _models(client: LlorchClient, wanted: str | None, timeout_s: float | None) -> tuple[list[str], str]:
@@ -89,8 +91,8 @@ async def _models(client: LlorchClient, wanted: str | None, timeout_s: float | N
 
     async with within(timeout_s):
         found = sorted(await client.models())
-        if wanted is None:
-            return found, found[0] if len(found) == 1 else await only_model(client)
+    if wanted is None:
+        return found, only_of(found)
     if found and wanted not in found:  # none at all is how a control that has just started looks
         raise no_model(wanted, found)
     return found, wanted
@@ -102,7 +104,7 @@ Begin = Callable[..., "Chat"]
 # ---------------------------------------------------------------- at a terminal
 
 
-async def _at_a_terminal(begin: Begin, url: str, first: str | None) -> int:
+async def _at_a_terminal(begin: Begin, url: str, first: str | None, *, debug: bool) -> int:
     from llorch.cli.chat_files import History, history_path
     from llorch.cli.chat_terminal import Cleared, Terminal, quiet
     from llorch.cli.chat_turn import Stops
@@ -121,7 +123,7 @@ async def _at_a_terminal(begin: Begin, url: str, first: str | None) -> int:
             except (OutputClosed, OutputFailed):
                 raise
             except Exception as error:  # a conversation is not to be lost with one answer
-                explain_error(error)
+                explain_error(error, debug=debug)
 
         if first is not None and first.strip():
             terminal.remember(first)
@@ -146,7 +148,9 @@ async def _at_a_terminal(begin: Begin, url: str, first: str | None) -> int:
 # ---------------------------------------------------------------- from a pipe
 
 
-async def _from_a_pipe(begin: Begin, first: str | None) -> int:
+async def _from_a_pipe(begin: Begin, first: str | None, *, debug: bool) -> int:
+    from llorch.cli.endings import explain_error
+
     outcome: int = Exit.OK
     with Interrupts() as interrupts:
         session = begin(_plainly, interrupts.guarded(write_out), talkative=False)
@@ -160,6 +164,9 @@ async def _from_a_pipe(begin: Begin, first: str | None) -> int:
                 outcome = outcome or code
                 if interrupts.hit or session.over:
                     break
+        except Failure as error:  # what is piped in can't be read on
+            code = explain_error(error, debug=debug)
+            outcome = outcome or code
         except (asyncio.CancelledError, Interrupted):
             if not interrupts.hit:
                 raise

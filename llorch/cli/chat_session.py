@@ -16,7 +16,7 @@ from llorch.cli.chat_lines import Command, Do, Say, Wrong, help_text, read
 from llorch.cli.chat_turn import Taken, take_turn, within
 from llorch.cli.endings import explain_error
 from llorch.cli.exits import Exit
-from llorch.cli.output import Failure, hint, report, write_err
+from llorch.cli.output import Failure, report, write_err
 from llorch.client.api import LlorchClient
 from llorch.client.events import End
 from llorch.client.faults import ClientFault
@@ -34,7 +34,7 @@ class Runner(Protocol):
 
 
 class Chat:
-    """`options` are the fields of a task that stay the same; `talkative` confirms what commands did."""
+    """`options` are the fields of a task that stay the same; `talkative` tells a person more."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Chat:
         run: Runner,
         write: Callable[[str], None],
         talkative: bool,
+        debug: bool = False,
     ) -> None:
         self.models = models
         self.model = model
@@ -59,6 +60,7 @@ class Chat:
         self._run = run
         self._write = write
         self._talkative = talkative
+        self._debug = debug
         self._last: str | None = None  # what was asked last,
         self._answered = False  # and whether it is the conversation's last turn
         self._retries = 0
@@ -86,9 +88,8 @@ class Chat:
         try:
             return await work
         except (LlorchError, ClientFault, Failure) as error:
-            code = explain_error(error)
-            self._advise(error.code if isinstance(error, LlorchError) else None)
-            return code
+            self._advise(error)
+            return explain_error(error, debug=self._debug)
 
     # ------------------------------------------------------------ turns
 
@@ -108,11 +109,14 @@ class Chat:
         if taken is None:
             return self._stopped(None)
         if taken.failed is not None:
-            code = failed(taken.failed, bool(taken.text))
-            self._advise(taken.failed.error.code)
-            return code
+            self._advise(taken.failed.error)
+            return failed(taken.failed, bool(taken.text))
         if taken.end is not None and taken.end.finish_reason == "canceled":
             return ended("canceled")
+        if taken.end is None and self._answered:  # a /retry was stopped
+            code = self._stopped(taken)
+            self._note("the answer before it is kept")
+            return code
         if taken.text:
             stopped = taken.end is None
             self.conversation = asked_in.with_turn(Turn(question, taken.text, self.model, stopped))
@@ -135,9 +139,10 @@ class Chat:
             self._note("cut off: --max-tokens or the model's context ends here")
         return Exit.OK
 
-    def _advise(self, code: Code | None) -> None:
-        if code is Code.CONTEXT_LENGTH_EXCEEDED:
-            hint("/clear begins anew, then /retry asks this again; until then the conversation is kept")
+    def _advise(self, error: Exception) -> None:
+        """What helps a person in a conversation, in place of what helps whoever sends a single prompt."""
+        if self._talkative and isinstance(error, LlorchError) and error.code is Code.CONTEXT_LENGTH_EXCEEDED:
+            error.hint = "/clear begins anew, then /retry asks this again; until then the conversation is kept"
 
     # ------------------------------------------------------------ commands
 

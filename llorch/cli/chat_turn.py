@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 from llorch.cli.answer import progress
 from llorch.cli.interrupts import SIGNALS, Interrupted
-from llorch.cli.output import OutputClosed, OutputFailed, abandon_output, is_terminal
+from llorch.cli.output import abandon_output, is_terminal
 from llorch.cli.submit import cancel_quietly
 from llorch.client.api import LlorchClient, with_task_id
 from llorch.client.events import End, Failed, Token
-from llorch.client.faults import TimedOut
+from llorch.client.faults import StreamBroken, TimedOut, Unreachable
 from llorch.client.render import TextRenderer
+from llorch.errors import LlorchError
 
 T = TypeVar("T")
 
@@ -88,7 +89,9 @@ async def take_turn(
         if taken is None:
             await cancel_quietly(client, task_id)
             raise
-    except (OutputClosed, OutputFailed):
+    except (LlorchError, Unreachable, StreamBroken):  # what the control said, or that it is gone: it has its own advice
+        raise
+    except Exception:  # nobody takes the answer any more
         if taken is None:
             await cancel_quietly(client, task_id)
         raise

@@ -5,6 +5,7 @@ exit code.
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
@@ -15,8 +16,10 @@ from llorch.errors import ConfigError, LlorchError
 PROGRAM = "llorch"
 
 
-def explain_error(error: Exception) -> int:
-    """Print what went wrong; the exit code that stands for it."""
+def explain_error(error: Exception, *, debug: bool = False) -> int:
+    """Print what went wrong, with `debug` where as well; the exit code that stands for it."""
+    if debug:
+        write_err("".join(traceback.format_exception(error)))
     match error:
         case OutputClosed():
             return Exit.BROKEN_PIPE

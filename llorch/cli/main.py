@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -94,7 +93,5 @@ def run(argv: Sequence[str] | None = None) -> int:
             return Exit.BROKEN_PIPE
         return leaving.code if isinstance(leaving.code, int) else Exit.OK if leaving.code is None else Exit.FAILED
     except Exception as error:
-        if "--debug" in words:
-            traceback.print_exc()
-        return explain_error(error)
+        return explain_error(error, debug="--debug" in words)
     return outcome if isinstance(outcome, int) else Exit.OK

@@ -212,7 +212,10 @@ def deadline_ms(text: str | None) -> int | None:
 
 async def only_model(client: LlorchClient) -> str:
     """The one model there is. Raises Failure that lists them if there are several."""
-    models = await client.models()
+    return only_of(await client.models())
+
+
+def only_of(models: list[str]) -> str:
     if len(models) == 1:
         return models[0]
     if models:

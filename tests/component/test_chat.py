@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -12,9 +14,14 @@ from typing import Any
 import pytest
 
 from llorch.backoff import Backoff
+from llorch.cli.chat_session import Chat
+from llorch.cli.chat_terminal import Terminal
+from llorch.cli.chat_turn import Stops
 from llorch.cli.output import OutputClosed, OutputFailed, write_out
 from llorch.client import api
-from llorch.errors import Code
+from llorch.client.api import LlorchClient
+from llorch.errors import MEANINGS, Code
+from tests.cluster import eventually
 from tests.component.command_line import CommandLine, Ran
 from tests.component.scripted_control import (
     QUEUED,
@@ -250,16 +257,14 @@ async def test_a_turn_that_fails_is_told_is_not_kept_and_gives_the_exit_code(
     assert "Traceback" not in ran.err
 
 
-async def test_a_conversation_that_is_too_long_is_kept_and_the_way_on_is_told(
-    control: ScriptedControl, llorch: CommandLine
-) -> None:
+async def test_a_conversation_that_is_too_long_is_kept(control: ScriptedControl, llorch: CommandLine) -> None:
     for too_long in (refusal(Code.CONTEXT_LENGTH_EXCEEDED), stream(error("CONTEXT_LENGTH_EXCEEDED"))):
         control.requests.clear()
         control.on("POST /v2/tasks", says("one"), too_long, says("three"), says("four"))
         ran = await llorch("chat", stdin=b"first\nsecond\n/save talk\n/clear\n/retry\n")
         assert (ran.code, ran.out) == (2, "one\nthree\n")
-        advice = "/clear begins anew, then /retry asks this again; until then the conversation is kept"
-        assert lines_of(ran)[-1] == ("hint", advice)
+        hints = [text for name, text in lines_of(ran) if name == "hint"]
+        assert hints == [MEANINGS[Code.CONTEXT_LENGTH_EXCEEDED].hint], "nobody types here"
         assert (llorch.work / "talk").read_text() == "You:\nfirst\n\nm:\none\n"
         assert said(control)[-1] == ["second"]
         (llorch.work / "talk").unlink()
@@ -319,6 +324,7 @@ async def test_what_is_wrong_at_the_start_ends_it_there(
     assert (ran.code, ran.out) == (code, "")
     assert ("error", message) in lines_of(ran)
     assert control.asked("POST /v2/tasks") == []
+    assert len(control.asked("GET /v1/models")) <= 1
 
 
 async def test_a_model_that_is_named_is_tried_where_none_is_known_yet(
@@ -333,12 +339,105 @@ async def test_what_is_piped_in_must_be_utf_8_and_of_a_bounded_length(
 ) -> None:
     ran = await llorch("chat", stdin=b"Hello\ncaf\xe9\nnever\n")
     assert (ran.code, ran.out, ran.err) == (2, "one\n", "error: what is piped in is not UTF-8 text\n")
+    control.on("POST /v2/tasks", refusal(Code.QUEUE_FULL, "full"))
+    ran = await llorch("chat", stdin=b"Hello\ncaf\xe9\n")
+    assert ran.code == 6, "of the first that failed"
+    assert ran.err.endswith("error: what is piped in is not UTF-8 text\n")
+    control.requests.clear()
     monkeypatch.setattr("llorch.cli.chat.MAX_MESSAGE_BYTES", 100)
     for long in (b"x" * 101, b'"""\n' + b"line\n" * 30):
         ran = await llorch("chat", stdin=long)
         assert (ran.code, ran.out) == (2, "")
         assert lines_of(ran)[0] == ("error", "a message of more than 100 bytes")
-    assert len(control.asked("POST /v2/tasks")) == 1
+    assert control.asked("POST /v2/tasks") == []
+
+
+async def test_debug_shows_where_a_turn_failed(control: ScriptedControl, llorch: CommandLine) -> None:
+    control.on("POST /v2/tasks", refusal(Code.QUEUE_FULL, "full"))
+    ran = await llorch("chat", "--debug", stdin=b"first\n")
+    assert ran.err.startswith("Traceback ")
+    assert "error: full\nwhy: QUEUE_FULL\n" in ran.err
+
+
+# ---------------------------------------------------------------- what a person is told
+
+
+class Talk:
+    """A chat as at a terminal, without one: `shown` is what it answered, `stops` takes the signals."""
+
+    def __init__(self, client: LlorchClient, stops: Stops) -> None:
+        self.shown = ""
+        self.chat = Chat(
+            client, "m", models=["m"], system=None, options={}, timeout_s=None,
+            run=stops.run, write=stops.guarded(self._show), talkative=True,
+        )  # fmt: skip
+
+    def _show(self, text: str) -> None:
+        self.shown += text
+
+
+@pytest.fixture
+async def talk(control: ScriptedControl) -> AsyncIterator[Talk]:
+    async with LlorchClient(control.url, "t") as client:
+        with Stops() as stops:
+            yield Talk(client, stops)
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_retry_that_is_stopped_leaves_the_answer_that_there_was_and_says_so(
+    control: ScriptedControl, talk: Talk, capsys: pytest.CaptureFixture[str], known: bool
+) -> None:
+    control.on("POST /v2/tasks", says("one"), stream(started(), token(0, "a pa"), then=Then.SILENCE), says("three"))
+    assert await talk.chat.say("first") == 0
+    retry = asyncio.create_task(talk.chat.take("/retry"))
+    await eventually(lambda: talk.shown == "one\na pa")
+    task_id = control.asked("POST /v2/tasks")[1].json()["task_id"]
+    control.on(f"POST /v2/tasks/{task_id}/cancel", answer({}, 202) if known else refusal(Code.INTERNAL))
+    signal.raise_signal(signal.SIGINT)
+    assert await retry == 130
+    told = "canceled" if known else f"stopped; task {task_id} may still be running"
+    assert capsys.readouterr().err == f"{told}\nthe answer before it is kept\n"
+    assert await talk.chat.say("second") == 0
+    assert said(control)[2] == ["first", "one", "second"]
+
+
+async def test_a_person_is_told_what_an_answer_lacks_and_how_to_go_on(
+    control: ScriptedControl, talk: Talk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = "/clear begins anew, then /retry asks this again; until then the conversation is kept"
+    for control_says, code, told in (
+        (says(), 0, ["the model said nothing; /retry asks again"]),
+        (says("one", reason="length"), 0, ["cut off: --max-tokens or the model's context ends here"]),
+        (refusal(Code.CONTEXT_LENGTH_EXCEEDED), 2, [f"hint: {kept}"]),
+        (stream(error("CONTEXT_LENGTH_EXCEEDED", hint="shorten it")), 2, [f"hint: {kept}"]),
+    ):
+        control.on("POST /v2/tasks", control_says)
+        assert await talk.chat.say("x") == code
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if not line.startswith(("error: ", "why: ", "request-id: "))] == told
+
+
+@pytest.mark.parametrize("debug", [True, False])
+async def test_a_fault_of_our_own_costs_one_answer_and_debug_shows_where_it_was(
+    control: ScriptedControl, llorch: CommandLine, monkeypatch: pytest.MonkeyPatch, debug: bool
+) -> None:
+    class NobodyTypes(Terminal):
+        async def read(self) -> str:
+            raise EOFError
+
+    def broken(_text: str) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("llorch.cli.chat.is_terminal", lambda _stream: True)
+    monkeypatch.setattr("llorch.cli.chat_terminal.Terminal", NobodyTypes)
+    monkeypatch.setattr("llorch.cli.chat.write_out", broken)
+    control.on("POST /v2/tasks", stream(started(), token(0, "pa"), then=Then.SILENCE))
+    ran = await llorch("chat", *(["--debug"] if debug else []), "Hello")
+    assert ran.code == 0
+    assert "error: an unexpected fault: RuntimeError\n" in ran.err
+    assert ("RuntimeError: a bug\n" in ran.err, "Traceback" in ran.err) == (debug, debug)
+    task_id = control.asked("POST /v2/tasks")[0].json()["task_id"]
+    assert len(control.asked(f"POST /v2/tasks/{task_id}/cancel")) == 1, "nobody takes its answer any more"
 
 
 # ---------------------------------------------------------------- what is loaded

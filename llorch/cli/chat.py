@@ -179,7 +179,7 @@ async def _plainly(work: Coroutine[Any, Any, T]) -> T | None:
 
 def _texts(interrupts: Interrupts) -> Iterator[str]:
     """Complete texts, as standard input has them. Raises Failure (usage) for what is none."""
-    from llorch.cli.chat_lines import more
+    from llorch.cli.chat_lines import Lines
 
     source = sys.stdin.buffer if sys.stdin is not None and not sys.stdin.closed else None
     lines: list[bytes] = []
@@ -190,25 +190,24 @@ def _texts(interrupts: Interrupts) -> Iterator[str]:
         lines.append(source.readline(MAX_MESSAGE_BYTES) if source is not None else b"")
 
     reading = interrupts.guarded(next_line)
-    pending = ""
+    gathered, size = Lines(), 0
     while True:
         try:
             reading("")
-            line = lines.pop()
-            if len(line) + len(pending) >= MAX_MESSAGE_BYTES:
+            raw = lines.pop()
+            size += len(raw)
+            if size >= MAX_MESSAGE_BYTES:
                 raise usage(f"a message of more than {MAX_MESSAGE_BYTES} bytes", "send less at a time")
-            pending += line.decode().removesuffix("\n").removesuffix("\r")
+            line = raw.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
             raise usage("what is piped in is not UTF-8 text") from None
         except OSError as error:
             raise usage(f"standard input can't be read: {error.strerror}") from None
-        longer = more(pending) if line else None
-        if longer is None:
-            text, pending = pending, ""
+        text = gathered.add(line) if raw else gathered.finish()
+        if text is not None:
+            size = 0
             yield text
-        else:
-            pending = longer
-        if not line:
+        if not raw:
             return
 
 

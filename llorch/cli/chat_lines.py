@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 BLOCK = '"""'  # begins and ends a text of several lines
 _ALONE = re.compile(rf"^[ \t\r]*{BLOCK}[ \t\r]*$", re.MULTILINE)
+_NOTHING_YET = re.compile(r"\s*(/system\s+)?", re.IGNORECASE)  # a block may still begin
 
 
 class Command(StrEnum):
@@ -76,9 +77,45 @@ def more(text: str) -> str | None:
     block = _block_of(text)
     if block is not None and block.open:
         return text + "\n"
-    if text.endswith("\\") and not text.endswith("\\\\"):
-        return text[:-1] + "\n"
-    return None
+    return text[:-1] + "\n" if _goes_on(text) else None
+
+
+def _goes_on(text: str) -> bool:
+    return text.endswith("\\") and not text.endswith("\\\\")
+
+
+class Lines:
+    """Lines that come one by one, put together as `more` says; however many they are, each is looked at once."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []  # its parts, as far as it goes
+        self._block: _Block | None = None  # that is open
+        self._plain = False  # it is no block, and no line can make it one
+
+    def add(self, line: str) -> str | None:
+        """The complete text that `line` is the end of, if it is."""
+        if self._block is not None and not self._block.may_end_in(line):
+            self._text += line, "\n"
+            return None
+        if self._plain:
+            if not _goes_on(line):
+                return self.finish(line)
+            self._text.append(line[:-1] + "\n")
+            return None
+        text = "".join(self._text) + line
+        longer = more(text)
+        if longer is None:
+            return self.finish(line)
+        self._text = [longer]
+        self._block = _block_of(text)
+        self._plain = self._block is None and not _NOTHING_YET.fullmatch(longer)
+        return None
+
+    def finish(self, line: str = "") -> str:
+        """What there is, complete or not; the next line begins anew."""
+        text = "".join(self._text) + line
+        self._text, self._block, self._plain = [], None, False
+        return text
 
 
 def read(text: str) -> Meaning:
@@ -136,7 +173,11 @@ def _split(start: str) -> tuple[str, str]:
 @dataclass(frozen=True, slots=True)
 class _Block:
     open: bool
+    alone: bool  # the quotes that open it are alone on their line
     inner: str
+
+    def may_end_in(self, line: str) -> bool:
+        return (_ALONE.match(line) is not None) if self.alone else BLOCK in line
 
 
 def _block_of(text: str) -> _Block | None:
@@ -158,4 +199,4 @@ def _block_of(text: str) -> _Block | None:
         end, after = (close.group(), start[close.end() :]) if close else ("", "")
     if after.strip():
         return None
-    return _Block(not end, inner.removeprefix("\n").removesuffix("\n"))
+    return _Block(not end, alone is not None, inner.removeprefix("\n").removesuffix("\n"))

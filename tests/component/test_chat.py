@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from llorch.backoff import Backoff
 from llorch.cli.chat_session import Chat
 from llorch.cli.chat_terminal import Terminal
 from llorch.cli.chat_turn import Stops
+from llorch.cli.main import run
 from llorch.cli.output import OutputClosed, OutputFailed, write_out
 from llorch.client import api
 from llorch.client.api import LlorchClient
@@ -25,7 +29,9 @@ from tests.cluster import eventually
 from tests.component.command_line import CommandLine, Ran
 from tests.component.scripted_control import (
     QUEUED,
+    SSE,
     Answer,
+    Asked,
     ScriptedControl,
     Then,
     answer,
@@ -142,6 +148,36 @@ async def test_nothing_piped_in_asks_nothing(control: ScriptedControl, llorch: C
     for stdin in (b"", b"\n  \n"):
         assert await llorch("chat", stdin=stdin) == (0, "", "")
     assert control.asked("POST /v2/tasks") == []
+
+
+async def test_a_connection_that_the_control_closed_while_a_line_was_awaited_is_not_used_again(
+    control: ScriptedControl, llorch: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = threading.Event()
+
+    async def says_one_and_leaves(_asked: Asked, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(request)
+        await response.write(started() + token(0, "one") + end())
+        await response.write_eof()
+        assert request.transport is not None
+        request.transport.close()
+        try:
+            await asyncio.Event().wait()
+        finally:  # it is closed, which ends whoever answers there
+            closed.set()
+        return response
+
+    class Typed(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            line = super().readline(size)
+            assert line != b"second\n" or closed.wait(10)
+            return line
+
+    control.on("POST /v2/tasks", says_one_and_leaves, says("two"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Typed(b"first\nsecond\n")))
+    assert await asyncio.to_thread(run, ["chat"]) == 0
+    assert capsys.readouterr() == ("one\ntwo\n", "")
 
 
 # ---------------------------------------------------------------- commands
@@ -345,7 +381,7 @@ async def test_what_is_piped_in_must_be_utf_8_and_of_a_bounded_length(
     assert ran.err.endswith("error: what is piped in is not UTF-8 text\n")
     control.requests.clear()
     monkeypatch.setattr("llorch.cli.chat.MAX_MESSAGE_BYTES", 100)
-    for long in (b"x" * 101, b'"""\n' + b"line\n" * 30):
+    for long in (b"x" * 101, b'"""\n' + b"line\n" * 30, b'"""\n' + "üüüüüüüüüü\n".encode() * 5):
         ran = await llorch("chat", stdin=long)
         assert (ran.code, ran.out) == (2, "")
         assert lines_of(ran)[0] == ("error", "a message of more than 100 bytes")

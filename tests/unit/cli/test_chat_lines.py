@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llorch.cli.chat_lines import BLOCK, USAGE, Command, Do, Meaning, Say, Wrong, help_text, more, read
+from llorch.cli import chat_lines
+from llorch.cli.chat_lines import BLOCK, USAGE, Command, Do, Lines, Meaning, Say, Wrong, help_text, more, read
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,33 @@ def test_any_text_is_read_and_whatever_asks_for_more_can_be_ended(text: str) -> 
 def test_a_block_says_any_text_that_has_no_such_line_of_its_own(text: str) -> None:
     if text.strip() and all(line.strip(" \t\r") != BLOCK for line in text.split("\n")):
         assert read(f'"""\n{text}\n"""') == Say(text)
+
+
+@given(st.lists(st.text(alphabet='"\\/ x') | st.sampled_from([BLOCK, f"{BLOCK}x", "/system", "/System \\", "\\", ""])))
+def test_lines_that_come_one_by_one_are_what_they_are_together(lines: list[str]) -> None:
+    gathered, pending = Lines(), ""
+    for line in lines:
+        longer = more(pending + line)
+        complete = None if longer is not None else pending + line
+        assert gathered.add(line) == complete
+        pending = longer or ""
+    assert gathered.finish() == pending
+
+
+@pytest.mark.parametrize("first", [BLOCK, f"{BLOCK}x", "x\\"])
+def test_a_long_text_is_not_looked_at_from_its_start_at_every_line(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def counting(text: str) -> str | None:
+        looked.append(len(text))
+        return more(text)
+
+    monkeypatch.setattr(chat_lines, "more", counting)
+    gathered = Lines()
+    for line in [first] + ["y\\"] * 1000:
+        assert gathered.add(line) is None
+    assert len(gathered.add(BLOCK) or "") > 2000
+    assert sum(looked) < 4000
 
 
 def test_help_names_every_command_and_fits_a_screen() -> None:

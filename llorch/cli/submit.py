@@ -128,14 +128,19 @@ async def _run(client: LlorchClient, call: Call, body: dict[str, Any], *, stream
 
 
 async def cancel_quietly(client: LlorchClient, task_id: str) -> bool:
-    """Cancel a task whose output is not wanted any more; what brought us here is told, a failure of this is not."""
+    """Cancel a task whose output is not wanted any more; what brought us here is told, a failure of this is not.
+
+    True if it does not run on: also where the control knows of none, because it never came that far.
+    """
     from llorch.client.faults import ClientFault
-    from llorch.errors import LlorchError
+    from llorch.errors import Code, LlorchError
 
     try:
         async with asyncio.timeout(CANCEL_WITHIN_S):
             await client.cancel(task_id)
-    except (LlorchError, ClientFault, TimeoutError):
+    except LlorchError as error:
+        return error.code is Code.TASK_NOT_FOUND
+    except (ClientFault, TimeoutError):
         return False
     return True
 

@@ -419,19 +419,27 @@ async def talk(control: ScriptedControl) -> AsyncIterator[Talk]:
             yield Talk(client, stops)
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("control_says", "runs_on"),
+    [
+        (answer({"state": "canceled"}, 202), False),
+        (refusal(Code.TASK_NOT_FOUND), False),
+        (refusal(Code.INTERNAL), True),
+    ],
+    ids=["canceled", "unknown", "refused"],
+)
 async def test_a_retry_that_is_stopped_leaves_the_answer_that_there_was_and_says_so(
-    control: ScriptedControl, talk: Talk, capsys: pytest.CaptureFixture[str], known: bool
+    control: ScriptedControl, talk: Talk, capsys: pytest.CaptureFixture[str], control_says: Answer, runs_on: bool
 ) -> None:
     control.on("POST /v2/tasks", says("one"), stream(started(), token(0, "a pa"), then=Then.SILENCE), says("three"))
     assert await talk.chat.say("first") == 0
     retry = asyncio.create_task(talk.chat.take("/retry"))
     await eventually(lambda: talk.shown == "one\na pa")
     task_id = control.asked("POST /v2/tasks")[1].json()["task_id"]
-    control.on(f"POST /v2/tasks/{task_id}/cancel", answer({}, 202) if known else refusal(Code.INTERNAL))
+    control.on(f"POST /v2/tasks/{task_id}/cancel", control_says)
     signal.raise_signal(signal.SIGINT)
     assert await retry == 130
-    told = "canceled" if known else f"stopped; task {task_id} may still be running"
+    told = f"stopped; task {task_id} may still be running" if runs_on else "canceled"
     assert capsys.readouterr().err == f"{told}\nthe answer before it is kept\n"
     assert await talk.chat.say("second") == 0
     assert said(control)[2] == ["first", "one", "second"]

@@ -421,11 +421,7 @@ async def talk(control: ScriptedControl) -> AsyncIterator[Talk]:
 
 @pytest.mark.parametrize(
     ("control_says", "runs_on"),
-    [
-        (answer({"state": "canceled"}, 202), False),
-        (refusal(Code.TASK_NOT_FOUND), False),
-        (refusal(Code.INTERNAL), True),
-    ],
+    [(answer({}, 202), False), (refusal(Code.TASK_NOT_FOUND), False), (refusal(Code.INTERNAL), True)],
     ids=["canceled", "unknown", "refused"],
 )
 async def test_a_retry_that_is_stopped_leaves_the_answer_that_there_was_and_says_so(

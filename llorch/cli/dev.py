@@ -177,8 +177,10 @@ class _Dev:
                     look, nodes = await self._nodes_ready(cluster, client)
                 if body is not None:
                     return await self._answer(client, {**body, "model": look.model}, guarded)
+            log = cluster.tail("control")
+            log.new_lines()  # what is told begins here: whoever reads the welcome may be quick
             await self._welcome(cluster, url, look.model, nodes)
-            return await self._serve(cluster)
+            return await self._serve(cluster, log)
         finally:
             if watch is not None:
                 watch.cancel()
@@ -286,11 +288,11 @@ class _Dev:
         """A person is there, and does not get the logs, in which they are too."""
         return self._terminal and not self._verbose
 
-    async def _serve(self, cluster: Cluster) -> int:
+    async def _serve(self, cluster: Cluster, log: LogTail) -> int:
         """Until a signal, or until nothing is left that could serve. A node that dies is told: that may be the test."""
         from llorch.cli.dev_words import exit_words
 
-        tasks = asyncio.create_task(self._tell_tasks(cluster), name="dev.tasks") if self._tells_tasks else None
+        tasks = asyncio.create_task(self._tell_tasks(log), name="dev.tasks") if self._tells_tasks else None
         told: set[str] = set()
         try:
             while True:
@@ -310,14 +312,12 @@ class _Dev:
                 tasks.cancel()
                 await asyncio.gather(tasks, return_exceptions=True)
 
-    async def _tell_tasks(self, cluster: Cluster) -> None:
+    async def _tell_tasks(self, log: LogTail) -> None:
         from llorch.cli.dev_words import ended_tasks
 
-        tail = cluster.tail("control")
-        tail.new_lines()
         while True:
             await asyncio.sleep(TASKS_EVERY_S)
-            write_err("".join(f"{plain(line)}\n" for line in ended_tasks(tail.new_lines())))
+            write_err("".join(f"{plain(line)}\n" for line in ended_tasks(log.new_lines())))
 
     async def _show_logs(self, cluster: Cluster) -> None:
         tails: dict[str, LogTail] = {}

@@ -182,7 +182,10 @@ async def test_on_a_terminal_it_says_what_it_waits_for_and_where_each_task_went(
         assert any(re.search(r"\x1b\[Kready: http", line) for line in lines), "nothing is left of the line that waits"
         ran = await asyncio.to_thread(dev.run, "submit", "Hello", "--max-tokens", "3")
         assert ran[:2] == (0, expected_text(3))
-        await eventually(lambda: sees(r"task [0-9a-f-]{36}  dev-[12]  done, 3 tokens"), what="its task is told")
+        try:
+            await eventually(lambda: sees(r"task [0-9a-f-]{36}  dev-[12]  done, 3 tokens"), what="its task is told")
+        except AssertionError as error:
+            raise AssertionError(shown) from error
         running.send_signal(signal.SIGINT)
         assert await asyncio.to_thread(running.wait, 20) == 0
     finally:

@@ -26,6 +26,7 @@ from llorch.messages import Head, Tail
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
 MAX_RETRIES = 2
 MAX_LOSSES = 3  # the third node lost under a task ends it
+LAST_WORD_S = 0.1  # after a client has gone
 DEADLINE_SLACK_S = 2.0  # the node ends a task at its deadline; the control does if the node has not
 PING_AFTER_S = 15.0
 
@@ -162,6 +163,9 @@ class Dispatcher:
                 self._finish(task, None, error)
                 raise
             except (asyncio.CancelledError, ConnectionError):
+                if task.tail is not None:  # it had read its end, and did not wait for ours
+                    self._finish(task, task.tail, None)
+                    raise
                 task.abandoned = True
                 self._finish(task, None, LlorchError(Code.CANCELED, "the client left"))
                 raise
@@ -287,7 +291,13 @@ class Dispatcher:
                 task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
                 self._metrics.first_byte(task.label, self._clock() - task.received_at)
                 await client.begin(head)
-                return await self._relay(task, feed, upstream, client)
+                try:
+                    return await self._relay(task, feed, upstream, client)
+                except SlowReader:
+                    raise
+                except (asyncio.CancelledError, ConnectionError):
+                    task.tail = await _last_word(feed)
+                    raise
         finally:
             self._upstreams.pop(task.task_id, None)
 
@@ -420,6 +430,12 @@ class Dispatcher:
             attempts=task.attempt,
             tokens_out=tail.tokens_out if tail is not None else None,
         )
+
+
+async def _last_word(feed: Feed) -> Tail | None:
+    """The TAIL that follows the last byte a client needed: many go once they have read that, and were served well."""
+    item = await feed.next(LAST_WORD_S)
+    return item if isinstance(item, Tail) else None
 
 
 def _verdict(error: LlorchError) -> Exception:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llorch.control import answers
+from llorch.control import answers, dispatch
 from llorch.control.answers import Stream as ClientStream
 from llorch.errors import Code
 from llorch.records import Type
@@ -554,6 +554,25 @@ async def test_a_client_that_vanishes_is_told_to_the_node_as_left(
         attempt.tail()
         await node.settled()
         assert node.up
+
+
+@pytest.mark.parametrize("form", [native_stream, v1_stream])
+async def test_a_client_that_goes_once_it_has_read_the_end_was_served(
+    form: Callable[[ControlUnderTest], Asking], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "LAST_WORD_S", 5.0)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = form(control)
+        attempt = (await node.asked()).accept().head()
+        attempt.data(b"event: end\ndata: {}\n\n" if form is native_stream else b"data: [DONE]\n\n")
+        await asking.has(b"\n\n")
+        await asking.leave()
+        await asyncio.sleep(0.05)  # the control learns of it first
+        attempt.tail(finish_reason="stop", tokens_in=1, tokens_out=1)
+        await control.state(attempt.task_id, "done")
+        assert attempt.detached is None
+        await control.idle()
 
 
 async def test_a_client_that_vanishes_from_the_queue_frees_its_place() -> None:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from llorch.cli.answer import progress
-from llorch.cli.interrupts import SIGNALS, Interrupted
+from llorch.cli.interrupts import SIGNALS, Handled, Interrupted
 from llorch.cli.output import abandon_output, is_terminal
 from llorch.cli.submit import cancel_quietly
 from llorch.client.api import LlorchClient, with_task_id
@@ -102,34 +102,19 @@ async def take_turn(
     return taken
 
 
-class Stops:
+class Stops(Handled):
     """The signals of a chat at a terminal, while the block lasts.
 
     ^C stops what `run` runs, once: a second one finds it on its way. SIGTERM, SIGHUP and SIGQUIT (^\\) do the same, and
     `leaving` says that there is to be nothing after it.
     """
 
+    numbers = (*SIGNALS, signal.SIGQUIT)
+
     def __init__(self) -> None:
+        super().__init__()
         self.leaving = False
-        self._writing = False
         self._running: asyncio.Task[Any] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stops:
-        self._loop = asyncio.get_running_loop()
-        for number in (*SIGNALS, signal.SIGQUIT):
-            try:
-                ignored = signal.getsignal(number) is signal.SIG_IGN
-                if not ignored:
-                    self._before[number] = signal.signal(number, self._handle)
-            except ValueError:  # not in the main thread, so signals are somebody else's
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
         """What `work` returns; None if it was stopped and did not say otherwise."""
@@ -142,18 +127,6 @@ class Stops:
         finally:
             self._running = None
         return None if task.cancelled() else task.result()
-
-    def guarded(self, write: Callable[[str], None]) -> Callable[[str], None]:
-        """`write`, such that a signal breaks out of it."""
-
-        def writing(text: str) -> None:
-            self._writing = True
-            try:
-                write(text)
-            finally:
-                self._writing = False
-
-        return writing
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.leaving = self.leaving or number != signal.SIGINT

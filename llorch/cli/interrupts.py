@@ -10,8 +10,8 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 from llorch.cli.exits import Exit
 from llorch.cli.output import abandon_output
@@ -23,19 +23,19 @@ class Interrupted(Exception):
     """Raised in a write that was blocked when the signal came."""
 
 
-class Interrupts:
-    """Use around the work that a signal is to end; `hit` tells whether one came."""
+class Handled:
+    """The handlers of signals while the block lasts, and writes that one of them breaks out of."""
+
+    numbers: tuple[signal.Signals, ...] = SIGNALS
 
     def __init__(self) -> None:
-        self.hit = False
         self._writing = False
         self._before: dict[int, Any] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[Any] | None = None
 
-    def __enter__(self) -> Interrupts:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        for number in SIGNALS:
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        for number in self.numbers:
             try:
                 ignored = signal.getsignal(number) is signal.SIG_IGN  # nohup: it is not to be ended by this
                 if not ignored:
@@ -44,19 +44,12 @@ class Interrupts:
                 break
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.hit:
-            os._exit(Exit.INTERRUPTED)
-        self.hit = True
-        if self._writing:
-            abandon_output()
-            raise Interrupted
-        assert self._loop is not None and self._task is not None
-        self._loop.call_soon_threadsafe(self._task.cancel)
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        raise NotImplementedError
 
     def guarded(self, write: Callable[[str], None]) -> Callable[[str], None]:
         """`write`, such that a signal breaks out of it."""
@@ -69,3 +62,26 @@ class Interrupts:
                 self._writing = False
 
         return writing
+
+
+class Interrupts(Handled):
+    """Use around the work that a signal is to end; `hit` tells whether one came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hit = False
+        self._task: asyncio.Task[Any] | None = None
+
+    def __enter__(self) -> Self:
+        self._task = asyncio.current_task()
+        return super().__enter__()
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.hit:
+            os._exit(Exit.INTERRUPTED)
+        self.hit = True
+        if self._writing:
+            abandon_output()
+            raise Interrupted
+        assert self._loop is not None and self._task is not None
+        self._loop.call_soon_threadsafe(self._task.cancel)

@@ -45,10 +45,13 @@ def runs_of_four(text: str) -> list[tuple[str, ...]]:
 
 
 def loops(text: str) -> bool:
-    """Whether a run of four words comes again at once, or for a fourth time."""
+    """Whether a run of four words comes twice more within 24 words, or for a fourth time.
+
+    Once more is no loop: a kind boy called Karl may meet a kind boy called Finn.
+    """
     runs = runs_of_four(text)
-    at_once = any(run in runs[at + 1 : at + 13] for at, run in enumerate(runs))
-    return at_once or max(Counter(runs).values(), default=0) > 3
+    soon = any(runs[at + 1 : at + 25].count(run) > 1 for at, run in enumerate(runs))
+    return soon or max(Counter(runs).values(), default=0) > 3
 
 
 async def drawn(server: Server) -> list[Sample]:

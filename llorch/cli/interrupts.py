@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
@@ -23,7 +24,7 @@ class Interrupted(Exception):
     """Raised in a write that was blocked when the signal came."""
 
 
-class Handled:
+class Handled(ABC):
     """The handlers of signals while the block lasts, and writes that one of them breaks out of."""
 
     numbers: tuple[signal.Signals, ...] = SIGNALS
@@ -48,8 +49,9 @@ class Handled:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @abstractmethod
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        raise NotImplementedError
+        """A signal has come; `_writing` tells whether into a write."""
 
     def guarded(self, write: Callable[[str], None]) -> Callable[[str], None]:
         """`write`, such that a signal breaks out of it."""

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from llorch import sse
+from llorch.backoff import Backoff
+from llorch.client import api
 from llorch.errors import Code, LlorchError
 from llorch.web import serve
 
@@ -167,3 +170,9 @@ async def scripted(tls: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedC
         yield control
     finally:
         await server.close()
+
+
+def resume_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds between machines need not take them here."""
+    monkeypatch.setattr(api, "RESUME_FOR_S", 0.2)
+    monkeypatch.setattr(api, "RESUME_BACKOFF", Backoff(first_s=0.001, most_s=0.02))

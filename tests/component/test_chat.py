@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from llorch.backoff import Backoff
 from llorch.cli.chat_session import Chat
 from llorch.cli.chat_terminal import Terminal
 from llorch.cli.chat_turn import Stops
 from llorch.cli.main import run
 from llorch.cli.output import OutputClosed, OutputFailed, write_out
-from llorch.client import api
 from llorch.client.api import LlorchClient
 from llorch.errors import MEANINGS, Code
 from tests.cluster import eventually
@@ -39,6 +37,7 @@ from tests.component.scripted_control import (
     error,
     no_answer,
     refusal,
+    resume_quickly,
     scripted,
     started,
     stream,
@@ -54,8 +53,7 @@ def says(*texts: str, reason: str = "stop") -> Answer:
 
 @pytest.fixture(autouse=True)
 def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "RESUME_FOR_S", 0.1)
-    monkeypatch.setattr(api, "RESUME_BACKOFF", Backoff(first_s=0.001, most_s=0.02))
+    resume_quickly(monkeypatch)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from llorch import sse
-from llorch.backoff import Backoff
 from llorch.client import api
 from llorch.client.api import LlorchClient
 from llorch.client.events import End, Event, Failed, Queued, ServerError, Started, Token
@@ -31,6 +30,7 @@ from tests.component.scripted_control import (
     hang_up,
     no_answer,
     refusal,
+    resume_quickly,
     scripted,
     started,
     stream,
@@ -45,9 +45,7 @@ SECRET = "token-that-only-one-control-may-see"
 
 @pytest.fixture(autouse=True)
 def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes seconds between machines need not take them here."""
-    monkeypatch.setattr(api, "RESUME_FOR_S", 0.2)
-    monkeypatch.setattr(api, "RESUME_BACKOFF", Backoff(first_s=0.001, most_s=0.02))
+    resume_quickly(monkeypatch)
 
 
 @pytest.fixture

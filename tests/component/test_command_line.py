@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from llorch.backoff import Backoff
 from llorch.client import api
 from llorch.errors import Code
 from llorch.tls import server_context
@@ -29,6 +28,7 @@ from tests.component.scripted_control import (
     hang_up,
     no_answer,
     refusal,
+    resume_quickly,
     scripted,
     started,
     stream,
@@ -54,8 +54,7 @@ VIEW = {"task_id": TASK, "state": "done", "model": "m", "node_id": "n1", "pool_i
 
 @pytest.fixture(autouse=True)
 def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "RESUME_FOR_S", 0.1)
-    monkeypatch.setattr(api, "RESUME_BACKOFF", Backoff(first_s=0.001, most_s=0.02))
+    resume_quickly(monkeypatch)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -236,7 +237,7 @@ def _ended_early(cut: bool) -> LlorchError:
 # ---------------------------------------------------------------- decoders
 
 
-class _Stream:
+class _Stream(ABC):
     """What both decoders of event streams share: cutting, reading, and that the first end is the only one.
 
     A subclass renders: what a block adds to the log, and the three ways to end it.
@@ -311,14 +312,12 @@ class _Stream:
         self._complete = self._complete or chunk.terminal
         out.append(self._render(block, chunk))
 
-    def _render(self, block: bytes, chunk: Chunk) -> bytes:
-        raise NotImplementedError
-
-    def _end(self, now: float, block: bytes = b"") -> bytes:
-        raise NotImplementedError
-
-    def _render_error(self, error: LlorchError) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _render(self, block: bytes, chunk: Chunk) -> bytes: ...
+    @abstractmethod
+    def _end(self, now: float, block: bytes = b"") -> bytes: ...
+    @abstractmethod
+    def _render_error(self, error: LlorchError) -> bytes: ...
 
 
 class NativeDecoder(_Stream):

@@ -38,6 +38,7 @@ class Code(StrEnum):
     PAYLOAD_TOO_LARGE = "PAYLOAD_TOO_LARGE"
     UNSUPPORTED_MEDIA = "UNSUPPORTED_MEDIA"
     UNTRUSTED_ADDRESS = "UNTRUSTED_ADDRESS"
+    IDEMPOTENCY_MISMATCH = "IDEMPOTENCY_MISMATCH"
     UPGRADE_REQUIRED = "UPGRADE_REQUIRED"
     RATE_LIMITED = "RATE_LIMITED"
     QUEUE_FULL = "QUEUE_FULL"
@@ -49,6 +50,7 @@ class Code(StrEnum):
     MODEL_NOT_AVAILABLE = "MODEL_NOT_AVAILABLE"
     NO_CAPACITY = "NO_CAPACITY"
     DRAINING = "DRAINING"
+    RECOVERING = "RECOVERING"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
     ENGINE_STALLED = "ENGINE_STALLED"
@@ -98,6 +100,9 @@ MEANINGS: Mapping[Code, Meaning] = {
     Code.PAYLOAD_TOO_LARGE: Meaning(413, _BAD, False, "raise --max-body, or send less"),
     Code.UNSUPPORTED_MEDIA: Meaning(415, _BAD, False, "send JSON with a `model`, or name it in X-Llorch-Model"),
     Code.UNTRUSTED_ADDRESS: Meaning(422, _BAD, False, "advertise the address this node is reached from (--address)"),
+    Code.IDEMPOTENCY_MISMATCH: Meaning(
+        422, _BAD, False, "this Idempotency-Key was sent with another body; make a new key for a new request"
+    ),
     Code.UPGRADE_REQUIRED: Meaning(426, _BAD, False, "send `Connection: Upgrade` and `Upgrade: llorch-records/1`"),
     Code.RATE_LIMITED: Meaning(429, _BUSY, True),
     Code.QUEUE_FULL: Meaning(429, _BUSY, True, "retry after the time given; `llorch status` shows the queue"),
@@ -111,6 +116,9 @@ MEANINGS: Mapping[Code, Meaning] = {
     ),
     Code.NO_CAPACITY: Meaning(503, _FAULT, True, "`llorch explain --dry-run -m MODEL` says why no pool can take it"),
     Code.DRAINING: Meaning(503, _FAULT, True, "it is shutting down; retry after the time given"),
+    Code.RECOVERING: Meaning(
+        503, _FAULT, True, "this control has just started and its nodes are coming back; retry after the time given"
+    ),
     Code.DEADLINE_EXCEEDED: Meaning(504, _FAULT, False, "allow more time with deadline_ms"),
     Code.QUEUE_TIMEOUT: Meaning(504, _FAULT, True, "no slot became free in time; `llorch status` shows the load"),
     Code.ENGINE_STALLED: Meaning(504, _FAULT, True, "the engine stopped answering; `llorch pool ls` shows its state"),

@@ -191,6 +191,12 @@ class ControlSettings(ServerSettings):
         "1024", integer(0, 1_000_000), "Tasks that may wait for a slot; more are refused with 429. 0 refuses at once."
     )
     queue_timeout: float = setting("120s", duration("100ms", "1d"), "How long a task may wait for a slot.")
+    recovery_window: float = setting(
+        "15s",
+        duration("0s", "10m"),
+        "How long after its start a control waits for its nodes before it says that a task or a model does not exist. "
+        "It ends early once every node it knew is back.",
+    )
     ttft_timeout: float = setting(
         "120s",
         duration("100ms", "1d"),

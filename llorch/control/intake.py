@@ -16,6 +16,8 @@ from llorch.messages import TASK_ID, TaskBody, decode_object, model_id_ok, parse
 
 MAX_DEADLINE_MS = 86_400_000
 MAX_PATH_CHARS = 256  # as a record carries it
+MAX_KEY_CHARS = 255
+PRIORITIES = ("interactive", "batch")  # the first one is what is meant where nothing is said
 
 # Headers of the client that go on to the node, and from there to the engine where it knows them.
 _FORWARDED = ("content-type", "accept", "traceparent", "anthropic-version", "anthropic-beta", "openai-beta")
@@ -51,6 +53,9 @@ def native_task(
         request_id=request_id,
         received_at=now,
         deadline_at=None if body.deadline_ms is None else now + body.deadline_ms / 1_000,
+        priority=body.priority,
+        key_digest=_key_digest(headers, owner),
+        first_try=_first_try(headers),
     )
 
 
@@ -87,6 +92,9 @@ def openai_task(
         request_id=request_id,
         received_at=now,
         deadline_at=None if deadline_ms is None else now + deadline_ms / 1_000,
+        priority=_priority(headers.get("X-Llorch-Priority")),
+        key_digest=_key_digest(headers, owner),
+        first_try=_first_try(headers),
     )
 
 
@@ -123,6 +131,27 @@ def _deadline_ms(text: str | None) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) <= 12 and 1 <= int(text) <= MAX_DEADLINE_MS):
         raise invalid(f"X-Llorch-Deadline-Ms is not between 1 and {MAX_DEADLINE_MS}", param="X-Llorch-Deadline-Ms")
     return int(text)
+
+
+def _priority(text: str | None) -> str:
+    if text not in (None, *PRIORITIES):
+        raise invalid(f"X-Llorch-Priority is not one of {', '.join(PRIORITIES)}", param="X-Llorch-Priority")
+    return text or PRIORITIES[0]
+
+
+def _key_digest(headers: Mapping[str, str], owner: str) -> str | None:
+    """Keys are the client's to choose; what is kept and sent to nodes is a digest, which also keeps owners apart."""
+    key = headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not (0 < len(key) <= MAX_KEY_CHARS and key.isascii() and key.isprintable()):
+        raise invalid(f"Idempotency-Key is not 1 to {MAX_KEY_CHARS} printable characters", param="Idempotency-Key")
+    return hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
+
+
+def _first_try(headers: Mapping[str, str]) -> bool:
+    """Whether the client says that it sends this for the first time; one that says nothing may repeat itself."""
+    return headers.get("X-Llorch-Try") == "1"
 
 
 def _forwarded(headers: Mapping[str, str], request_id: str) -> dict[str, str]:

@@ -57,6 +57,9 @@ class Task:
     request_id: str
     received_at: float
     deadline_at: float | None = None
+    priority: str = "interactive"  # or "batch"
+    key_digest: str | None = None  # of its owner and its Idempotency-Key
+    first_try: bool = False  # its client says that this is no repetition
     state: State = State.QUEUED
     attempt: int = 0
     losses: int = 0

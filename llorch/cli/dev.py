@@ -36,6 +36,7 @@ LOGS_EVERY_S = 0.1
 TASKS_EVERY_S = 0.25
 PROGRESS_EVERY_S = 0.2
 TASK_GRACE = "2s"  # for what still runs when the command is ended
+AT_ONCE = ("--recovery-window", "0s")  # nothing was here before
 MAX_NODES = 64
 
 
@@ -200,7 +201,7 @@ class _Dev:
         common = ["--dev", "--shutdown-grace", TASK_GRACE, *level, "--data-dir"]
         url = f"http://127.0.0.1:{port}"
         bind = ["--bind", f"127.0.0.1:{port}"]
-        await cluster.start_role("control", ["control", *common, str(cluster.state / "control.d"), *bind])
+        await cluster.start_role("control", ["control", *common, str(cluster.state / "control.d"), *bind, *AT_ONCE])
         for name in self._nodes:
             own = [str(cluster.state / f"{name}.d"), "--node-id", name, "--join", url]
             await cluster.start_role(name, ["node", *common, *own, *self._node_words])

@@ -43,11 +43,12 @@ _CODES = {
         Code.RATE_LIMITED,
         Code.ALL_SLOTS_BUSY,
         Code.DRAINING,
+        Code.RECOVERING,
     ),
     Exit.TIMEOUT: (Code.DEADLINE_EXCEEDED, Code.QUEUE_TIMEOUT, Code.ENGINE_STALLED, Code.REQUEST_TIMEOUT),
 }
 # By name, so that a code which the control has and this client does not know yet is no fault here.
-_MORE = {"RECOVERING": Exit.NO_CAPACITY, "INSUFFICIENT_STORAGE": Exit.NO_CAPACITY}
+_MORE = {"INSUFFICIENT_STORAGE": Exit.NO_CAPACITY}
 _BY_CODE = {code.value: exit_code for exit_code, codes in _CODES.items() for code in codes} | _MORE
 
 

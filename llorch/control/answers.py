@@ -15,7 +15,8 @@ from typing import Any
 from aiohttp import web
 
 from llorch import sse
-from llorch.control.dispatch import PING_AFTER_S, SlowReader
+from llorch.control.audience import SlowReader
+from llorch.control.dispatch import PING_AFTER_S
 from llorch.control.tasks import Task
 from llorch.errors import Code, LlorchError
 from llorch.messages import Head, Tail
@@ -68,6 +69,8 @@ def task_headers(task: Task) -> dict[str, str]:
             "X-Llorch-Pool": task.pool_id,
             "X-Llorch-Attempts": str(task.attempt),
         }
+    if task.replayed:
+        headers["Idempotency-Replayed"] = "true"
     if task.queued_ms is not None:
         headers["X-Llorch-Queue-Ms"] = str(round(task.queued_ms))
     return headers
@@ -136,10 +139,20 @@ class Stream:
 class NativeStream:
     """SSE of native events: the log's own, and the control's `queued`, pings and, if the node can't, the last one."""
 
-    def __init__(self, request: web.Request, task: Task, write_timeout_s: float) -> None:
+    def __init__(self, request: web.Request, task: Task, write_timeout_s: float, *, again: bool = False) -> None:
         self._task = task
         self._stream = Stream(request, write_timeout_s)
+        self._again = again  # the task is there: whatever becomes of it is told in its stream
         self._said_queued_at = float("-inf")
+
+    @property
+    def committed(self) -> bool:
+        return self._stream.committed
+
+    def broken_off(self) -> web.StreamResponse:
+        """The end of this connection, and not of the task."""
+        self._stream.abort()
+        return self._stream.finished()
 
     async def _commit(self) -> None:
         await self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
@@ -156,6 +169,8 @@ class NativeStream:
         pass
 
     async def idle(self) -> None:
+        if self._again:
+            await self._commit()
         await self._stream.ping()
 
     async def begin(self, head: Head) -> None:
@@ -171,7 +186,7 @@ class NativeStream:
         return self._stream.finished()
 
     async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
-        if not self._stream.committed and error.code is not Code.CANCELED:
+        if not self._stream.committed and error.code is not Code.CANCELED and not self._again:
             return refusal(error, request_id, self._task)
         await self._commit()
         if not _terminal(self._stream.last_block()):  # the node was lost between its last event and its TAIL
@@ -195,6 +210,10 @@ class OpenAiAnswer:
         self._stream = Stream(request, write_timeout_s)
         self._last_word = time.monotonic()
         self._length: int | None = None  # of the whole answer, where it was announced
+
+    @property
+    def committed(self) -> bool:
+        return self._stream.committed
 
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         if time.monotonic() - self._last_word >= PING_AFTER_S:
@@ -258,6 +277,10 @@ class NativeJson:
         self._text: list[str] = []
         self._size = 0
 
+    @property
+    def committed(self) -> bool:
+        return False
+
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         pass
 
@@ -295,17 +318,13 @@ class NativeJson:
 
 
 class Detached:
-    """Nobody listens. `taken` is done once a node has accepted the task; its log waits there for whoever comes."""
-
-    def __init__(self) -> None:
-        self.taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    """Nobody listens: the log waits on its node for whoever comes."""
 
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         pass
 
     async def accepted(self) -> None:
-        if not self.taken.done():
-            self.taken.set_result(None)
+        pass
 
     async def idle(self) -> None:
         pass

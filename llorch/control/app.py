@@ -24,9 +24,12 @@ from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics, registry_metrics
 from llorch.control.node_client import NodeClient
+from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
+from llorch.control.replay import Replays
+from llorch.control.roster import Roster
 from llorch.control.state import CONTROL, Control
-from llorch.control.sweep import expire_step, probe_step
+from llorch.control.sweep import expire_step, probe_step, roster_step
 from llorch.errors import ConfigError
 from llorch.tasks import Guard
 
@@ -64,6 +67,8 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
         heartbeat_interval_s=settings.heartbeat_interval,
         offline_after_s=settings.offline_after,
     )
+    roster = Roster(settings.data_dir)
+    recovery = Recovery(settings.recovery_window, roster.load(), time.monotonic())
     metrics, links, guard = ControlMetrics(), Links(), Guard("control")
     admission = Admission(limit=settings.queue_limit)
     async with NodeClient(
@@ -87,6 +92,9 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
             nodes=nodes,
             metrics=metrics,
             guard=guard,
+            recovery=recovery,
+            roster=roster,
+            replays=Replays(dispatcher.tasks, registry, nodes, recovery),
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
             heartbeat_interval_s=settings.heartbeat_interval,
@@ -102,6 +110,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
         app[CONTROL] = control
         server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
         guard.loop(partial(expire_step, control), "expire")
+        guard.loop(partial(roster_step, control), "roster")
         guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
         try:
             yield control, server
@@ -110,6 +119,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
             for link in links:
                 link.close("shutdown")
             await server.close()
+            await dispatcher.close()
             await guard.close()
 
 

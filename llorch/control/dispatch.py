@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 from llorch.control import placement
 from llorch.control.admission import Admission
-from llorch.control.feed import Accepted, Feed, Lost, Refused, Stopped, Upstream
+from llorch.control.audience import Audience, Client, ShuttingDown, SlowReader
+from llorch.control.feed import Accepted, Feed, Lost, Refused, Stopped
+from llorch.control.log_reader import LogReader, LogReaders, Opener
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
 from llorch.control.tasks import State, Task, TaskStore
@@ -22,11 +24,12 @@ from llorch.control.waiting import WaitingRoom
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import Head, Tail
+from llorch.tasks import Guard
 
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
 MAX_RETRIES = 2
 MAX_LOSSES = 3  # the third node lost under a task ends it
-LAST_WORD_S = 0.1  # after a client has gone
+LAST_WORD_S = 0.1  # for the TAIL, after a client has gone: many go once they have read what they needed
 DEADLINE_SLACK_S = 2.0  # the node ends a task at its deadline; the control does if the node has not
 PING_AFTER_S = 15.0
 
@@ -36,49 +39,12 @@ _NOT_A_FAILURE = frozenset({Code.ALL_SLOTS_BUSY})
 log = Log("control.dispatch")
 
 
-class Client(Protocol):
-    """The one who asked, as dispatch sees it: an HTTP response in one of its forms, or a detached task's record."""
-
-    async def waiting(self, position: int, eta_ms: int | None) -> None:
-        """The task waits for a slot; said about once a second."""
-
-    async def accepted(self) -> None:
-        """A node has taken the task."""
-
-    async def idle(self) -> None:
-        """`PING_AFTER_S` without a byte."""
-
-    async def begin(self, head: Head) -> None:
-        """The first byte is here. From now on the task can't be retried."""
-
-    async def write(self, data: bytes) -> None:
-        """Log bytes. Returns when the client's side has taken them."""
-
-
-class Opener(Protocol):
-    """How dispatch reaches nodes: over their link, or by HTTP for those that have none."""
-
-    def open(self, node_id: str, header: dict[str, Any], body: bytes, feed: Feed) -> Upstream:
-        """Raises LlorchError NODE_LOST when there is no way to the node."""
-
-    def attach(self, node_id: str, task_id: str, offset: int, feed: Feed) -> Upstream:
-        """As `open`."""
-
-
 class _GoElsewhere(Exception):
     """This attempt showed nothing to the client; another may follow."""
 
     def __init__(self, error: LlorchError, *, lost: bool = False, busy: bool = False) -> None:
         super().__init__(error.message)
         self.error, self.lost, self.busy = error, lost, busy
-
-
-class SlowReader(ConnectionError):
-    """The client took no byte for too long; it is treated as gone, and may come back for the rest."""
-
-
-class ShuttingDown(Exception):
-    """The control goes; the task stays on its node."""
 
 
 def _farewell(error: BaseException) -> str:
@@ -101,14 +67,16 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tasks = TaskStore()
+        self.readers = LogReaders(registry, opener, metrics)
         self._registry = registry
         self._room = WaitingRoom(registry, admission, metrics, self.tasks, queue_timeout_s=queue_timeout_s, clock=clock)
         self._opener = opener
         self._metrics = metrics
         self._ttft_timeout_s = ttft_timeout_s
         self._clock = clock
-        self._upstreams: dict[str, Upstream] = {}  # of the tasks that run
-        self._readers: dict[Feed, Upstream] = {}  # all that read from a node: tasks, and those that came back
+        self._guard = Guard("control.dispatch")
+        self._audiences: dict[str, Audience] = {}  # of the tasks that run
+        self._reading: dict[str, LogReader] = {}  # of the tasks that are on a node
         self.draining = False
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -123,6 +91,10 @@ class Dispatcher:
         """(position, estimated wait in ms) of a waiting task."""
         return self._room.place_in_line(task)
 
+    def audience(self, task_id: str) -> Audience | None:
+        """Who listens to a task that runs here; None if it does not."""
+        return self._audiences.get(task_id)
+
     def registry_changed(self) -> None:
         """After every change of the registry: say which pools came and went, and serve who waits."""
         for event in self._registry.pool_events():
@@ -133,66 +105,64 @@ class Dispatcher:
                 model=event.model,
             )
         self._room.pump()
+        self.readers.news.tell()
 
-    def admit(self, task: Task) -> None:
-        """Take `task` in: from here on it is known, and must be run. Raises DRAINING, or CONFLICT for a known id."""
+    def start(self, task: Task, client: Client) -> Audience:
+        """Take `task` in and run it: from here on it is known, and goes on by itself, whatever becomes of `client`.
+
+        Raises DRAINING, or CONFLICT for the id of a task that runs.
+        """
         if self.draining:
             raise LlorchError(Code.DRAINING, "this control is shutting down", retry_after_ms=2_000)
-        known = self.tasks.get(task.task_id)
-        if known is not None and not known.ended:
+        if task.task_id in self._audiences:
             raise LlorchError(Code.CONFLICT, "a task with this task_id is running", param="task_id")
         # A client names what it likes: only models that exist become labels.
         task.label = task.wish.model if self._registry.models().has_model(task.wish.model) else ""
         self.tasks.add(task)
         self._quiet.clear()
+        audience = self._audiences[task.task_id] = Audience(task, client)
+        audience.running = self._guard.spawn(self._run(task, audience), f"task.{task.task_id}")
+        return audience
 
-    async def run(self, task: Task, client: Client) -> Tail:
-        """Serve `task` to `client`. Returns its TAIL; raises LlorchError when it fails before or without one.
+    async def serve(self, task: Task, client: Client) -> Tail:
+        """Run `task` for `client`. Returns its TAIL; raises LlorchError when it fails before or without one.
 
-        Cancelled (the client left): the node is told, and decides. Raises ShuttingDown when the control goes first.
+        Cancelled (the client left): the task goes on for those who still listen, or may come back. Raises ShuttingDown
+        when the control goes first.
         """
-        if self.tasks.get(task.task_id) is not task:
-            self.admit(task)
-        started = self._clock()
-        with self._metrics.inflight(task.label):
-            try:
-                tail = await self._attempts(task, client)
-                self._finish(task, tail, None)
-                return tail
-            except LlorchError as error:
-                self._finish(task, None, error)
-                raise
-            except (asyncio.CancelledError, ConnectionError):
-                if task.tail is not None:  # it had read its end, and did not wait for ours
-                    self._finish(task, task.tail, None)
-                    raise
-                task.abandoned = True
-                self._finish(task, None, LlorchError(Code.CANCELED, "the client left"))
-                raise
-            except ShuttingDown:
-                self._finish(task, None, LlorchError(Code.DRAINING, "this control was stopped"))
-                raise
-            except Exception:
-                self._finish(task, None, LlorchError(Code.INTERNAL, "an unexpected fault; it was logged"))
-                raise
-            finally:
-                self._metrics.task_seconds(task.label, self._clock() - started)
+        audience = self.start(task, client)
+        assert audience.running is not None
+        try:
+            outcome = await asyncio.shield(audience.running)
+        except asyncio.CancelledError:
+            audience.left()
+            raise
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def cancel(self, task: Task) -> None:
         """End a task, wherever it is in its life. Idempotent."""
         task.cancel_wanted = True
-        upstream = self._upstreams.get(task.task_id)
-        if upstream is not None:
-            upstream.cancel()
+        reader = self._reading.get(task.task_id)
+        if reader is not None:
+            reader.cancel()
         self._room.end(task.task_id, LlorchError(Code.CANCELED, "the task was canceled"))
 
-    @contextlib.contextmanager
-    def attached(self, node_id: str, task_id: str, offset: int) -> Iterator[tuple[Feed, Upstream]]:
+    @contextlib.asynccontextmanager
+    async def attached(
+        self, node_id: str, task_id: str, offset: int, *, patience_s: float | None = None
+    ) -> AsyncIterator[LogReader]:
         """A reader of a task's log, for one who came back. It is detached at the end."""
-        feed = Feed()
-        upstream = self._opener.attach(node_id, task_id, offset, feed)
-        with self._reading(feed, upstream, cancels=False):
-            yield feed, upstream
+        reader = await self.readers.attach(node_id, task_id, offset, patience_s=patience_s)
+        farewell = "left"
+        try:
+            yield reader
+        except (asyncio.CancelledError, ConnectionError, ShuttingDown) as error:
+            farewell = _farewell(error)
+            raise
+        finally:
+            reader.close(farewell)
 
     def cancel_surplus(self, node_id: str) -> None:
         """Cancel what a node with a link still runs, and this control has ended or has taken elsewhere.
@@ -219,19 +189,55 @@ class Dispatcher:
     def stop(self) -> None:
         """Let go of every task: clients get their ends, nodes keep what runs."""
         self.draining = True
-        for feed, upstream in list(self._readers.items()):
-            feed.put(Stopped())
-            upstream.detach("shutdown")
+        self.readers.stop()
         self._room.end_all(ShuttingDown)
+
+    async def close(self) -> None:
+        """After `stop`: wait for what still runs."""
+        await self._guard.close()
 
     # ---- the life of a task
 
-    async def _attempts(self, task: Task, client: Client) -> Tail:
+    async def _run(self, task: Task, audience: Audience) -> Tail | Exception:
+        """From its admission to its end. What goes wrong is returned: whoever asked for it may have left long ago."""
+        started = self._clock()
+        outcome: Tail | Exception
+        audience.opened()
+        with self._metrics.inflight(task.label):
+            try:
+                outcome = await self._attempts(task, audience)
+                self._finish(task, outcome, None)
+            except LlorchError as error:
+                outcome = error
+                self._finish(task, None, error)
+            except (asyncio.CancelledError, ConnectionError) as error:
+                if task.tail is not None:  # it had read its end, and did not wait for ours
+                    self._finish(task, task.tail, None)
+                else:
+                    task.abandoned = True
+                    self._finish(task, None, LlorchError(Code.CANCELED, "the client left"))
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+                outcome = error
+            except ShuttingDown as error:
+                outcome = error
+                self._finish(task, None, LlorchError(Code.DRAINING, "this control was stopped"))
+            except Exception:
+                log.fault("task.fault", task_id=task.task_id, request_id=task.request_id)
+                outcome = LlorchError(Code.INTERNAL, "an unexpected fault; it was logged")
+                self._finish(task, None, outcome)
+            finally:
+                self._audiences.pop(task.task_id, None)
+                audience.ended()
+                self._metrics.task_seconds(task.label, self._clock() - started)
+        return outcome
+
+    async def _attempts(self, task: Task, audience: Audience) -> Tail:
         front = False
         while True:
-            claim = await self._room.claim(task, client.waiting, front=front)
+            claim = await self._room.claim(task, audience.waiting, front=front)
             try:
-                return await self._attempt(task, claim, client)
+                return await self._attempt(task, claim, audience)
             except _GoElsewhere as gone:
                 front = True
                 self._give_up(task, claim, gone)
@@ -265,7 +271,7 @@ class Dispatcher:
             "task.requeued", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, code=gone.error.code
         )
 
-    async def _attempt(self, task: Task, claim: Claim, client: Client) -> Tail:
+    async def _attempt(self, task: Task, claim: Claim, audience: Audience) -> Tail:
         if task.cancel_wanted:
             raise LlorchError(Code.CANCELED, "the task was canceled")
         task.attempt += 1
@@ -277,49 +283,44 @@ class Dispatcher:
             upstream = self._opener.open(claim.node_id, self._open_header(task), task.body, feed)
         except LlorchError as error:
             raise _GoElsewhere(error, lost=True) from None
-        self._upstreams[task.task_id] = upstream
         self._metrics.routed(self._clock() - task.received_at)
         log.debug(
             "task.routed", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, attempt=task.attempt
         )
-        try:
-            with self._reading(feed, upstream, cancels=True):
-                head = await self._first(task, feed, client)
-                if isinstance(head, Tail):  # canceled before its first byte
-                    return head
-                task.enter(State.STREAMING)
-                task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
-                self._metrics.first_byte(task.label, self._clock() - task.received_at)
-                await client.begin(head)
-                try:
-                    return await self._relay(task, feed, upstream, client)
-                except SlowReader:
-                    raise
-                except (asyncio.CancelledError, ConnectionError):
-                    task.tail = await _last_word(feed)
-                    raise
-        finally:
-            self._upstreams.pop(task.task_id, None)
+        reader = LogReader(self.readers, claim.node_id, task.task_id, feed, upstream, clock=self._clock)
+        with self._read_through(task, reader):
+            head = await self._first(task, reader, audience)
+            if isinstance(head, Tail):  # canceled before its first byte
+                return head
+            task.enter(State.STREAMING)
+            task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
+            self._metrics.first_byte(task.label, self._clock() - task.received_at)
+            await audience.begin(head)
+            try:
+                return await self._relay(task, reader, audience)
+            except SlowReader:
+                raise
+            except (asyncio.CancelledError, ConnectionError):
+                task.tail = await reader.last_word(LAST_WORD_S)
+                raise
 
     @contextlib.contextmanager
-    def _reading(self, feed: Feed, upstream: Upstream, *, cancels: bool) -> Iterator[None]:
-        """Until the feed has ended or its reader goes. `cancels`: a reader that fails takes its task with it."""
-        self._readers[feed] = upstream
-        farewell, failed = "left", False
+    def _read_through(self, task: Task, reader: LogReader) -> Iterator[None]:
+        """Until the log has ended or its reader goes: failing takes the task with it, leaving does not."""
+        self.readers.add(reader)
+        self._reading[task.task_id] = reader
+        farewell = "left"
         try:
             yield
         except (asyncio.CancelledError, ConnectionError, ShuttingDown) as error:
             farewell = _farewell(error)
             raise
         except BaseException:
-            failed = True
+            reader.cancel()
             raise
         finally:
-            del self._readers[feed]
-            if not feed.ended:
-                if failed and cancels:
-                    upstream.cancel()
-                upstream.detach(farewell)
+            del self._reading[task.task_id]
+            reader.close(farewell)
 
     def _open_header(self, task: Task) -> dict[str, Any]:
         header: dict[str, Any] = {
@@ -332,6 +333,7 @@ class Dispatcher:
             "detach": task.detach,
             "owner": task.owner,
             "epoch": self._registry.epoch,
+            "key_digest": task.key_digest,
             "body_digest": task.body_digest,
             "headers": task.headers,
             "prefix_len": 0,
@@ -340,14 +342,14 @@ class Dispatcher:
             header["deadline_ms"] = max(1, int((task.deadline_at - self._clock()) * 1_000))
         return header
 
-    async def _first(self, task: Task, feed: Feed, client: Client) -> Head | Tail:
+    async def _first(self, task: Task, reader: LogReader, audience: Audience) -> Head | Tail:
         """Everything up to HEAD. Raises _GoElsewhere while the task can still run somewhere else."""
         accepted = False
         now = self._clock()
         until = now + ACCEPT_TIMEOUT_S
         ping_at = now + PING_AFTER_S - (now - task.received_at) % PING_AFTER_S  # counted from the client's request
         while True:
-            item = await feed.next(max(0.0, min(ping_at, until) - self._clock()))
+            item = await reader.next(max(0.0, min(ping_at, until) - self._clock()))
             if item is None:
                 now = self._clock()
                 if now >= until:
@@ -358,11 +360,11 @@ class Dispatcher:
                     )
                 if now >= ping_at:
                     ping_at += PING_AFTER_S
-                    await client.idle()
+                    await audience.idle()
             elif isinstance(item, Accepted):
                 accepted = True
                 until = self._clock() + self._patience_s(task)
-                await client.accepted()
+                await audience.accepted()
             elif isinstance(item, Head):
                 return item
             elif isinstance(item, Refused):
@@ -379,42 +381,31 @@ class Dispatcher:
         left = float("inf") if task.deadline_at is None else task.deadline_at - self._clock() + DEADLINE_SLACK_S
         return min(left, self._ttft_timeout_s) if task.stream else left
 
-    async def _relay(self, task: Task, feed: Feed, upstream: Upstream, client: Client) -> Tail:
+    async def _relay(self, task: Task, reader: LogReader, audience: Audience) -> Tail:
         patience_s = PING_AFTER_S
         while True:
             if task.deadline_at is not None:
                 now = self._clock()
                 task.check_deadline(now - DEADLINE_SLACK_S)
                 patience_s = min(PING_AFTER_S, task.deadline_at + DEADLINE_SLACK_S - now)
-            item = await feed.next(patience_s)
+            item = await reader.next(patience_s)
             if isinstance(item, bytes):
-                await client.write(item)
+                await audience.write(item)
                 task.offset += len(item)
-                upstream.passed_on(len(item))
+                reader.passed_on(len(item))
             elif item is None:
                 if patience_s == PING_AFTER_S:
-                    await client.idle()
+                    await audience.idle()
             elif isinstance(item, Tail):
                 return item
             elif isinstance(item, Refused):
                 raise item.error
-            elif isinstance(item, Lost):
-                raise LlorchError(Code.NODE_LOST, f"the node was lost while it answered: {item.reason}")
             elif isinstance(item, Stopped):
                 raise ShuttingDown
 
     def _finish(self, task: Task, tail: Tail | None, error: LlorchError | None) -> None:
         """The one place where a task ends at this control."""
-        task.tail = tail
-        if tail is not None and tail.error is not None:
-            error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
-        if error is not None and error.code is not Code.CANCELED:
-            task.error = error
-            task.enter(State.FAILED)
-        elif error is not None or (tail is not None and tail.finish_reason == "canceled"):
-            task.enter(State.CANCELED)
-        else:
-            task.enter(State.DONE)
+        task.end(tail, error)
         self.tasks.ended(task)
         if self.tasks.running == 0:
             self._quiet.set()
@@ -426,16 +417,10 @@ class Dispatcher:
             node_id=task.node_id,
             pool_id=task.pool_id,
             outcome=task.state.value,
-            code=error.code.value if error is not None else None,
+            code=task.error.code.value if task.error is not None else None,
             attempts=task.attempt,
             tokens_out=tail.tokens_out if tail is not None else None,
         )
-
-
-async def _last_word(feed: Feed) -> Tail | None:
-    """The TAIL that follows the last byte a client needed: many go once they have read that, and were served well."""
-    item = await feed.next(LAST_WORD_S)
-    return item if isinstance(item, Tail) else None
 
 
 def _verdict(error: LlorchError) -> Exception:

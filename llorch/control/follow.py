@@ -1,67 +1,87 @@
-"""Following a task that was begun before: a client that came back, at the offset it names.
+"""Reading a task that was begun before: for a client that came back, at its offset, or that asks a second time.
 
 Owns what such a reader sees: the log's own bytes from there, 204 at a sealed end, and the terminal event where no log
-holds one. A reader that loses its node gets no terminal event: the task may live on, and the reader come back.
+holds one. A reader that loses its node gets no terminal event unless the task has ended by that: it may live on, and
+the reader come back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from aiohttp import web
 
-from llorch.control.answers import SSE_HEADERS, Stream, canceled_event, empty_end, error_event, stopping
+from llorch.control.answers import Answer, NativeStream
+from llorch.control.audience import Audience, ShuttingDown
 from llorch.control.dispatch import PING_AFTER_S
-from llorch.control.feed import Feed, Lost, Refused, Stopped, Upstream
+from llorch.control.feed import Refused, Stopped
+from llorch.control.log_reader import LogReader
 from llorch.control.state import Control
 from llorch.control.tasks import State, Task
 from llorch.errors import Code, LlorchError
-from llorch.messages import Tail
-from llorch.web import REQUEST_ID
+from llorch.messages import Head, Tail
 
-LOOK_AGAIN_S = 0.1  # a reader of a task without a byte looks this often whether it has one
-
-_BEFORE_ITS_FIRST_BYTE = (State.QUEUED, State.PLACED)  # it may still move to another node
+LOOK_AGAIN_S = 1.0  # while it waits, how often a reader is told its place in the queue
+END_WITHIN_S = 1.0  # for a task that runs here to end after its node was lost under one of its readers
 
 
-async def follow_log(
-    request: web.Request, control: Control, task_id: str, offset: int, headers: dict[str, str]
-) -> web.StreamResponse:
-    """Relay a native task's log from `offset`. Raises LlorchError as long as nothing was sent."""
-    stream = Stream(request, control.slow_reader_timeout_s)
-    task: Task | None = None
-    headers = SSE_HEADERS | {"X-Llorch-Task": task_id} | headers
+async def follow(control: Control, mine: Task, answer: Answer, offset: int = 0) -> web.StreamResponse:
+    """Read the log of `mine.task_id` into `answer`; `mine` is what the reader knows of it, and is filled in.
+
+    Raises LlorchError as long as nothing was sent.
+    """
+    audience = control.dispatcher.audience(mine.task_id)
     try:
-        task = await _begun(control, task_id, stream, headers)
-        if task is not None and _control_ended(task, offset):
-            return await _last_word(request, stream, task, headers)
-        node_id = _node_of(control, task_id, task)
-        headers["X-Llorch-Node"] = node_id
-        with control.dispatcher.attached(node_id, task_id, offset) as (feed, upstream):
-            return await _relay(request, stream, feed, upstream, task_id, headers)
+        with audience.listening() if audience is not None else contextlib.nullcontext():
+            return await _follow(control, mine, answer, offset, audience)
+    except ShuttingDown:
+        return await answer.stopped(mine.request_id)
+
+
+async def _follow(
+    control: Control, mine: Task, answer: Answer, offset: int, audience: Audience | None
+) -> web.StreamResponse:
+    if audience is not None:
+        await _begun(control, audience, answer)
+    task = control.dispatcher.tasks.get(mine.task_id)
+    if task is not None and _control_ended(task, offset):
+        return await _last_word(mine, task, answer)
+    mine.node_id, mine.pool_id, mine.attempt = _place_of(control, mine.task_id, task)
+    try:
+        patience_s = 0.0 if task is not None and _failed_here(task) else None
+        async with control.dispatcher.attached(mine.node_id, mine.task_id, offset, patience_s=patience_s) as reader:
+            return await _relay(mine, reader, answer, offset)
     except LlorchError as error:
-        if not stream.committed:
-            if error.code is Code.NODE_LOST and task is not None and _failed_here(task):
-                return await _last_word(request, stream, task, headers)  # what is missing went with its node
+        if error.code is not Code.NODE_LOST:
+            if answer.committed:
+                return await answer.failed(error, mine.request_id)
             raise
-        if error.code is Code.NODE_LOST:
-            stream.abort()
-        return stream.finished()
+        if audience is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(audience.gone.wait(), END_WITHIN_S)
+        if task is not None and _failed_here(task):
+            return await _last_word(mine, task, answer)  # what is missing went with its node
+        if answer.committed and isinstance(answer, NativeStream):
+            return answer.broken_off()
+        if answer.committed:
+            return await answer.failed(error, mine.request_id)
+        raise
 
 
-async def _begun(control: Control, task_id: str, stream: Stream, headers: dict[str, str]) -> Task | None:
-    """The task, once it has shown something or has ended; None if this control did not run it."""
+async def _begun(control: Control, audience: Audience, answer: Answer) -> None:
+    """Wait until the task has shown its first byte, or has ended."""
     ping_at = time.monotonic() + PING_AFTER_S
-    while True:
-        task = control.dispatcher.tasks.get(task_id)
-        if task is None or task.state not in _BEFORE_ITS_FIRST_BYTE:
-            return task
-        await asyncio.sleep(LOOK_AGAIN_S)
+    while not audience.begun.is_set():
+        position, eta_ms = control.dispatcher.place_in_line(audience.task)
+        if position is not None:
+            await answer.waiting(position, eta_ms)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(audience.begun.wait(), min(LOOK_AGAIN_S, max(0.0, ping_at - time.monotonic())))
         if time.monotonic() >= ping_at:
             ping_at += PING_AFTER_S
-            await stream.commit(200, headers)
-            await stream.ping()
+            await answer.idle()
 
 
 def _control_ended(task: Task, offset: int) -> bool:
@@ -77,51 +97,48 @@ def _failed_here(task: Task) -> bool:
     return task.ended and not task.abandoned and task.error is not None
 
 
-async def _last_word(request: web.Request, stream: Stream, task: Task, headers: dict[str, str]) -> web.StreamResponse:
-    request_id = request[REQUEST_ID]
+async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamResponse:
+    """The end that the task has, to one who reads it again."""
     if task.error is not None and task.error.code is Code.DRAINING:
-        raise stopping()
-    await stream.commit(200, headers)
+        raise ShuttingDown
+    mine.node_id, mine.pool_id, mine.attempt = task.node_id, task.pool_id, task.attempt
     if task.tail is not None:
-        await stream.write(empty_end(task.tail, request_id, task.task_id))
-    elif task.error is not None:
-        await stream.write(error_event(task.error, request_id, task.task_id))
-    else:
-        await stream.write(canceled_event(None))
-    return stream.finished()
+        return await answer.ended(task.tail)
+    return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
 
 
-def _node_of(control: Control, task_id: str, task: Task | None) -> str:
+def _place_of(control: Control, task_id: str, task: Task | None) -> tuple[str, str | None, int]:
     if task is not None and task.node_id is not None:
-        return task.node_id
+        return task.node_id, task.pool_id, task.attempt
     known = control.registry.task(task_id)
     if known is None:
         raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
-    return known[0]
+    return known[0], known[1].pool_id, known[1].attempt
 
 
-async def _relay(
-    request: web.Request, stream: Stream, feed: Feed, upstream: Upstream, task_id: str, headers: dict[str, str]
-) -> web.StreamResponse:
+async def _relay(mine: Task, reader: LogReader, answer: Answer, offset: int) -> web.StreamResponse:
+    mine.offset = offset
+    head: Head | None = None
     while True:
-        item = await feed.next(PING_AFTER_S)
-        if isinstance(item, bytes):
-            await stream.commit(200, headers)
-            await stream.write(item)
-            upstream.passed_on(len(item))
+        item = await reader.next(PING_AFTER_S)
+        if isinstance(item, Head):
+            head = item
+        elif isinstance(item, bytes):
+            if head is not None:
+                await answer.begin(head)
+                head = None
+            await answer.write(item)
+            mine.offset += len(item)
+            reader.passed_on(len(item))
         elif item is None:
-            await stream.commit(200, headers)
-            await stream.ping()
+            await answer.idle()
         elif isinstance(item, Tail):
-            if item.length == 0:
-                await stream.commit(200, headers)
-                await stream.write(empty_end(item, request[REQUEST_ID], task_id))
-            elif not stream.committed:
-                return web.Response(status=204, headers={"X-Llorch-Task": task_id})
-            return stream.finished()
+            if offset and item.length == offset and not answer.committed:
+                return web.Response(status=204, headers={"X-Llorch-Task": mine.task_id})
+            mine.enter(State.PLACED)
+            mine.end(item, None)
+            return await answer.ended(item)
         elif isinstance(item, Refused):
             raise item.error
-        elif isinstance(item, Lost):
-            raise LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}")
         elif isinstance(item, Stopped):
-            raise stopping()
+            raise ShuttingDown

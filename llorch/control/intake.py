@@ -56,6 +56,7 @@ def native_task(
         priority=body.priority,
         key_digest=_key_digest(headers, owner),
         first_try=_first_try(headers),
+        named=body.task_id is not None,
     )
 
 

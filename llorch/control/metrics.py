@@ -38,6 +38,7 @@ class ControlMetrics:
         self._inflight = Gauge("llorch_inflight", "admitted tasks that have not ended", ["model"], registry=r)
         self._queue_wait = Histogram("llorch_queue_wait_seconds", "waiting for a slot", registry=r, buckets=SLOW_S)
         self._retries = Counter("llorch_retries_total", "attempts that went elsewhere", ["reason"], registry=r)
+        self._resumes = Counter("llorch_resumes_total", "streams that went on where they were", ["reason"], registry=r)
         self._beats = Counter("llorch_heartbeats_total", "heartbeats", ["node", "outcome"], registry=r)
         self._rtt = Gauge("llorch_heartbeat_rtt_seconds", "round trip that the node measured", ["node"], registry=r)
         self._beat_handling = Histogram(
@@ -81,6 +82,10 @@ class ControlMetrics:
 
     def retried(self, reason: str) -> None:
         self._child_of(self._retries, reason).inc()
+
+    def resumed(self, reason: str) -> None:
+        """`reconnect`: this control lost a node's connection; `client`: a client came back; `key`: it sent its key."""
+        self._child_of(self._resumes, reason).inc()
 
     def ended(self, task: Task) -> None:
         model, node = task.label, task.node_id or ""

@@ -81,16 +81,18 @@ class NodeClient:
             return link.attach(task_id, offset, feed)
         return self._stream(node_id, "GET", f"/v2/tasks/{task_id}/log?offset={offset}", {}, b"", feed, task_id)
 
-    async def call(self, node_id: str, method: str, path: str, body: bytes = b"") -> Any:
+    async def call(
+        self, node_id: str, method: str, path: str, body: bytes = b"", *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
         """One of the node's own routes. Returns its JSON; raises LlorchError as the node did, or NODE_LOST."""
         link = self._links.get(node_id)
         if link is None:
-            return await self._call_http(node_id, method, path, body)
+            return await self._call_http(node_id, method, path, body, timeout_s)
         feed = Feed()
         upstream = link.open({"method": method, "path": path, "headers": {}}, body, feed)
         head, answer = Head(), b""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 while True:
                     item = await feed.next(None)
                     if isinstance(item, Head):
@@ -107,7 +109,7 @@ class NodeClient:
                     elif isinstance(item, Lost | Stopped):
                         raise LlorchError(Code.NODE_LOST, "the node was lost while it was asked")
         except TimeoutError:
-            raise LlorchError(Code.NODE_LOST, f"the node did not answer within {CALL_TIMEOUT_S:.0f} s") from None
+            raise LlorchError(Code.NODE_LOST, f"the node did not answer within {timeout_s:g} s") from None
         finally:
             if not feed.ended:
                 upstream.detach("left")
@@ -125,10 +127,12 @@ class NodeClient:
         headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json", **headers}
         return self._session.request(method, url, headers=headers, data=body or None, allow_redirects=False)
 
-    async def _call_http(self, node_id: str, method: str, path: str, body: bytes) -> Any:
+    async def _call_http(
+        self, node_id: str, method: str, path: str, body: bytes, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
         url = self._base(node_id) + path
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S), self._request(method, url, {}, body) as response:
+            async with asyncio.timeout(timeout_s), self._request(method, url, {}, body) as response:
                 return _answer(response.status, await _whole(response))
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise LlorchError(Code.NODE_LOST, "the node did not answer") from None

@@ -321,6 +321,15 @@ class Registry:
         """Where a task is, by the reports: its highest attempt, on a node that is online if there is a choice."""
         return self._tasks.find(task_id, lambda node_id: self._nodes[node_id].online)
 
+    def task_of_key(self, key_digest: str) -> tuple[str, TaskReport] | None:
+        """As `task`, by the digest of its owner and Idempotency-Key."""
+        return self._tasks.find_key(key_digest, lambda node_id: self._nodes[node_id].online)
+
+    def take_task(self, node_id: str, report: TaskReport) -> None:
+        """One report that a node was asked for."""
+        if node_id in self._nodes:
+            self._tasks.take(node_id, [report], whole=False)
+
     def tasks(self) -> Iterator[tuple[str, TaskReport]]:
         """Every reported task once, with its node; those first heard of last come first."""
         return iter(self._tasks)

@@ -49,6 +49,7 @@ async def register(request: web.Request) -> web.StreamResponse:
         log.warning("node.refused", node_id=message.node_id, code=error.code, peer=request.remote)
         raise
     control.metrics.registered("ok")
+    control.recovery.returned(message.node_id)
     link = control.links.get(message.node_id)
     if taken.replaced and link is not None:
         link.abort("another process has its node id now")

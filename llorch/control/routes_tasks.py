@@ -19,8 +19,8 @@ from llorch.control.answers import (
     stopping,
     task_headers,
 )
-from llorch.control.dispatch import ShuttingDown
-from llorch.control.follow import follow_log
+from llorch.control.audience import ShuttingDown
+from llorch.control.follow import follow
 from llorch.control.state import CONTROL, Control
 from llorch.control.tasks import ENDED, State, Task, view_of_report
 from llorch.control.views import openai_models
@@ -42,19 +42,16 @@ async def submit(request: web.Request) -> web.StreamResponse:
         task_id=str(uuid.uuid4()),
         now=time.monotonic(),
     )
-    if _repeated(control, task):
-        if task.detach:
-            return _taken(task.task_id, _view(control, task.task_id, request[PRINCIPAL])["state"], {})
-        return await follow_log(request, control, task.task_id, 0, {"Idempotency-Replayed": "true"})
+    earlier = await control.replays.earlier(task)
     if task.detach:
-        return await _detach(control, task)
+        return await (_detach(control, task) if earlier is None else _taken_before(control, task, earlier))
     accept = request.headers.get("Accept", "")
     answer: Answer
     if "application/json" in accept and "text/event-stream" not in accept:
         answer = NativeJson(task)
     else:
-        answer = NativeStream(request, task, control.slow_reader_timeout_s)
-    return await _serve(control, task, answer)
+        answer = NativeStream(request, task, control.slow_reader_timeout_s, again=earlier is not None)
+    return await _serve(control, task, answer, earlier)
 
 
 async def openai(request: web.Request) -> web.StreamResponse:
@@ -69,12 +66,18 @@ async def openai(request: web.Request) -> web.StreamResponse:
         task_id=str(uuid.uuid4()),
         now=time.monotonic(),
     )
-    return await _serve(control, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s))
+    earlier = await control.replays.earlier(task)
+    return await _serve(control, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s), earlier)
 
 
-async def _serve(control: Control, task: Task, answer: Answer) -> web.StreamResponse:
+async def _serve(control: Control, task: Task, answer: Answer, earlier: str | None) -> web.StreamResponse:
+    """Run the task, or read the `earlier` one that it repeats."""
+    if earlier is not None:
+        task.task_id, task.replayed = earlier, True
+        control.metrics.resumed("key")
+        return await follow(control, task, answer)
     try:
-        tail = await control.dispatcher.run(task, answer)
+        tail = await control.dispatcher.serve(task, answer)
         return await answer.ended(tail)
     except ShuttingDown:
         return await answer.stopped(task.request_id)
@@ -83,19 +86,27 @@ async def _serve(control: Control, task: Task, answer: Answer) -> web.StreamResp
 
 
 async def _detach(control: Control, task: Task) -> web.StreamResponse:
-    client = Detached()
-    control.dispatcher.admit(task)  # at once: the same task sent again finds it
-    running = control.guard.spawn(_run_detached(control, task, client), f"detached.{task.task_id}")
+    audience = control.dispatcher.start(task, Detached())
     try:
-        await asyncio.wait((running, client.taken), return_when=asyncio.FIRST_COMPLETED)
+        await audience.taken.wait()
     except asyncio.CancelledError:
-        running.cancel()  # nobody was told that it was taken
+        audience.left()  # nobody was told that it was taken
         raise
-    if running.done():
-        error = running.result()
-        if error is not None and not client.taken.done():
-            raise error
+    if task.error is not None and not audience.accepted_by_node:
+        raise stopping() if task.error.code is Code.DRAINING else task.error
     return _taken(task.task_id, task.state.value, task_headers(task))
+
+
+async def _taken_before(control: Control, task: Task, earlier: str) -> web.StreamResponse:
+    task.task_id, task.replayed = earlier, True
+    control.metrics.resumed("key")
+    audience = control.dispatcher.audience(earlier)
+    if audience is not None:
+        with audience.listening():
+            await audience.taken.wait()
+    there, known = control.dispatcher.tasks.get(earlier), control.registry.task(earlier)
+    state = there.state.value if there is not None else view_of_report(*known)["state"] if known is not None else None
+    return _taken(earlier, state, task_headers(task))
 
 
 def _taken(task_id: str, state: object, headers: dict[str, str]) -> web.Response:
@@ -107,22 +118,20 @@ def _taken(task_id: str, state: object, headers: dict[str, str]) -> web.Response
     )
 
 
-async def _run_detached(control: Control, task: Task, client: Detached) -> LlorchError | None:
-    """Returns why it failed: for its submitter, if that one still waits. The task itself tells whoever asks for it."""
-    try:
-        await control.dispatcher.run(task, client)
-    except LlorchError as error:
-        return error
-    except ShuttingDown:
-        return stopping()
-    return None
-
-
 # ---------------------------------------------------------------- looking
 
 
 def _may_see(principal: Principal, owner: str) -> bool:
     return principal.may(Scope.ADMIN) or principal.name == owner
+
+
+async def _sought(control: Control, request: web.Request) -> str:
+    """The task id of a request, after it was looked for wherever it may be. Raises RECOVERING while it may turn up."""
+    task_id = intake.check_task_id(request.match_info["task_id"])
+    await control.replays.seek(task_id)
+    if control.dispatcher.tasks.get(task_id) is None and control.registry.task(task_id) is None:
+        control.recovery.check(time.monotonic(), "its nodes may still bring this task")
+    return task_id
 
 
 def _find(control: Control, task_id: str, principal: Principal) -> Task | None:
@@ -159,12 +168,13 @@ async def list_tasks(request: web.Request) -> web.StreamResponse:
 
 
 async def show_task(request: web.Request) -> web.StreamResponse:
-    return json_response(_view(request.app[CONTROL], request.match_info["task_id"], request[PRINCIPAL]))
+    control = request.app[CONTROL]
+    return json_response(_view(control, await _sought(control, request), request[PRINCIPAL]))
 
 
 async def cancel_task(request: web.Request) -> web.StreamResponse:
     control, principal = request.app[CONTROL], request[PRINCIPAL]
-    task_id = request.match_info["task_id"]
+    task_id = await _sought(control, request)
     view = _view(control, task_id, principal)
     task = _find(control, task_id, principal)
     if task is not None and not task.ended:
@@ -189,7 +199,7 @@ async def _cancel_on_node(control: Control, node_id: str, task_id: str, *, known
 
 async def task_placement(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
-    task = _find(control, request.match_info["task_id"], request[PRINCIPAL])
+    task = _find(control, await _sought(control, request), request[PRINCIPAL])
     if task is None:
         raise LlorchError(Code.TASK_NOT_FOUND, "no such task at this control")
     made = task.placement
@@ -211,26 +221,9 @@ async def dry_run(request: web.Request) -> web.StreamResponse:
 # ---------------------------------------------------------------- following
 
 
-def _repeated(control: Control, task: Task) -> bool:
-    """True if this very task is here already. Another's, or another body under the same id, is a conflict."""
-    earlier = control.dispatcher.tasks.get(task.task_id)
-    if earlier is not None:
-        same = earlier.owner == task.owner and earlier.body_digest == task.body_digest
-    else:
-        known = control.registry.task(task.task_id)
-        if known is None:
-            return False
-        same = known[1].owner == task.owner and known[1].body_digest in (None, task.body_digest)
-    if not same:
-        raise LlorchError(
-            Code.CONFLICT, "this task_id is taken", param="task_id", hint="leave task_id out, or make a new one"
-        )
-    return True
-
-
-async def follow(request: web.Request) -> web.StreamResponse:
+async def follow_events(request: web.Request) -> web.StreamResponse:
     control, principal = request.app[CONTROL], request[PRINCIPAL]
-    task_id = request.match_info["task_id"]
+    task_id = await _sought(control, request)
     _view(control, task_id, principal)
     task, known = _find(control, task_id, principal), control.registry.task(task_id)
     native = task.native if task is not None else known is None or known[1].path == "native"
@@ -239,7 +232,10 @@ async def follow(request: web.Request) -> web.StreamResponse:
             Code.CONFLICT, "only native tasks can be followed", hint="a /v1 answer goes to its client alone"
         )
     offset = intake.event_offset(request.headers, request.query)
-    return await follow_log(request, control, task_id, offset, {})
+    mine = Task.read_again(task_id, owner=principal.name, request_id=request[REQUEST_ID], now=time.monotonic())
+    if offset:
+        control.metrics.resumed("client")
+    return await follow(control, mine, NativeStream(request, mine, control.slow_reader_timeout_s, again=True), offset)
 
 
 async def models(request: web.Request) -> web.StreamResponse:
@@ -258,7 +254,7 @@ ROUTES = (
     Route("POST", "/v2/tasks", Scope.SUBMIT, submit, "Submit a task", TaskBody, returns="text/event-stream"),
     Route("GET", "/v2/tasks", Scope.SUBMIT, list_tasks, "Your tasks, newest first"),
     Route("GET", "/v2/tasks/{task_id}", Scope.SUBMIT, show_task, "One task"),
-    Route("GET", "/v2/tasks/{task_id}/events", Scope.SUBMIT, follow, "Its events", returns="text/event-stream"),
+    Route("GET", "/v2/tasks/{task_id}/events", Scope.SUBMIT, follow_events, "Its events", returns="text/event-stream"),
     Route("GET", "/v2/tasks/{task_id}/placement", Scope.SUBMIT, task_placement, "Why it went where it went"),
     Route("POST", "/v2/tasks/{task_id}/cancel", Scope.SUBMIT, cancel_task, "Cancel it", status=202),
     Route("DELETE", "/v2/tasks/{task_id}", Scope.SUBMIT, cancel_task, "Cancel it", status=202),

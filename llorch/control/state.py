@@ -12,7 +12,10 @@ from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics
 from llorch.control.node_client import NodeClient
+from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
+from llorch.control.replay import Replays
+from llorch.control.roster import Roster
 from llorch.tasks import Guard
 
 
@@ -24,6 +27,9 @@ class Control:
     nodes: NodeClient
     metrics: ControlMetrics
     guard: Guard
+    recovery: Recovery
+    roster: Roster
+    replays: Replays
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

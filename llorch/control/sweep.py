@@ -11,6 +11,7 @@ from llorch.logs import Log
 from llorch.messages import PoolReport, parse
 
 EXPIRE_EVERY_S = 0.5
+ROSTER_EVERY_S = 1.0
 
 log = Log("control.sweep")
 
@@ -21,6 +22,15 @@ async def expire_step(control: Control) -> float:
         log.warning("node.expired", node_id=node.node_id)
     control.dispatcher.registry_changed()
     return EXPIRE_EVERY_S
+
+
+async def roster_step(control: Control) -> float:
+    """Remember who is here. Those of before that are not back yet stay remembered."""
+    known = set(control.registry.nodes)
+    if control.recovery.on(time.monotonic()):
+        known |= control.recovery.missing
+    await asyncio.to_thread(control.roster.save, known)
+    return ROSTER_EVERY_S
 
 
 async def probe_step(control: Control, interval_s: float) -> float:

@@ -19,6 +19,7 @@ class TaskReports:
     def __init__(self) -> None:
         self._by_node: dict[str, dict[tuple[str, int], TaskReport]] = {}
         self._by_task: dict[str, dict[tuple[str, int], TaskReport]] = {}  # task_id → (node_id, attempt) → report
+        self._by_key: dict[str, str] = {}  # key_digest → the task that was heard of last with it
 
     def __len__(self) -> int:
         return sum(map(len, self._by_node.values()))
@@ -41,6 +42,11 @@ class TaskReports:
         node_id, attempt = max(reports, key=lambda key: (key[1], online(key[0]), key[0]))
         return node_id, reports[node_id, attempt]
 
+    def find_key(self, key_digest: str, online: Callable[[str], bool]) -> tuple[str, TaskReport] | None:
+        """As `find`, for the task that came with this key."""
+        task_id = self._by_key.get(key_digest)
+        return None if task_id is None else self.find(task_id, online)
+
     def take(self, node_id: str, reports: list[TaskReport], *, whole: bool) -> tuple[TaskReport, ...]:
         """A node's report; `whole`: what it does not list is gone. Returns the tasks newly known as sealed."""
         known = self._by_node.setdefault(node_id, {})
@@ -57,6 +63,8 @@ class TaskReports:
                 ended.append(report)
             known[key] = report
             self._by_task.setdefault(report.task_id, {})[node_id, report.attempt] = report
+            if report.key_digest is not None and before is None:
+                self._by_key[report.key_digest] = report.task_id
         for key in gone & set(known):
             self._drop(node_id, key)
         surplus = len(known) - MAX_TASKS_PER_NODE
@@ -71,9 +79,11 @@ class TaskReports:
         self._by_node.pop(node_id, None)
 
     def _drop(self, node_id: str, key: tuple[str, int]) -> None:
-        del self._by_node[node_id][key]
+        report = self._by_node[node_id].pop(key)
         task_id, attempt = key
         reports = self._by_task[task_id]
         del reports[node_id, attempt]
         if not reports:
             del self._by_task[task_id]
+            if report.key_digest is not None and self._by_key.get(report.key_digest) == task_id:
+                del self._by_key[report.key_digest]

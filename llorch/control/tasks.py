@@ -75,6 +75,14 @@ class Task:
     tail: Tail | None = None
     cancel_wanted: bool = False
     abandoned: bool = False  # its reader left; the node decides what becomes of it
+    named: bool = False  # its client chose its task_id
+    replayed: bool = False  # not run for this request: an earlier one sent the same
+
+    @classmethod
+    def read_again(cls, task_id: str, *, owner: str, request_id: str, now: float) -> Task:
+        """A native task as one knows it who only has its id, and comes to read it."""
+        wish = Wish(model="")
+        return cls(task_id, owner, wish, "native", True, False, b"", "", {}, request_id, now)
 
     @property
     def native(self) -> bool:
@@ -91,6 +99,19 @@ class Task:
         if state not in TRANSITIONS[self.state]:
             raise ValueError(f"task {self.task_id}: {self.state} -> {state}")
         self.state = state
+
+    def end(self, tail: Tail | None, error: LlorchError | None) -> None:
+        """Its TAIL, or why there is none, and the state that follows. Raises as `enter`."""
+        self.tail = tail
+        if tail is not None and tail.error is not None:
+            error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
+        if error is not None and error.code is not Code.CANCELED:
+            self.error = error
+            self.enter(State.FAILED)
+        elif error is not None or (tail is not None and tail.finish_reason == "canceled"):
+            self.enter(State.CANCELED)
+        else:
+            self.enter(State.DONE)
 
     def check_deadline(self, now: float) -> None:
         if self.deadline_at is not None and now >= self.deadline_at:
@@ -161,6 +182,7 @@ class TaskStore:
     def __init__(self, most_ended: int = MAX_ENDED_TASKS) -> None:
         self._running: dict[str, Task] = {}
         self._ended: dict[str, Task] = {}
+        self._by_key: dict[str, Task] = {}
         self._explained: deque[Task] = deque()
         self._most_ended = most_ended
 
@@ -176,12 +198,20 @@ class TaskStore:
     def get(self, task_id: str) -> Task | None:
         return self._running.get(task_id) or self._ended.get(task_id)
 
+    def by_key(self, key_digest: str) -> Task | None:
+        """The newest task that came with this key."""
+        return self._by_key.get(key_digest)
+
     def running_tasks(self) -> list[Task]:
         return list(self._running.values())
 
     def add(self, task: Task) -> None:
-        self._ended.pop(task.task_id, None)
+        earlier = self._ended.pop(task.task_id, None)
+        if earlier is not None:
+            self._free_key(earlier)
         self._running[task.task_id] = task
+        if task.key_digest is not None:
+            self._by_key[task.key_digest] = task
 
     def ended(self, task: Task) -> None:
         """Move a task to the ended ones and let its body go."""
@@ -192,4 +222,8 @@ class TaskStore:
             while len(self._explained) > MAX_EXPLAINED_TASKS:
                 self._explained.popleft().placement = None
             while len(self._ended) > self._most_ended:
-                del self._ended[next(iter(self._ended))]
+                self._free_key(self._ended.pop(next(iter(self._ended))))
+
+    def _free_key(self, task: Task) -> None:
+        if task.key_digest is not None and self._by_key.get(task.key_digest) is task:
+            del self._by_key[task.key_digest]

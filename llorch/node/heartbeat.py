@@ -134,7 +134,7 @@ class Membership:
     # ---- one lease
 
     async def _register(self) -> Lease:
-        now = self._snapshot()
+        now = self._snapshot(None)
         answer = await self._call("POST", "/v2/nodes/register", reports.register(self._identity, now))
         lease_id, epoch, interval_ms = (answer.get(name) for name in ("lease_id", "epoch", "heartbeat_interval_ms"))
         if not (isinstance(lease_id, str) and isinstance(epoch, str) and isinstance(interval_ms, int)):
@@ -182,7 +182,7 @@ class Membership:
 
     async def _beat(self, lease: Lease) -> float:
         self._changed_at = None
-        now = self._snapshot()
+        now = self._snapshot(lease.epoch)
         answer = await self._post_beat(lease, reports.full(self._next(lease), now))
         self._sent = now
         next_ms = answer.get("next_heartbeat_ms")
@@ -191,7 +191,7 @@ class Membership:
     async def _tell_changes(self, lease: Lease) -> bool:
         """A delta. False if it did not arrive: a full beat has to make up for it."""
         self._changed_at = None
-        now = self._snapshot()
+        now = self._snapshot(lease.epoch)
         before, self._sent = self._sent, None
         if before is None:
             return False
@@ -219,14 +219,15 @@ class Membership:
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return reports.Beat(lease.lease_id, self._identity.boot_id, lease.seq, stamp, self._rtt_ms)
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, epoch: str | None) -> Snapshot:
+        """What is true now. `epoch`: of the control that it is for; None: it may know nothing yet."""
         node = self._node
         return reports.snapshot(
             draining=node.draining,
             pools=node.pool_reports(),
             gpus=node.gpu_reports(),
             catalog=node.model_reports(),
-            tasks=node.runner.logs.reports(self._lease.epoch if self._lease is not None else None),
+            tasks=node.runner.logs.reports(epoch),
         )
 
     # ---- the link

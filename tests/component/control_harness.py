@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import secrets
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from aiohttp import web as aioweb
 
 from llorch import records, sse, tls
 from llorch.config_kinds import HostPort
-from llorch.control import answers, app, dispatch, follow
+from llorch.control import answers, app, dispatch, follow, log_reader
 from llorch.errors import MEANINGS, Code
 from llorch.records import Record, Type
 from llorch.settings import ControlSettings
@@ -42,7 +43,7 @@ def settings(**more: Any) -> ControlSettings:
         admin_token=f"root={TOKENS['admin']}",
         node_token=TOKENS["node"],
         service_token=TOKENS["service"],
-        **{"shutdown_grace": 0.0, **more},
+        **{"shutdown_grace": 0.0, "recovery_window": 0.0, **more},
     )
 
 
@@ -67,6 +68,11 @@ def ping_soon(monkeypatch: pytest.MonkeyPatch) -> float:
     for module in (dispatch, answers, follow):
         monkeypatch.setattr(module, "PING_AFTER_S", 0.15)
     return 0.15
+
+
+def lost_soon(monkeypatch: pytest.MonkeyPatch, after_s: float = 0.1) -> None:
+    """A node whose connection broke under an answer is waited for as long as this, instead of 5 s."""
+    monkeypatch.setattr(log_reader, "RECONNECT_S", after_s)
 
 
 # ---------------------------------------------------------------- what a node was asked, and what it answers
@@ -616,8 +622,8 @@ class ControlUnderTest:
 @contextlib.asynccontextmanager
 async def a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
     """A control with these settings, and everything closed at the end."""
-    with mock.patch.object(app.tls, "client_context", lambda _ca: _CLIENT_TLS):
-        async with _a_control(**more) as running:
+    with mock.patch.object(app.tls, "client_context", lambda _ca: _CLIENT_TLS), tempfile.TemporaryDirectory() as folder:
+        async with _a_control(**{"data_dir": folder, **more}) as running:
             yield running
 
 
@@ -636,5 +642,5 @@ async def _a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
 
 __all__ = [
     "MODEL", "TOKENS", "WINDOW", "Answered", "Asking", "Attempt", "ControlUnderTest", "DialledNode", "LinkedNode",
-    "Stream", "a_control", "bearer", "error_wire", "eventually", "ping_soon", "pool", "settings",
+    "Stream", "a_control", "bearer", "error_wire", "eventually", "lost_soon", "ping_soon", "pool", "settings",
 ]  # fmt: skip

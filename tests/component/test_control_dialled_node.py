@@ -153,7 +153,7 @@ async def test_a_full_pool_over_http_is_asked_again_when_it_has_room() -> None:
 async def test_an_answer_that_breaks_the_protocol_is_a_lost_node(sends: str) -> None:
     async with a_control(probe_interval=600.0) as control:
         node = await control.dialled("h")
-        asking = control.whole()
+        asking = control.chat(stream=False)
         attempt = (await node.asked()).accept()
         if sends == "garbage":
             attempt.script.put_nowait(b"\xff" * 32)

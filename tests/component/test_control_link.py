@@ -120,7 +120,7 @@ def bad_credit(_: LinkedNode) -> bytes:
 async def test_a_node_that_breaks_the_protocol_loses_its_link(sends) -> None:  # type: ignore[no-untyped-def]
     async with a_control() as control:
         node = await control.join("a")
-        asking = control.submit()
+        asking = control.chat()
         (await node.asked()).accept()
         node.send(sends(node))
         await node.link_ended()

@@ -23,6 +23,7 @@ from tests.component.control_harness import (
     LinkedNode,
     a_control,
     eventually,
+    lost_soon,
     ping_soon,
     pool,
 )
@@ -112,8 +113,11 @@ FAILURES = [before_accept, after_accept, after_head, mid_event, after_events, se
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("failure", FAILURES)
 async def test_a_failure_is_told_once_and_leaves_no_claim(
-    form: Callable[[ControlUnderTest], Asking], failure: Callable[[LinkedNode, Attempt], Awaitable[str]]
+    form: Callable[[ControlUnderTest], Asking],
+    failure: Callable[[LinkedNode, Attempt], Awaitable[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
         asking = form(control)
@@ -133,8 +137,8 @@ async def test_a_failure_is_told_once_and_leaves_no_claim(
             assert answer.code == code
         else:
             assert answer.status == 202
-        task = await control.task(attempt.task_id)
-        assert (task["state"], task["error"]["code"]) == ("failed", code)
+        await control.state(attempt.task_id, "failed")
+        assert (await control.task(attempt.task_id))["error"]["code"] == code
         if failure in (after_head, mid_event, after_events):
             await node.join()
         await control.idle()

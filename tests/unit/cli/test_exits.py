@@ -7,7 +7,7 @@ from llorch.errors import Code
 
 FAILED = {
     Code.METHOD_NOT_ALLOWED, Code.LEASE_STALE, Code.NODE_ID_CONFLICT, Code.CONFLICT, Code.UNTRUSTED_ADDRESS,
-    Code.UPGRADE_REQUIRED, Code.CANCELED, Code.INTERNAL, Code.NODE_LOST, Code.ENGINE_FAILED,
+    Code.UPGRADE_REQUIRED, Code.CANCELED, Code.INTERNAL, Code.NODE_LOST, Code.ENGINE_FAILED, Code.IDEMPOTENCY_MISMATCH,
 }  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def test_every_code_that_is_not_a_plain_failure_has_an_exit_code_of_its_own() ->
 
 
 def test_codes_of_a_newer_control_are_failures_unless_they_are_known_by_name() -> None:
-    assert of_code("RECOVERING") is of_code("INSUFFICIENT_STORAGE") is Exit.NO_CAPACITY
+    assert of_code("INSUFFICIENT_STORAGE") is Exit.NO_CAPACITY
     assert of_code("SOMETHING_NEW") is of_code("") is Exit.FAILED
 
 

@@ -1,0 +1,172 @@
+"""Who listens to one task: the client that sent it, those that came back for it, or nobody for a while.
+
+Owns when a task has lost its last listener at this control, and what that means before its first byte: a native task is
+kept for a grace, for its client may be on its way back; any other has nobody left who could read it. After the first
+byte it is for the task's node to decide. Never reads a task's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from llorch.control.tasks import State, Task
+from llorch.messages import Head, Tail
+
+RECONNECT_GRACE_S = 10.0  # what a node gives a native task whose reader has left; here, one that no node has shown yet
+
+
+class Client(Protocol):
+    """The one who asked, as dispatch sees it: an HTTP response in one of its forms, or a detached task's record."""
+
+    async def waiting(self, position: int, eta_ms: int | None) -> None:
+        """The task waits for a slot; said about once a second."""
+
+    async def accepted(self) -> None:
+        """A node has taken the task."""
+
+    async def idle(self) -> None:
+        """`PING_AFTER_S` without a byte."""
+
+    async def begin(self, head: Head) -> None:
+        """The first byte is here. From now on the task can't be retried."""
+
+    async def write(self, data: bytes) -> None:
+        """Log bytes. Returns when the client's side has taken them."""
+
+
+class SlowReader(ConnectionError):
+    """The client took no byte for too long; it is treated as gone, and may come back for the rest."""
+
+
+class ShuttingDown(Exception):
+    """The control goes; the task stays on its node."""
+
+
+class Unheard(ConnectionError):
+    """The first byte is here, and nobody to show it to."""
+
+
+class Audience:
+    """All who listen to one task, as one Client: what it is told reaches the client that sent the task.
+
+    Those that came back read the log by themselves; for them the task only has to go on. `running` is the asyncio task
+    that serves it, cancelled when nobody is left.
+    """
+
+    def __init__(self, task: Task, client: Client) -> None:
+        self.task = task
+        self.taken = asyncio.Event()  # a node has accepted it, or it has ended
+        self.begun = asyncio.Event()  # it has shown its first byte, or has ended
+        self.gone = asyncio.Event()  # it has ended
+        self.accepted_by_node = False
+        self.running: asyncio.Task[Tail | Exception] | None = None
+        self._alive = False
+        self._client: Client | None = client
+        self._followers = 0
+        self._grace: asyncio.TimerHandle | None = None
+
+    # ---- who comes and goes
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """One that came back is here for as long as the block runs."""
+        self._followers += 1
+        self._stay()
+        try:
+            yield
+        finally:
+            self._followers -= 1
+            self._look_around()
+
+    def opened(self) -> None:
+        """`running` has made its first step: cancelled before that, it would never know that it was."""
+        self._alive = True
+        self._look_around()
+
+    def left(self) -> None:
+        """The client that sent the task has gone."""
+        self._client = None
+        self._look_around()
+
+    def ended(self) -> None:
+        self._alive = False
+        self._stay()
+        self.taken.set()
+        self.begun.set()
+        self.gone.set()
+
+    @property
+    def _silent(self) -> bool:
+        """Nobody is here. Of a task that its client has left with the cluster nobody has to be."""
+        return self._client is None and not self._followers and not (self.task.detach and self.accepted_by_node)
+
+    @property
+    def _may_come_back(self) -> bool:
+        return self.task.native and self.task.state in (State.QUEUED, State.PLACED)
+
+    def _look_around(self) -> None:
+        if not self._alive or not self._silent or self.running is None:
+            return
+        if not self._may_come_back:
+            self.running.cancel()
+        elif self._grace is None:
+            self._grace = asyncio.get_running_loop().call_later(RECONNECT_GRACE_S, self._give_up)
+
+    def _give_up(self) -> None:
+        self._grace = None
+        if self._alive and self._silent and self.running is not None:
+            self.running.cancel()
+
+    def _stay(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+
+    # ---- what they are told
+
+    async def waiting(self, position: int, eta_ms: int | None) -> None:
+        with self._outliving():
+            if self._client is not None:
+                await self._client.waiting(position, eta_ms)
+
+    async def accepted(self) -> None:
+        self.accepted_by_node = True
+        self.taken.set()
+        if self.task.detach:
+            self._stay()
+        with self._outliving():
+            if self._client is not None:
+                await self._client.accepted()
+
+    async def idle(self) -> None:
+        with self._outliving():
+            if self._client is not None:
+                await self._client.idle()
+
+    async def begin(self, head: Head) -> None:
+        """Raises Unheard if there is nobody to begin for."""
+        self.begun.set()
+        with self._outliving():
+            if self._client is not None:
+                await self._client.begin(head)
+        if self._silent:
+            raise Unheard("nobody is here to read it")
+
+    async def write(self, data: bytes) -> None:
+        if self._client is not None:
+            with self._outliving():
+                await self._client.write(data)
+
+    @contextlib.contextmanager
+    def _outliving(self) -> Iterator[None]:
+        """A client that breaks off within the block ends the task only if it was the last to listen."""
+        try:
+            yield
+        except ConnectionError:
+            self._client = None
+            if self._silent and not self._may_come_back:
+                raise
+            self._look_around()

@@ -102,7 +102,7 @@ async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamRespon
     if task.error is not None and task.error.code is Code.DRAINING:
         raise ShuttingDown
     mine.node_id, mine.pool_id, mine.attempt = task.node_id, task.pool_id, task.attempt
-    if task.tail is not None:
+    if task.tail is not None and task.tail.length == 0:
         return await answer.ended(task.tail)
     return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
 

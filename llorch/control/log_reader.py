@@ -197,7 +197,7 @@ class LogReader:
             boot_id = self._boot()
             if boot_id is None or boot_id != self._boot_id:
                 raise self._lost(reason)
-            if await self._attached(until):
+            if await self._attached():
                 return
             left_s = until - self._clock()
             if left_s <= 0:
@@ -206,7 +206,7 @@ class LogReader:
         self._feed = Feed()
         self._feed.put(Stopped())
 
-    async def _attached(self, until: float) -> bool:
+    async def _attached(self) -> bool:
         """Try once. Raises what the node refuses."""
         feed = Feed()
         try:
@@ -214,7 +214,7 @@ class LogReader:
         except LlorchError:
             return False  # there is no way to it now
         try:
-            item = await feed.next(max(0.0, min(ANSWER_S, until - self._clock())))
+            item = await feed.next(ANSWER_S)
             if isinstance(item, Refused) and item.error.code is not Code.NODE_LOST:
                 raise item.error
             if not isinstance(item, Accepted):

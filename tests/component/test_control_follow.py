@@ -10,7 +10,7 @@ import pytest
 from llorch.control import follow
 from llorch.errors import Code
 from llorch.records import Type
-from tests.component.control_harness import ControlUnderTest, Stream, a_control, eventually, ping_soon, pool
+from tests.component.control_harness import ControlUnderTest, Stream, a_control, eventually, lost_soon, ping_soon, pool
 
 
 async def a_streaming_task(control: ControlUnderTest) -> Stream:
@@ -86,7 +86,8 @@ async def test_a_log_that_failed_with_nothing_in_it_tells_its_error() -> None:
         assert (answer.status, answer.terminals) == (200, ["error"])
 
 
-async def test_a_reader_that_loses_its_node_gets_no_terminal_event_and_a_cut() -> None:
+async def test_a_reader_that_loses_its_node_gets_no_terminal_event_and_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         attempt = await a_streaming_task(control)
         node = control._nodes[0]
@@ -214,7 +215,10 @@ async def test_a_reader_of_a_waiting_task_is_pinged(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("end", ["refused", "canceled", "lost", "queue timeout"])
-async def test_the_end_of_a_task_without_a_log_is_told_to_whoever_comes_back(end: str) -> None:
+async def test_the_end_of_a_task_without_a_log_is_told_to_whoever_comes_back(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost_soon(monkeypatch)
     async with a_control(queue_timeout=0.2) as control:
         node = await control.join("a", pool(slots=1))
         if end in ("canceled", "queue timeout"):
@@ -295,7 +299,8 @@ async def test_a_canceled_task_whose_node_is_away_is_ended_when_the_node_is_back
         await eventually(lambda: reader.canceled, within_s=5)
 
 
-async def test_a_reader_of_a_task_that_went_with_its_node_is_told_how_it_ended() -> None:
+async def test_a_reader_of_a_task_that_went_with_its_node_is_told_how_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.submit()

@@ -94,7 +94,7 @@ async def test_tasks_with_no_output_move_on_and_the_others_end_in_one_node_lost(
 
     await eventually(streaming)
     b.kill()
-    status, text = await asyncio.wait_for(running, 5)
+    status, text = await asyncio.wait_for(running, 9)  # its node has 5 s to come back
     assert status == 200
     assert text.count("event: error") == 1
     assert text.count("event: end") == 0

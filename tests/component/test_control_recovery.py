@@ -1,0 +1,132 @@
+"""A control that has just started: nothing is said not to exist, and nothing is run twice, until its nodes are back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.component.control_harness import ControlUnderTest, a_control, eventually, pool
+from tests.component.test_control_idempotency import DIGEST, KEY, keyed
+
+TASK = str(uuid.uuid4())
+
+
+def remembering(folder: Path, *nodes: str) -> dict[str, Any]:
+    """Settings of a control that knew these nodes before."""
+    (folder / "nodes.json").write_text(json.dumps({"nodes": list(nodes)}))
+    return {"data_dir": str(folder), "recovery_window": 60.0}
+
+
+def report(**more: Any) -> dict[str, Any]:
+    return {
+        "task_id": TASK, "attempt": 1, "owner": "alice", "path": "native", "state": "running", "pool_id": "p0",
+        "model": "m", "offset": 10,
+    } | more  # fmt: skip
+
+
+async def _answers(control: ControlUnderTest) -> dict[str, tuple[int, str]]:
+    asked = {
+        "task": control.ask("GET", f"/v2/tasks/{TASK}"),
+        "events": control.events(TASK),
+        "cancel": control.ask("DELETE", f"/v2/tasks/{TASK}"),
+        "key": keyed(control, "native"),
+        "v1 key": keyed(control, "v1"),
+        "task_id": control.submit(task_id=TASK),
+    }
+    found = {}
+    for name, asking in asked.items():
+        answer = await asking.answer()
+        found[name] = (answer.status, answer.code)
+        if answer.status == 503:
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert answer.json["error"]["retriable"] is True
+    return found
+
+
+async def test_unknown_tasks_and_replayed_keys_are_told_to_wait(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        await control.join("b")
+        assert set((await _answers(control)).values()) == {(503, "RECOVERING")}
+        await control.join("a")  # and with it, all are back
+        answer = await control.ask("GET", f"/v2/tasks/{TASK}").answer()
+        assert (answer.status, answer.code) == (404, "TASK_NOT_FOUND")
+
+
+async def test_a_first_try_is_no_replay_and_runs_at_once(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        node = await control.join("b")
+        headers = {"Idempotency-Key": "new", "X-Llorch-Try": "1"}
+        asking = control.ask("POST", "/v2/tasks", json={"model": "m", "prompt": "x"}, headers=headers)
+        (await node.asked()).begin().say("hi").end()
+        assert (await asking.answer()).said == "hi"
+
+
+async def test_the_window_ends_by_itself(tmp_path: Path) -> None:
+    settings = remembering(tmp_path, "gone") | {"recovery_window": 0.3}
+    async with a_control(**settings) as control:
+        assert (await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == "RECOVERING"
+
+        async def over() -> bool:
+            return bool((await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == "TASK_NOT_FOUND")
+
+        await eventually(over, within_s=2)
+
+
+@pytest.mark.parametrize(("nodes", "code"), [((), "TASK_NOT_FOUND"), (None, "RECOVERING"), ("torn", "RECOVERING")])
+async def test_with_no_node_remembered_there_is_nobody_to_wait_for(
+    nodes: tuple[()] | str | None, code: str, tmp_path: Path
+) -> None:
+    settings = remembering(tmp_path)
+    if nodes is None:
+        (tmp_path / "nodes.json").unlink()  # a disk that is new each time, for all it knows
+    elif nodes == "torn":
+        (tmp_path / "nodes.json").write_text('{"nodes": ["a"')
+    async with a_control(**settings) as control:
+        assert (await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == code
+
+
+async def test_a_task_of_before_is_found_by_its_id_and_by_its_key_once_its_node_is_back(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a")) as control:
+        body = json.dumps({"model": "m", "prompt": "Hello"})
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        node = await control.join("a", tasks=[report(key_digest=DIGEST, body_digest=digest)])
+        assert (await control.task(TASK))["state"] == "streaming"
+        headers = {"Idempotency-Key": KEY}
+        asking = control.ask("POST", "/v2/tasks", data=body, headers=headers)
+        reader = await node.reader()
+        assert reader.header == {"task_id": TASK, "offset": 0}
+        reader.accept().head().say("from before").end()
+        answer = await asking.answer()
+        assert (answer.said, answer.headers["Idempotency-Replayed"]) == ("from before", "true")
+        other = await control.ask("POST", "/v2/tasks", data=body + " ", headers=headers).answer()
+        assert (other.status, other.code) == (422, "IDEMPOTENCY_MISMATCH")
+        assert node.opened == []
+
+
+async def test_a_task_that_no_report_carried_is_asked_for_at_every_node() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.ask("GET", f"/v2/tasks/{TASK}")
+        await eventually(lambda: node.calls)
+        assert node.calls[0].header["path"] == f"/v2/tasks/{TASK}"
+        call = node.calls[0].accept().head("application/json")
+        call.data(json.dumps(report(state="sealed", finish_reason="stop")).encode()).tail()
+        answer = await asking.answer()
+        assert (answer.status, answer.json["state"], answer.json["node_id"]) == (200, "done", "a")
+
+
+async def test_who_was_here_is_remembered_and_who_signed_off_is_not(tmp_path: Path) -> None:
+    def saved() -> set[str]:
+        return set(json.loads((tmp_path / "nodes.json").read_text())["nodes"])
+
+    async with a_control(**remembering(tmp_path, "old")) as control:
+        await control.join("a", pool())
+        await eventually(lambda: saved() == {"a", "old"})
+        await control.join("old")
+        await control.ask("DELETE", "/v2/nodes/a", who="node").answer()
+        await eventually(lambda: saved() == {"old"})

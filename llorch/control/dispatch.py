@@ -164,19 +164,21 @@ class Dispatcher:
         finally:
             reader.close(farewell)
 
-    def cancel_surplus(self, node_id: str) -> None:
+    def cancel_surplus(self, node_id: str, *, link_is_new: bool = False) -> None:
         """Cancel what a node with a link still runs, and this control has ended or has taken elsewhere.
 
-        Not the tasks whose reader left: what becomes of those is the node's to decide. By ATTACH and CANCEL, and before
-        the next OPEN goes out, so that it can't meet a later attempt of the same task.
+        Not the tasks whose reader left: what becomes of those is the node's to decide. If its link is new, it is told
+        once more that they left, for it may have been away when they did. By ATTACH, CANCEL and DETACH, and before the
+        next OPEN goes out, so that it can't meet a later attempt of the same task.
         """
         for report in self._registry.tasks_of(node_id):
             task = self.tasks.get(report.task_id)
-            if report.state == "sealed" or task is None or task.abandoned:
+            if report.state == "sealed" or task is None or (task.abandoned and not link_is_new):
                 continue
             if task.ended or task.node_id != node_id:
                 upstream = self._opener.attach(node_id, report.task_id, report.offset, Feed())
-                upstream.cancel()
+                if not task.abandoned:
+                    upstream.cancel()
                 upstream.detach("left")
                 log.info("task.surplus", task_id=report.task_id, node_id=node_id, attempt=report.attempt)
 

@@ -133,7 +133,7 @@ async def open_link(request: web.Request) -> web.StreamResponse:
     connection.start(transport)
     control.links.put(link)
     log.info("link.up", node_id=node_id)
-    control.dispatcher.cancel_surplus(node_id)
+    control.dispatcher.cancel_surplus(node_id, link_is_new=True)
     control.dispatcher.registry_changed()
     await asyncio.shield(connection.lost)
     raise ConnectionResetError("the link has ended")

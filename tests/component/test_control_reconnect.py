@@ -234,3 +234,25 @@ async def test_a_v1_client_that_goes_before_the_first_byte_takes_its_task_along(
         await asking.leave()
         await eventually(lambda: attempt.detached == "left", within_s=1)
         await control.idle()
+
+
+@pytest.mark.parametrize("form", ["native", "v1"])
+async def test_a_client_that_goes_while_the_node_is_away_is_told_of_when_the_node_is_back(form: str) -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit() if form == "native" else control.chat()
+        attempt = await node.asked()
+        attempt.accept().head().data(b"data: 1\n\n")
+        await asking.has(b"data: 1")
+        await node.cut()
+        await asking.leave()
+        await control.idle()
+        running = {"task_id": attempt.task_id, "attempt": 1, "state": "running", "owner": "alice", "offset": 9}
+        await node.beat(tasks=[running])
+        await back(control, node)
+        reader = await node.reader()
+        await eventually(lambda: reader.detached == "left")
+        assert (reader.canceled, reader.header["offset"]) == (False, 9)
+        await node.beat(tasks=[running])  # once is enough: a beat must not start the node's grace anew
+        await node.settled()
+        assert len(node.attached) == 1

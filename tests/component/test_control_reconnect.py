@@ -109,7 +109,8 @@ async def test_a_node_that_does_not_come_back_in_time_is_one_node_lost(monkeypat
 
 
 @pytest.mark.parametrize("how", ["another process", "it has left", "it knows no such task"])
-async def test_nobody_waits_for_a_log_that_can_not_come_back(how: str) -> None:
+async def test_nobody_waits_for_a_log_that_can_not_come_back(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch, 60.0)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.submit()

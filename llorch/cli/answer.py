@@ -36,7 +36,12 @@ async def print_stream(
     write: Callable[[str], None] = write_out,
 ) -> int:
     """Print events until the last one; the exit code that it stands for."""
-    shown, began = renderer(output, write, raw=raw), False
+    return await show_stream(events, renderer(output, write, raw=raw))
+
+
+async def show_stream(events: AsyncGenerator[Event, None], shown: Renderer) -> int:
+    """The same with a renderer that the caller knows, so that the client can tell it what it looks for."""
+    began = False
     try:
         async with contextlib.aclosing(events):
             async for event in events:
@@ -58,7 +63,7 @@ async def print_stream(
 def ended(finish_reason: str) -> int:
     if finish_reason != "canceled":
         return Exit.OK
-    report("the task was canceled", why="somebody else canceled it, or its deadline did")
+    report("the task was canceled", why="somebody else canceled it, or it had no reader for too long")
     return Exit.FAILED
 
 

@@ -19,10 +19,11 @@ from llorch.cli.answer import progress
 from llorch.cli.interrupts import SIGNALS, Handled, Interrupted
 from llorch.cli.output import abandon_output, is_terminal
 from llorch.cli.submit import cancel_quietly
-from llorch.client.api import LlorchClient, with_task_id
+from llorch.client.api import LlorchClient
 from llorch.client.events import End, Failed, Token
 from llorch.client.faults import StreamBroken, TimedOut, Unreachable
 from llorch.client.render import TextRenderer
+from llorch.client.submission import with_task_id
 from llorch.errors import LlorchError
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ async def take_turn(
     said: list[str] = []
     taken: Taken | None = None
     try:
-        async with within(timeout_s), contextlib.aclosing(client.submit(task)) as events:
+        async with within(timeout_s), contextlib.aclosing(client.submit(task, tell=shown.looking)) as events:
             async for event in events:
                 match event:  # noted before it is shown: a signal may break out of the showing
                     case Token():

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -32,7 +33,10 @@ from llorch.config_kinds import BadValue, duration
 
 if TYPE_CHECKING:
     from llorch.client.api import LlorchClient
+    from llorch.client.render import Progress
+    from llorch.client.submission import Submission
 
+T = TypeVar("T")
 CANCEL_WITHIN_S = 2.0  # after ^C: long enough for a control that lives, short enough for a person
 _DEADLINE = duration("1ms", "1d")
 
@@ -57,6 +61,15 @@ Avoid = Annotated[list[str] | None, typer.Option("--avoid", metavar="NODE[/POOL]
 Zone = Annotated[str | None, typer.Option("--zone", metavar="ZONE", help="Run it in this zone or not at all.")]
 Priority = Annotated[str | None, typer.Option("--priority", metavar="interactive|batch", help="What may wait.")]
 Deadline = Annotated[str | None, typer.Option("--deadline", metavar="TIME", help="Fail after this long, e.g. 30s.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--idempotency-key",
+        metavar="KEY",
+        help="Run again with the same key, the same command attaches to the task that there is.",
+        show_default=False,
+    ),
+]
 OnNodeLoss = Annotated[str | None, typer.Option("--on-node-loss", metavar="fail|continue", help="What to do then.")]
 
 
@@ -76,6 +89,7 @@ async def submit(
     priority: Priority = None,
     deadline: Deadline = None,
     on_node_loss: OnNodeLoss = None,
+    idempotency_key: Key = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")] = True,
     detach: Annotated[bool, typer.Option("--detach", help="Leave it with the cluster; print its id.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Keep control characters on a terminal.")] = False,
@@ -85,6 +99,8 @@ async def submit(
     The prompt is the argument, or what is piped in, or both: what is piped in, a newline, the argument. With --json,
     each event is one line of JSON; with --no-stream, the finished task is one JSON document.
     """
+    from llorch.client.submission import Submission
+
     if call.output.format is Format.NAME and not detach:
         raise usage("-q prints ids, and an answer has none", "add --detach, or leave -q out")
     if temperature is not None and not math.isfinite(temperature):
@@ -99,42 +115,57 @@ async def submit(
         body["placement"] = wish
     async with connected(call.target) as client:
         body["model"] = model or await only_model(client)
+        task = Submission(body, idempotency_key)
         stream = stream and call.output.format is not Format.YAML  # which is one document
-        return await _run(client, call, body, stream=stream, detach=detach, raw=raw)
+        return await _run(client, call, task, stream=stream, detach=detach, raw=raw)
 
 
-async def _run(client: LlorchClient, call: Call, body: dict[str, Any], *, stream: bool, detach: bool, raw: bool) -> int:
-    from llorch.cli.answer import print_stream, print_whole
-    from llorch.client.api import with_task_id
+async def _run(client: LlorchClient, call: Call, task: Submission, *, stream: bool, detach: bool, raw: bool) -> int:
+    from llorch.cli.answer import print_whole, progress, renderer, show_stream
 
-    task = with_task_id(body)
+    waiting = progress()
     with Interrupts() as interrupts:
         try:
             if detach:
-                return print_detached(await client.detach(task), call)
+                return print_detached(await _waited(client.detach(task, tell=waiting.looking), waiting), call)
             if not stream:
-                return print_whole(await client.submit_whole(task), call.output, raw=raw)
-            write = interrupts.guarded(write_out)
-            return await print_stream(client.submit(task), call.output, raw=raw, write=write)
+                whole = await _waited(client.submit_whole(task, tell=waiting.looking), waiting)
+                return print_whole(whole, call.output, raw=raw)
+            shown = renderer(call.output, interrupts.guarded(write_out), raw=raw)
+            return await show_stream(client.submit(task, tell=shown.looking), shown)
         except (asyncio.CancelledError, Interrupted, OutputClosed, OutputFailed) as ended:
             running = asyncio.current_task()
             if interrupts.hit and running is not None and isinstance(ended, asyncio.CancelledError):
                 running.uncancel()  # it was ours, and it is dealt with here
-            canceled = await cancel_quietly(client, task["task_id"])
+            canceled = await cancel_quietly(client, task.task_id)
             if not interrupts.hit:
                 raise
-            write_err("canceled\n" if canceled else f"interrupted; task {task['task_id']} may still be running\n")
+            write_err("canceled\n" if canceled else f"interrupted; {named(task.task_id)} may still be running\n")
             return Exit.INTERRUPTED
 
 
-async def cancel_quietly(client: LlorchClient, task_id: str) -> bool:
+async def _waited(answer: Awaitable[T], waiting: Progress) -> T:
+    try:
+        return await answer
+    finally:
+        waiting.clear()
+
+
+def named(task_id: str | None) -> str:
+    return "the task" if task_id is None else f"task {task_id}"
+
+
+async def cancel_quietly(client: LlorchClient, task_id: str | None) -> bool:
     """Cancel a task whose output is not wanted any more; what brought us here is told, a failure of this is not.
 
-    True if it does not run on: also where the control knows of none, because it never came that far.
+    True if it does not run on: also where the control knows of none, because it never came that far. One whose id only
+    the control knows is left to the control, which cancels what nobody reads.
     """
     from llorch.client.faults import ClientFault
     from llorch.errors import Code, LlorchError
 
+    if task_id is None:
+        return False
     try:
         async with asyncio.timeout(CANCEL_WITHIN_S):
             await client.cancel(task_id)

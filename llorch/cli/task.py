@@ -57,12 +57,14 @@ async def logs(
     raw: Annotated[bool, typer.Option("--raw", help="Keep control characters on a terminal.")] = False,
 ) -> int:
     """Print a task's output from its start, and follow it to its end."""
-    from llorch.cli.answer import print_stream
+    from llorch.cli.answer import renderer, show_stream
+    from llorch.cli.output import write_out
 
     if call.output.format in (Format.NAME, Format.YAML):
         raise usage("a task's output is text, or JSON lines with --json")
+    shown = renderer(call.output, write_out, raw=raw)
     async with connected(call.target) as client:
-        return await print_stream(client.follow(task_id, after), call.output, raw=raw)
+        return await show_stream(client.follow(task_id, after, tell=shown.looking), shown)
 
 
 for _command in (ls, show, cancel, logs):

@@ -1,19 +1,17 @@
 """`LlorchClient`: a control's API, as calls and as streams of typed events.
 
-Owns one connection pool, the task id of each submission (made here, so that a task can be cancelled or taken up again
-before a byte of its answer has come), and the resumption of a stream whose connection was lost. Errors that the control
-answers are `ServerError`; what goes wrong on the way is a `ClientFault`. Never retries a submission: it only ever looks
-for the one that it made.
+Owns one connection pool, and what becomes of a submission whose connection is lost: it is sent again under the key that
+it was sent with, so that the control finds the task if it has it and runs it if it never did; once the task has put
+something out, its log is read on from there. Errors that the control answers are `ServerError`; what goes wrong on the
+way is a `ClientFault`. How long a task is looked for is `resume.py`'s to say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -21,16 +19,17 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 
 from llorch import __version__, sse, tls, web
-from llorch.backoff import Backoff
-from llorch.client.events import TERMINAL, Event, Token, read_event, server_error
+from llorch.client import resume
+from llorch.client.events import TERMINAL, Event, ServerError, read_event, server_error
 from llorch.client.faults import ClientFault, StreamBroken, TimedOut, Unreachable, unreachable
+from llorch.client.resume import Looking, Place, Tell, tell_nobody
+from llorch.client.submission import Submission, to_json
+from llorch.client.submission import with_task_id as with_task_id
 from llorch.errors import Code, LlorchError
 from llorch.messages import decode_object
 
 CALL_TIMEOUT_S = 30.0  # for what a control answers out of its own memory
 SILENCE_S = 45.0  # three pings of the control's: a stream this quiet has lost its connection
-RESUME_FOR_S = 15.0  # how long a lost stream is looked for: a control that restarts knows its nodes' tasks by then
-RESUME_BACKOFF = Backoff(first_s=0.1, most_s=1.0)
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 256 * 1024
 
@@ -46,6 +45,9 @@ _BY_STATUS = {
     504: Code.DEADLINE_EXCEEDED,
 }
 _FAILURES = (aiohttp.ClientError, OSError, TimeoutError, sse.SseError)
+_PROXY_STATUSES = (502, 503, 504)  # what a proxy answers when the control behind it does not
+_JSON = {"Accept": "application/json"}
+_SSE = {"Accept": "text/event-stream"}
 # No connection, or one to what does not speak HTTP (ClientResponseError): no control has the request.
 _NEVER_SENT = (
     aiohttp.ClientConnectorError,
@@ -58,12 +60,13 @@ Answer = contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]
 
 
 class _Lost(Exception):
-    """The connection failed before an answer came. `sent`: the request may have reached the control."""
+    """The connection failed. `sent`: the request may have reached the control. `taken`: it did, and was cut off."""
 
-    def __init__(self, fault: Unreachable, *, sent: bool) -> None:
+    def __init__(self, fault: Unreachable, *, sent: bool, taken: bool) -> None:
         super().__init__(fault.message)
         self.fault = fault
         self.sent = sent
+        self.taken = taken
 
 
 class LlorchClient:
@@ -87,26 +90,45 @@ class LlorchClient:
 
     # ------------------------------------------------------------ tasks
 
-    def submit(self, body: Mapping[str, Any]) -> AsyncGenerator[Event, None]:
+    def submit(
+        self, body: Mapping[str, Any] | Submission, *, key: str | None = None, tell: Tell = tell_nobody
+    ) -> AsyncGenerator[Event, None]:
         """Run a task; its events as they come, the last one an End or a Failed.
 
-        Close the iterator (`contextlib.aclosing`) to leave early; that alone does not cancel the task at once.
+        `key` is its idempotency key, made here if none is given: the same body under the same key attaches to the task
+        that there is. `tell` hears of every look for a task whose connection is lost. Close the iterator
+        (`contextlib.aclosing`) to leave early; that alone does not cancel the task at once.
         """
-        task = with_task_id(body)
-        headers = {"Accept": "text/event-stream"}
-        return self._stream(task["task_id"], lambda: self._request("POST", "/v2/tasks", task, headers))
+        task = _submission(body, key)
+        place = Place(self.url, task.task_id)
 
-    def follow(self, task_id: str, after: str | None = None) -> AsyncGenerator[Event, None]:
+        def ask() -> Answer:
+            if place.last is None or place.task_id is None:
+                return self._post(task, _SSE)
+            return self._follow(place.task_id, place.last)
+
+        return self._stream(place, ask, tell)
+
+    def follow(
+        self, task_id: str, after: str | None = None, *, tell: Tell = tell_nobody
+    ) -> AsyncGenerator[Event, None]:
         """The events of a task from its start, or those after the event with id `after`: none, if that was its last."""
-        return self._stream(task_id, lambda: self._follow(task_id, after), after=after)
+        place = Place(self.url, task_id, after=after)
+        return self._stream(place, lambda: self._follow(task_id, place.last), tell)
 
-    async def submit_whole(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Run a task and return it when it has ended, with its `text`."""
-        return await self.call("POST", "/v2/tasks", with_task_id(body), timeout_s=None)
+    async def submit_whole(
+        self, body: Mapping[str, Any] | Submission, *, key: str | None = None, tell: Tell = tell_nobody
+    ) -> dict[str, Any]:
+        """Run a task and return it when it has ended, with its `text`. Resumes as `submit` does."""
+        return await self._submit_for_json(_submission(body, key), tell)
 
-    async def detach(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def detach(
+        self, body: Mapping[str, Any] | Submission, *, key: str | None = None, tell: Tell = tell_nobody
+    ) -> dict[str, Any]:
         """Leave a task with the cluster; returns `{task_id, state, events_url}` once a node has taken it."""
-        return await self.call("POST", "/v2/tasks", {**with_task_id(body), "detach": True}, timeout_s=None)
+        task = _submission(body, key)
+        task.body["detach"] = True
+        return await self._submit_for_json(task, tell)
 
     async def cancel(self, task_id: str) -> dict[str, Any]:
         return await self.call("POST", f"/v2/tasks/{_path(task_id)}/cancel")
@@ -149,25 +171,41 @@ class LlorchClient:
         path: str,
         body: object | None = None,
         *,
-        timeout_s: float | None = CALL_TIMEOUT_S,
+        timeout_s: float = CALL_TIMEOUT_S,
         accept: tuple[int, ...] = (200, 201, 202),
     ) -> dict[str, Any]:
-        """One JSON call. Raises ServerError, Unreachable or TimedOut."""
+        """One JSON call that may be repeated: it is, within its time, while a control that has just started says so.
+
+        Raises ServerError, Unreachable or TimedOut.
+        """
         limit: asyncio.Timeout | None = None
+        data = None if body is None else to_json(body)
+        failures = 0
         try:
-            async with (
-                asyncio.timeout(timeout_s) as limit,
-                self._request(method, path, body, {"Accept": "application/json"}) as response,
-            ):
-                if response.status not in accept:
-                    raise await _refusal(response, self.url)
-                return _object(await _read(response, MAX_ANSWER_BYTES), self.url)
+            async with asyncio.timeout(timeout_s) as limit:
+                while True:
+                    async with self._request(method, path, data, _JSON) as response:
+                        if response.status in accept:
+                            return _object(await _read(response, MAX_ANSWER_BYTES), self.url)
+                        refused = await _refusal(response, self.url)
+                    failures += 1
+                    await self._pause(refused, failures, limit)
         except _Lost as lost:
             raise lost.fault from None
         except _FAILURES as error:
-            if timeout_s is not None and limit is not None and limit.expired():
+            if limit is not None and limit.expired():
                 raise TimedOut(f"{self.url} did not answer within {timeout_s:g} s") from None
             raise unreachable(self.url, error) from None
+
+    async def _pause(self, refused: Exception, failures: int, limit: asyncio.Timeout) -> None:
+        """Until a call may be repeated. Raises `refused` if it is not to be, or not in time."""
+        if not isinstance(refused, ServerError) or refused.code is not Code.RECOVERING:
+            raise refused
+        delay_s = resume.delay_s(failures, random.random(), refused.retry_after_ms)
+        until = limit.when()
+        if until is not None and asyncio.get_running_loop().time() + delay_s >= until:
+            raise refused
+        await asyncio.sleep(delay_s)
 
     async def _list(self, path: str, name: str) -> list[dict[str, Any]]:
         """The list of objects under `name`, without what is none."""
@@ -178,136 +216,122 @@ class LlorchClient:
 
     # ------------------------------------------------------------ underneath
 
-    async def _stream(
-        self, task_id: str, first: Callable[[], Answer], *, after: str | None = None
-    ) -> AsyncGenerator[Event, None]:
+    async def _stream(self, place: Place, ask: Callable[[], Answer], tell: Tell) -> AsyncGenerator[Event, None]:
         """Events until the terminal one, over as many connections as it takes."""
-        place = _Place(task_id, self.url, after)
-        opener = first
+        after = place.last
         while True:
+            place.asked(time.monotonic())
             try:
-                async with opener() as response:
-                    if response.status == 204 and after is not None and place.untouched:
+                async with ask() as response:
+                    if response.status == 204 and place.begun:
+                        raise place.fault("its log has ended without a last event")
+                    if response.status == 204 and after is not None:
                         return
                     if response.status != 200:
                         raise await _refusal(response, self.url)
-                    async with contextlib.aclosing(_events(response, self.url)) as events:
+                    if response.content_type != "text/event-stream":
+                        raise _stranger(self.url)
+                    place.accepted(response.headers.get("X-Llorch-Task"))
+                    async with contextlib.aclosing(_events(response)) as events:
                         async for event in events:
                             if not place.moved(event):
                                 continue
                             yield event
                             if isinstance(event, TERMINAL):
                                 return
-                why = "it ended before its last event"
-            except _Lost as lost:
-                if place.untouched and not lost.sent:
-                    raise lost.fault from None
-                why = lost.fault.why or "the connection was lost"
-            except _FAILURES as error:
-                why = unreachable(self.url, error).why or "the connection was lost"
-            except ClientFault as fault:
-                if place.untouched:
-                    raise
-                raise place.fault(fault.message) from None
-            except LlorchError as error:
-                if place.untouched:
-                    raise
-                why = f"{error.message} ({error.code})"
-                if not error.retriable and not (place.known and error.code is Code.TASK_NOT_FOUND):
-                    raise place.fault(why) from None
-            await asyncio.sleep(place.delay_s(time.monotonic(), random.random(), why))
-            opener = lambda: self._follow(task_id, place.last)  # noqa: E731 - one line of its own says it best
+                raise _cut_short(self.url)
+            except (_Lost, ServerError, ClientFault, *_FAILURES) as error:
+                await self._look_again(place, error, tell)
+
+    async def _submit_for_json(self, task: Submission, tell: Tell) -> dict[str, Any]:
+        place = Place(self.url, task.task_id)
+        while True:
+            place.asked(time.monotonic())
+            try:
+                async with self._post(task, _JSON) as response:
+                    if response.status not in (200, 202):
+                        raise await _refusal(response, self.url)
+                    return _object(await _read(response, MAX_ANSWER_BYTES), self.url)
+            except (_Lost, ServerError, ClientFault, *_FAILURES) as error:
+                place.task_id = task.task_id
+                await self._look_again(place, error, tell)
+
+    async def _look_again(self, place: Place, error: Exception, tell: Tell) -> None:
+        """After an attempt has failed: returns when it is time for the next one. Raises where that would be in vain."""
+        match error:
+            case _Lost() if place.untouched and not error.sent:
+                raise error.fault from None
+            case StreamBroken():
+                raise error
+            case ClientFault():
+                raise (error if place.untouched else place.fault(error.message)) from None
+            case ServerError():
+                why, taken = f"{error.message} ({error.code})", False
+                if not place.may_wait(error):
+                    raise (place.fault(why) if place.begun else error) from None
+            case _Lost():
+                why, taken = error.fault.why or "the connection was lost", error.taken
+            case _:
+                why, taken = unreachable(self.url, error).why or "the connection was lost", _was_cut(error)
+        since_s = place.lost(time.monotonic(), taken=taken)
+        refused = error if isinstance(error, ServerError) else None
+        tell(Looking(why, since_s, answered=refused is not None and not refused.by_proxy))
+        delay_s = place.delay_s(since_s, random.random(), None if refused is None else refused.retry_after_ms)
+        if delay_s is None:
+            raise (place.fault(why) if place.begun or refused is None or refused.by_proxy else refused) from None
+        await asyncio.sleep(delay_s)
+
+    @contextlib.asynccontextmanager
+    async def _post(self, task: Submission, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        async with self._request("POST", "/v2/tasks", task.wire(), {**headers, **task.headers()}) as response:
+            task.task_id = task.task_id or response.headers.get("X-Llorch-Task")
+            yield response
 
     def _follow(self, task_id: str, after: str | None) -> Answer:
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after is not None else {})
-        return self._request("GET", f"/v2/tasks/{_path(task_id)}/events", None, headers)
+        """A control that follows a task pings before it has anything to say, so silence is a fault here too."""
+        headers = _SSE | ({"Last-Event-ID": after} if after is not None else {})
+        return self._request("GET", f"/v2/tasks/{_path(task_id)}/events", None, headers, within_s=SILENCE_S)
 
     @contextlib.asynccontextmanager
     async def _request(
-        self, method: str, path: str, body: object | None, headers: Mapping[str, str]
+        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str], *, within_s: float | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The answer's head; its body is the caller's to read. Raises _Lost if there is none."""
+        """The answer's head; its body is the caller's to read. Raises _Lost if there is none `within_s`."""
         assert self._session is not None, "use it as `async with LlorchClient(...) as client`"
         sent = {"User-Agent": f"llorch/{__version__}", **headers}
         if self._token is not None:
             sent["Authorization"] = f"Bearer {self._token}"
-        data = None
-        if body is not None:
-            data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        if data is not None:
             sent["Content-Type"] = "application/json"
         try:
-            response = await self._session.request(
-                method, self.url + path, data=data, headers=sent, allow_redirects=False
-            )
+            async with asyncio.timeout(within_s):
+                response = await self._session.request(
+                    method, self.url + path, data=data, headers=sent, allow_redirects=False
+                )
         except _FAILURES as error:
-            raise _Lost(unreachable(self.url, error), sent=not isinstance(error, _NEVER_SENT)) from None
+            was_sent = not isinstance(error, _NEVER_SENT)
+            fault = unreachable(self.url, error)
+            raise _Lost(fault, sent=was_sent, taken=was_sent and _was_cut(error)) from None
         async with response:
             yield response
 
 
-class _Place:
-    """How far a stream was read, and how long its next part has been looked for."""
-
-    def __init__(self, task_id: str, url: str, after: str | None) -> None:
-        self.task_id = task_id
-        self.url = url
-        self.last = after
-        self.untouched = True  # nothing has been received or lost yet
-        self.known = False  # there is such a task: a control that says otherwise has just started
-        self._began = False
-        self._failures = 0
-        self._lost_at = 0.0
-
-    def moved(self, event: Event) -> bool:
-        """Note an event. False for one that was there before: nothing is shown twice."""
-        self.untouched = False
-        if event.id is not None and self.last is not None and not _is_after(event.id, self.last):
-            return False
-        self._failures = 0
-        self.known = True
-        self.last = event.id or self.last
-        self._began = self._began or isinstance(event, Token)
-        return True
-
-    def delay_s(self, now: float, chance: float, why: str) -> float:
-        """How long to wait before looking again. Raises when it has been looked for long enough."""
-        self.untouched = False
-        self._failures += 1
-        if self._failures == 1:
-            self._lost_at = now
-        elif now - self._lost_at > RESUME_FOR_S:
-            raise self.fault(why)
-        return RESUME_BACKOFF.delay_s(self._failures, chance)
-
-    def fault(self, why: str) -> ClientFault:
-        if not self._began:
-            hint = "the task may be running; `llorch task show` tells"
-            return Unreachable(f"lost the connection to {self.url}", why=why, hint=f"{hint} ({self.task_id})")
-        return StreamBroken(
-            "the stream broke off after output had begun",
-            task_id=self.task_id,
-            why=why,
-            hint=f"what is left may still be there: llorch task logs {self.task_id}",
-        )
+def _submission(body: Mapping[str, Any] | Submission, key: str | None) -> Submission:
+    return body if isinstance(body, Submission) else Submission(body, key)
 
 
-def _is_after(id: str, other: str) -> bool:
-    """Ids are offsets in hexadecimal. One that is not is not compared."""
-    try:
-        return int(id, 16) > int(other, 16)
-    except ValueError:
-        return True
+def _was_cut(error: Exception) -> bool:
+    """Whether a connection ended, and not merely the patience with it."""
+    return not isinstance(error, (TimeoutError, sse.SseError))
 
 
-def with_task_id(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`body` with an id of its own, which is what makes it possible to cancel it, or to find it again."""
-    return {**body, "task_id": body.get("task_id") or str(uuid.uuid4())}
+def _cut_short(url: str) -> _Lost:
+    why = "it ended before its last event"
+    return _Lost(Unreachable(f"can't reach {url}", why=why), sent=True, taken=True)
 
 
-async def _events(response: aiohttp.ClientResponse, url: str) -> AsyncGenerator[Event, None]:
+async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[Event, None]:
     """The events of one connection. Ends where it ends; a silent one raises TimeoutError."""
-    if response.content_type != "text/event-stream":
-        raise _stranger(url)
     decoder = sse.Decoder()
     while True:
         async with asyncio.timeout(SILENCE_S):
@@ -353,9 +377,20 @@ async def _refusal(response: aiohttp.ClientResponse, url: str) -> Exception:
             wire = decode_object(await _read(response, MAX_ERROR_BYTES)).get("error")
     except LlorchError:
         wire = None
+    by_proxy = False
     if not isinstance(wire, Mapping):
         wire = {"code": fallback.value, "message": f"{url} answered {response.status} and did not say why"}
-    return server_error(wire, fallback=fallback, request_id=request_id)
+        by_proxy = response.status in _PROXY_STATUSES
+    refused = server_error(wire, fallback=fallback, request_id=request_id)
+    refused.by_proxy = by_proxy
+    if refused.retry_after_ms is None:
+        refused.retry_after_ms = _retry_after_ms(response.headers.get("Retry-After", ""))
+    return refused
+
+
+def _retry_after_ms(seconds: str) -> int | None:
+    """Of the header's two forms, the one that needs no clock of the peer's."""
+    return int(seconds) * 1_000 if seconds.isascii() and seconds.isdigit() and len(seconds) < 10 else None
 
 
 def _object(raw: bytes, url: str) -> dict[str, Any]:

@@ -79,10 +79,14 @@ TERMINAL = (End, Failed)
 
 
 class ServerError(LlorchError):
-    """An error that a control sent: as an answer, or as the last event of a stream."""
+    """An error that a control sent: as an answer, or as the last event of a stream.
+
+    `by_proxy`: what stands before the control said it, for want of an answer from the control.
+    """
 
     request_id: str | None = None
     task_id: str | None = None
+    by_proxy: bool = False
 
 
 def server_error(wire: object, *, fallback: Code = Code.INTERNAL, request_id: str | None = None) -> ServerError:

@@ -12,13 +12,17 @@ from collections.abc import Callable
 from typing import Protocol
 
 from llorch.client.events import End, Event, Migrated, Queued, Started, Token
+from llorch.client.resume import Looking
 from llorch.client.text import one_line, plain
 
 _CLEAR_LINE = "\r\x1b[K"
+TOLD_AFTER_S = 1.0  # a task that is found again sooner was never away, as a person sees it
 
 
 class Renderer(Protocol):
     def show(self, event: Event) -> None: ...
+
+    def looking(self, note: Looking) -> None: ...
 
     def close(self) -> None: ...
 
@@ -34,6 +38,15 @@ class Progress:
         if self._write is not None:
             self._write(f"{_CLEAR_LINE}{one_line(text)}")
             self._shown = True
+
+    def looking(self, note: Looking, *, below: bool = False) -> None:
+        """That a task is looked for; `below` a line of text that is not at its end."""
+        if note.since_s < TOLD_AFTER_S:
+            return
+        if below and self._write is not None and not self._shown:
+            self._write("\n")
+        what = "the control is not ready" if note.answered else "connection lost"
+        self.show(f"{what}; looking for the task again ({note.since_s:.0f} s)")
 
     def clear(self) -> None:
         if self._write is not None and self._shown:
@@ -69,6 +82,9 @@ class TextRenderer:
             case End():
                 self.close()
 
+    def looking(self, note: Looking) -> None:
+        self._progress.looking(note, below=self._open_line)
+
     def close(self) -> None:
         self._progress.clear()
         if self._terminal and self._open_line:
@@ -84,6 +100,9 @@ class JsonLines:
 
     def show(self, event: Event) -> None:
         self._write(json_line(event.to_json()))
+
+    def looking(self, note: Looking) -> None:
+        """Nothing: it is no event of the task's."""
 
     def close(self) -> None:
         pass

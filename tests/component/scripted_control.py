@@ -1,28 +1,31 @@
 """A control that says what a test tells it to, on a real socket, and remembers what it was asked.
 
 Owns the answers' shapes: JSON, refusals, streams that end well, are cut, or go silent. Decides nothing by itself: what
-no test has told it is 404.
+no test has told it is 404. It can go away and come back on its port.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
 
 from llorch import sse
 from llorch.backoff import Backoff
-from llorch.client import api
+from llorch.client import resume
 from llorch.errors import Code, LlorchError
-from llorch.web import serve
+from llorch.web import Server, serve
+from tests.cluster import lasting_port
 
 TASK = "00000000-0000-4000-8000-000000000001"
 SSE = {"Content-Type": "text/event-stream"}
@@ -112,13 +115,38 @@ def token(index: int, text: str | None = None) -> bytes:
     return event("token", {"t": f"t{index} " if text is None else text, "i": index}, 0x20 + index)
 
 
-def end(reason: str = "stop", place: int | None = 0x1000) -> bytes:
-    return event("end", {"finish_reason": reason, "tokens_in": 1, "tokens_out": 2}, place)
+def end(reason: str = "stop", place: int | None = 0x1000, *, of: str | None = None) -> bytes:
+    """`of`: the text that its sha256 says it is the end of."""
+    digest = {} if of is None else {"sha256": hashlib.sha256(of.encode()).hexdigest()}
+    return event("end", {"finish_reason": reason, "tokens_in": 1, "tokens_out": 2, **digest}, place)
 
 
 def error(code: str, message: str = "it broke", **more: Any) -> bytes:
     wire = {"code": code, "message": message, "retriable": True, "request_id": "req-1", "task_id": TASK, **more}
     return event("error", wire)
+
+
+def log_of(*texts: str) -> bytes:
+    """A whole log as a node writes it: the id of an event is the offset after it."""
+    log = b""
+    tokens = [("token", {"t": text, "i": index}) for index, text in enumerate(texts)]
+    wire = {"task_id": TASK, "node_id": "n1", "pool_id": "p0", "model": "m", "attempt": 1}
+    last = {"finish_reason": "stop", "sha256": hashlib.sha256("".join(texts).encode()).hexdigest()}
+    for kind, value in (("started", wire), *tokens, ("end", last)):
+        log += event(kind, value, len(log) + len(event(kind, value, 0)))
+    return log
+
+
+def reading(log: bytes, *cuts: int) -> Answer:
+    """The log from where the client wants it, cut off at one place after the other, and then to its end."""
+    left = list(cuts)
+
+    async def say(asked: Asked, request: web.Request) -> web.StreamResponse:
+        offset = int(asked.headers.get("Last-Event-ID", "0"), 16)
+        cut = left.pop(0) if left else None
+        return await stream(log[offset:cut], then=Then.END if cut is None else Then.CUT)(asked, request)
+
+    return say
 
 
 QUEUED = event("queued", {"position": 2, "eta_ms": 1500})
@@ -135,6 +163,7 @@ class ScriptedControl:
         self.url = ""
         self.requests: list[Asked] = []
         self._answers: dict[str, list[Answer]] = {}
+        self._server: Server | None = None
 
     def on(self, what: str, *answers: Answer) -> None:
         self._answers[what] = list(answers)
@@ -158,21 +187,33 @@ class ScriptedControl:
             asked.left.set()
             raise
 
+    async def come(self, tls: ssl.SSLContext | None = None) -> None:
+        """Serve: on the port that it had, if it was there before."""
+        app = web.Application(client_max_size=64 * 1024 * 1024)
+        app.router.add_route("*", "/{tail:.*}", self.handle)
+        port = urlsplit(self.url).port or lasting_port()
+        self._server = await serve(app, "127.0.0.1", port, tls=tls, shutdown_timeout_s=0.1)
+        self.url = self._server.url
+
+    async def go(self) -> None:
+        """Close what is open and refuse what comes."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.close()
+
 
 @contextlib.asynccontextmanager
 async def scripted(tls: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedControl]:
     control = ScriptedControl()
-    app = web.Application(client_max_size=64 * 1024 * 1024)
-    app.router.add_route("*", "/{tail:.*}", control.handle)
-    server = await serve(app, "127.0.0.1", 0, tls=tls, shutdown_timeout_s=0.1)
-    control.url = server.url
+    await control.come(tls)
     try:
         yield control
     finally:
-        await server.close()
+        await control.go()
 
 
 def resume_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds between machines need not take them here."""
-    monkeypatch.setattr(api, "RESUME_FOR_S", 0.2)
-    monkeypatch.setattr(api, "RESUME_BACKOFF", Backoff(first_s=0.001, most_s=0.02))
+    monkeypatch.setattr(resume, "RESUME_FOR_S", 0.2)
+    monkeypatch.setattr(resume, "FIND_FOR_S", 0.2)
+    monkeypatch.setattr(resume, "RESUME_BACKOFF", Backoff(first_s=0.001, most_s=0.02))

@@ -304,7 +304,7 @@ async def test_a_stream_that_breaks_after_output_began_is_7_and_names_the_task(
     ran = await llorch("submit", "-m", "m", "Hello")
     assert (ran.code, ran.out) == (7, "t0 ")
     task_id = control.asked("POST /v2/tasks")[0].json()["task_id"]
-    assert lines_of(ran)["hint"] == f"what is left may still be there: llorch task logs {task_id}"
+    assert lines_of(ran)["hint"] == f"what is left may still be there: llorch task logs {task_id} --after 000000000020"
 
 
 async def test_a_stream_that_breaks_is_taken_up_again_and_nobody_notices(
@@ -517,7 +517,7 @@ async def test_cancelling_says_so_on_standard_error(control: ScriptedControl, ll
 async def test_an_unexpected_fault_shows_a_traceback_only_with_debug(
     control: ScriptedControl, llorch: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> object:
+    def broken(*_: object, **__: object) -> object:
         raise ZeroDivisionError("secret words")
 
     monkeypatch.setattr(api.LlorchClient, "submit", broken)

@@ -187,12 +187,11 @@ class ScriptedControl:
             asked.left.set()
             raise
 
-    async def come(self, tls: ssl.SSLContext | None = None) -> None:
+    async def come(self, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
         """Serve: on the port that it had, if it was there before."""
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_route("*", "/{tail:.*}", self.handle)
-        port = urlsplit(self.url).port or lasting_port()
-        self._server = await serve(app, "127.0.0.1", port, tls=tls, shutdown_timeout_s=0.1)
+        self._server = await serve(app, "127.0.0.1", urlsplit(self.url).port or port, tls=tls, shutdown_timeout_s=0.1)
         self.url = self._server.url
 
     async def go(self) -> None:
@@ -203,9 +202,10 @@ class ScriptedControl:
 
 
 @contextlib.asynccontextmanager
-async def scripted(tls: ssl.SSLContext | None = None) -> AsyncIterator[ScriptedControl]:
+async def scripted(tls: ssl.SSLContext | None = None, *, lasting: bool = False) -> AsyncIterator[ScriptedControl]:
+    """`lasting`: on a port that stays free while it is away."""
     control = ScriptedControl()
-    await control.come(tls)
+    await control.come(tls, lasting_port() if lasting else 0)
     try:
         yield control
     finally:

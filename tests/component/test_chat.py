@@ -35,6 +35,7 @@ from tests.component.scripted_control import (
     answer,
     end,
     error,
+    hang_up,
     no_answer,
     refusal,
     resume_quickly,
@@ -289,6 +290,17 @@ async def test_a_turn_that_fails_is_told_is_not_kept_and_gives_the_exit_code(
     assert any(name == "why" and (why is None or text.startswith(why)) for name, text in told)
     assert said(control)[2] == ["first", "one", "third"]
     assert "Traceback" not in ran.err
+
+
+async def test_a_turn_whose_connection_is_lost_goes_on_and_nobody_notices(
+    control: ScriptedControl, llorch: CommandLine
+) -> None:
+    cut = stream(started(), token(0, "pa"), then=Then.CUT)
+    control.on("POST /v2/tasks", hang_up, cut, stream(QUEUED, then=Then.CUT), refusal(Code.DRAINING), says("two"))
+    control.on("GET events", stream(token(1, "rt"), end(of="part")))
+    assert await llorch("chat", stdin=b"first\nsecond\n") == (0, "part\ntwo\n", "")
+    tries = [asked.headers["X-Llorch-Try"] for asked in control.asked("POST /v2/tasks")]
+    assert tries == ["1", "2", "1", "2", "3"]
 
 
 async def test_a_conversation_that_is_too_long_is_kept(control: ScriptedControl, llorch: CommandLine) -> None:

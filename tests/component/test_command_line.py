@@ -140,6 +140,21 @@ async def test_every_flag_of_submit_reaches_the_body(control: ScriptedControl, l
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("flags", [(), ("--no-stream",), ("--detach",)])
+async def test_the_same_command_under_the_same_key_is_the_same_request(
+    control: ScriptedControl, llorch: CommandLine, flags: Sequence[str]
+) -> None:
+    control.on("POST /v2/tasks", answer({**VIEW, "text": "x"}) if flags else stream(*WHOLE))
+    for _ in range(2):
+        assert (await llorch("submit", "-m", "m", "--idempotency-key", "build-7", *flags, "Hello")).code == 0
+    once, again = control.asked("POST /v2/tasks")
+    assert once.headers["Idempotency-Key"] == again.headers["Idempotency-Key"] == "build-7"
+    assert once.body == again.body
+    ran = await llorch("submit", "-m", "m", "--idempotency-key", "a\nb", "Hello")
+    assert (ran.code, ran.out) == (2, "")
+    assert "255 printable" in lines_of(ran)["error"]
+
+
 async def test_chat_sends_a_message_without_a_system_message(control: ScriptedControl, llorch: CommandLine) -> None:
     await llorch("submit", "-m", "m", "--chat", "Hello")
     assert body_of(control) == {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -313,6 +328,24 @@ async def test_a_stream_that_breaks_is_taken_up_again_and_nobody_notices(
     control.on("POST /v2/tasks", stream(started(), token(0), then=Then.CUT))
     control.on("GET events", stream(token(0), token(1), end()))
     assert await llorch("submit", "-m", "m", "Hello") == (0, "t0 t1 ", "")
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--no-stream",), ("--detach", "-q")])
+async def test_a_submission_that_is_lost_is_sent_again_and_nobody_notices(
+    control: ScriptedControl, llorch: CommandLine, flags: Sequence[str]
+) -> None:
+    whole = {"--no-stream", "--detach"} & set(flags)
+    control.on("POST /v2/tasks", hang_up, refusal(Code.RECOVERING), answer(VIEW) if whole else stream(*WHOLE))
+    ran = await llorch("submit", "-m", "m", *flags, "Hello")
+    assert (ran.code, ran.err) == (0, "")
+    assert len(control.asked("POST /v2/tasks")) == 3
+
+
+async def test_an_answer_that_is_not_what_the_node_wrote_is_7(control: ScriptedControl, llorch: CommandLine) -> None:
+    control.on("POST /v2/tasks", stream(started(), token(0), token(1), end(of="t0 ")))
+    ran = await llorch("submit", "-m", "m", "Hello")
+    assert (ran.code, ran.out) == (7, "t0 t1 ")
+    assert lines_of(ran)["error"] == "the stream is not what the node wrote"
 
 
 async def test_a_stream_that_breaks_before_any_output_is_5(control: ScriptedControl, llorch: CommandLine) -> None:
@@ -504,6 +537,11 @@ async def test_a_tasks_output_is_read_again_from_a_place(control: ScriptedContro
     assert (await llorch("task", "logs", TASK, "-q")).code == 2
     control.on(events, stream(started(), token(0), error("NODE_LOST")))
     assert (await llorch("task", "logs", TASK)).code == 7
+
+
+async def test_a_tasks_output_goes_on_where_its_control_went(control: ScriptedControl, llorch: CommandLine) -> None:
+    control.on(f"GET /v2/tasks/{TASK}/events", stream(started(), token(0), then=Then.CUT), stream(token(1), end()))
+    assert await llorch("task", "logs", TASK) == (0, "t0 t1 ", "")
 
 
 async def test_cancelling_says_so_on_standard_error(control: ScriptedControl, llorch: CommandLine) -> None:

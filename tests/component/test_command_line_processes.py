@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 async def control() -> AsyncIterator[ScriptedControl]:
-    async with scripted() as running:
+    async with scripted(lasting=True) as running:
         yield running
 
 
@@ -115,6 +115,29 @@ async def test_a_signal_before_the_first_byte_cancels_too(
         process.send_signal(signal.SIGINT)
         assert await finished(process) == (130, "", "canceled\n")
     assert canceled(control)
+
+
+async def test_a_signal_while_the_control_is_away_leaves_at_once_and_says_what_may_still_run(
+    control: ScriptedControl, env: dict[str, str]
+) -> None:
+    control.on("POST /v2/tasks", stream(started(), token(0), then=Then.SILENCE))
+    async with started_process("submit", "-m", "m", "Hello", env=env) as process:
+        assert process.stdout is not None
+        assert await process.stdout.readexactly(3) == b"t0 "
+        await control.go()
+        process.send_signal(signal.SIGINT)
+        told = f"interrupted; task {task_of(control)} may still be running\n"
+        assert await finished(process) == (130, "", told)
+
+
+async def test_a_signal_over_a_task_that_only_the_control_can_name_leaves_it_to_the_control(
+    control: ScriptedControl, env: dict[str, str]
+) -> None:
+    control.on("POST /v2/tasks", no_answer)
+    async with started_process("submit", "-m", "m", "--idempotency-key", "k", "Hello", env=env) as process:
+        await eventually(lambda: control.asked("POST /v2/tasks"))
+        process.send_signal(signal.SIGINT)
+        assert await finished(process) == (130, "", "interrupted; the task may still be running\n")
 
 
 async def test_a_second_signal_leaves_at_once_though_the_cancel_has_no_answer(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llorch.client.events import End, Event, Migrated, Queued, Started, Token
 from llorch.client.render import JsonLines, Progress, TextRenderer
+from llorch.client.resume import Looking
 from llorch.client.text import one_line, plain
 
 QUEUED = Queued(wire={}, position=2, eta_ms=None)
@@ -50,6 +51,40 @@ def test_progress_is_one_line_that_goes_before_the_first_token_and_can_not_be_fo
     assert out == "x\n"
     assert err == "\r\x1b[Kqueued, position 2\r\x1b[Krunning on n[2J/p\r\x1b[K"
     assert shown(MIGRATED)[1] == "\r\x1b[Kmoved from a/p to b/p\r\x1b[K"
+
+
+def looked_for(*events: Event, since_s: float, answered: bool = False) -> tuple[str, str]:
+    out: list[str] = []
+    err: list[str] = []
+    renderer = TextRenderer(out.append, Progress(err.append), terminal=True, raw=False)
+    for event in events:
+        renderer.show(event)
+    err.clear()
+    for note in (Looking("gone\x1b[2J", since_s, answered), Looking("gone", since_s + 1, answered)):
+        renderer.looking(note)
+    renderer.show(token("y"))
+    renderer.close()
+    return "".join(out), "".join(err)
+
+
+def test_a_task_that_is_looked_for_is_told_on_a_line_of_its_own_that_goes_when_it_is_found() -> None:
+    line, clear = "connection lost; looking for the task again ({} s)", "\r\x1b[K"
+    told = f"{clear}{line.format(2)}{clear}{line.format(3)}{clear}"
+    assert looked_for(since_s=2) == ("y\n", told)
+    assert looked_for(STARTED, since_s=2) == ("y\n", told)
+    assert looked_for(token("x\n"), since_s=2) == ("x\ny\n", told)
+    assert looked_for(token("x"), since_s=2) == ("xy\n", "\n" + told), "what is printed stays as it is"
+    assert "the control is not ready; looking" in looked_for(since_s=2, answered=True)[1]
+
+
+def test_a_task_that_is_found_within_a_second_was_never_away() -> None:
+    assert looked_for(token("x"), since_s=-0.5) == ("xy\n", "")
+
+
+def test_json_lines_hold_events_of_the_task_alone() -> None:
+    lines: list[str] = []
+    JsonLines(lines.append).looking(Looking("gone", 5.0))
+    assert lines == []
 
 
 @given(st.text())

@@ -212,8 +212,8 @@ async def scripted(tls: ssl.SSLContext | None = None, *, lasting: bool = False) 
         await control.go()
 
 
-def resume_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes seconds between machines need not take them here."""
-    monkeypatch.setattr(resume, "RESUME_FOR_S", 0.2)
-    monkeypatch.setattr(resume, "FIND_FOR_S", 0.2)
+def resume_quickly(monkeypatch: pytest.MonkeyPatch, *, for_s: float = 0.2) -> None:
+    """What takes seconds between machines need not take them here. `for_s`: until a task is given up."""
+    monkeypatch.setattr(resume, "RESUME_FOR_S", for_s)
+    monkeypatch.setattr(resume, "FIND_FOR_S", for_s)
     monkeypatch.setattr(resume, "RESUME_BACKOFF", Backoff(first_s=0.001, most_s=0.02))

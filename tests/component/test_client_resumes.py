@@ -53,7 +53,12 @@ PROXY = [answer(b"<html>", 502), answer(b"", 503, {"Retry-After": "0"}), answer(
 
 @pytest.fixture(autouse=True)
 def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
-    resume_quickly(monkeypatch)
+    resume_quickly(monkeypatch, for_s=10.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    resume_quickly(monkeypatch, for_s=0.1)
 
 
 @pytest.fixture
@@ -157,11 +162,13 @@ async def test_a_key_that_no_header_carries_is_refused_before_anything_is_sent(
     assert control.requests == []
 
 
-@pytest.mark.parametrize("headers", [SSE, SSE | {"X-Llorch-Task": TASK}])
+@pytest.mark.parametrize(
+    ("headers", "first"), [(SSE, started()), (SSE | {"X-Llorch-Task": TASK}, b"")], ids=["by event", "by header"]
+)
 async def test_a_task_that_the_control_named_is_known_by_its_answer(
-    control: ScriptedControl, client: LlorchClient, headers: dict[str, str]
+    control: ScriptedControl, client: LlorchClient, headers: dict[str, str], first: bytes
 ) -> None:
-    control.on(SUBMIT, stream(started(), token(0), then=Then.CUT, headers=headers))
+    control.on(SUBMIT, stream(first + token(0), then=Then.CUT, headers=headers))
     control.on(EVENTS, stream(token(1), end()))
     assert await by_stream(client, PLAIN, key="k") == "t0 t1 "
     assert len(control.asked(EVENTS)) == 1
@@ -270,6 +277,7 @@ async def test_an_error_event_ends_a_task_that_was_taken_up_again(
 # ---------------------------------------------------------------- given up
 
 
+@pytest.mark.usefixtures("impatient")
 @WAYS
 @pytest.mark.parametrize("away", [Code.RECOVERING, Code.DRAINING])
 async def test_a_control_that_never_gets_ready_is_given_up_with_what_it_says(
@@ -282,6 +290,7 @@ async def test_a_control_that_never_gets_ready_is_given_up_with_what_it_says(
     assert len(control.requests) > 2
 
 
+@pytest.mark.usefixtures("impatient")
 @WAYS
 @pytest.mark.parametrize("gone", [PROXY[0], hang_up])
 async def test_a_control_that_never_comes_back_is_unreachable_and_the_hint_finds_the_task(
@@ -304,6 +313,7 @@ async def test_a_stranger_in_the_controls_place_is_told_apart(control: ScriptedC
     assert "is not llorch" in (caught.value.why or "")
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_task_that_is_not_there_any_more_is_looked_for_as_long_as_the_rest(
     control: ScriptedControl, client: LlorchClient
 ) -> None:
@@ -322,10 +332,8 @@ async def test_a_task_that_is_not_there_any_more_is_looked_for_as_long_as_the_re
 
 @pytest.mark.parametrize("before", [(started(), token(0)), (QUEUED,), ()])
 async def test_a_control_that_is_gone_and_comes_back_on_its_port_is_found(
-    control: ScriptedControl, client: LlorchClient, before: tuple[bytes, ...], monkeypatch: pytest.MonkeyPatch
+    control: ScriptedControl, client: LlorchClient, before: tuple[bytes, ...]
 ) -> None:
-    monkeypatch.setattr(resume, "RESUME_FOR_S", 10.0)
-    monkeypatch.setattr(resume, "FIND_FOR_S", 10.0)
     control.on(SUBMIT, stream(*before, then=Then.SILENCE) if before else no_answer, stream(*WHOLE))
     control.on(EVENTS, refusal(Code.RECOVERING), refusal(Code.TASK_NOT_FOUND), stream(token(1), end()))
     whys: list[str] = []
@@ -345,7 +353,8 @@ async def test_a_control_that_is_gone_and_comes_back_on_its_port_is_found(
 async def test_a_stream_that_is_cut_anywhere_comes_whole(control: ScriptedControl, client: LlorchClient) -> None:
     words = ("one ", "三\n", "")
     log = log_of(*words)
-    for cut in range(len(log)):
+    ends = [at + 2 for at in range(len(log)) if log.startswith(b"\n\n", at)]
+    for cut in sorted({0, 1, *(at + by for at in ends for by in (-40, -2, -1, 0, 1))} - {len(log), len(log) + 1}):
         control.on(SUBMIT, reading(log, cut))
         control.on(EVENTS, reading(log, min(cut + 70, len(log) - 1)))
         events = await taken(client.submit(BODY))
@@ -434,11 +443,11 @@ async def test_a_call_to_a_control_that_has_just_started_is_repeated(
     control: ScriptedControl, client: LlorchClient
 ) -> None:
     for what, call in (
-        (f"GET /v2/tasks/{TASK}", client.task(TASK)),
-        (f"POST /v2/tasks/{TASK}/cancel", client.cancel(TASK)),
+        (f"GET /v2/tasks/{TASK}", client.task),
+        (f"POST /v2/tasks/{TASK}/cancel", client.cancel),
     ):
         control.on(what, refusal(Code.RECOVERING), refusal(Code.RECOVERING), answer({"it": "works"}))
-        assert await call == {"it": "works"}
+        assert await call(TASK) == {"it": "works"}
         assert len(control.asked(what)) == 3
 
 

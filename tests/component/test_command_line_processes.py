@@ -23,6 +23,7 @@ from aiohttp import web
 from tests.cluster import eventually
 from tests.component.scripted_control import (
     QUEUED,
+    SSE,
     TASK,
     WHOLE,
     Asked,
@@ -128,6 +129,18 @@ async def test_a_signal_while_the_control_is_away_leaves_at_once_and_says_what_m
         process.send_signal(signal.SIGINT)
         told = f"interrupted; task {task_of(control)} may still be running\n"
         assert await finished(process) == (130, "", told)
+
+
+async def test_a_signal_over_a_task_that_the_control_has_named_cancels_it(
+    control: ScriptedControl, env: dict[str, str]
+) -> None:
+    control.on("POST /v2/tasks", stream(QUEUED, token(0), then=Then.SILENCE, headers=SSE | {"X-Llorch-Task": TASK}))
+    control.on(f"POST /v2/tasks/{TASK}/cancel", answer({"task_id": TASK}, 202))
+    async with started_process("submit", "-m", "m", "--idempotency-key", "k", "Hello", env=env) as process:
+        assert process.stdout is not None
+        assert await process.stdout.readexactly(3) == b"t0 "
+        process.send_signal(signal.SIGINT)
+        assert await finished(process) == (130, "", "canceled\n")
 
 
 async def test_a_signal_over_a_task_that_only_the_control_can_name_leaves_it_to_the_control(

@@ -119,9 +119,9 @@ def test_what_a_refusal_means_depends_on_how_far_the_task_had_come() -> None:
     for code in (Code.QUEUE_FULL, Code.RATE_LIMITED, Code.NO_CAPACITY, Code.MODEL_NOT_AVAILABLE, Code.TASK_NOT_FOUND):
         assert verdicts.pop(code) == "end wait wait "
     assert verdicts.pop(Code.MODEL_NOT_FOUND) == "end wait end "
-    assert {
-        code: "end end wait " if server_error({"code": code}).retriable else "end end end " for code in verdicts
-    } == (verdicts)
+    for code, verdict in verdicts.items():
+        lasting = "wait" if server_error({"code": code.value}).retriable else "end"
+        assert verdict == f"end end {lasting} ", code
 
 
 def test_what_a_stream_has_come_to_says_how_its_task_is_found() -> None:

@@ -262,3 +262,25 @@ async def test_a_client_that_went_does_not_take_the_task_from_one_that_sent_the_
         answer = await second.answer()
         assert (answer.raw, attempt.detached, attempt.canceled) == (b"data: 1\n\n", None, False)
         await control.idle()
+
+
+async def test_of_two_that_ask_at_once_for_what_has_to_run_anew_one_runs_it() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        first = keyed(control, "v1")
+        attempt = shown(await node.asked(), "v1")
+        await first.has(b"data")
+        await first.leave()
+        await eventually(lambda: attempt.detached == "left")
+        both = [keyed(control, "v1"), keyed(control, "v1")]
+        await _told(node, attempt, "sealed", finish_reason="canceled")
+        fresh = shown(await node.asked(), "v1")
+        reader = await node.reader()
+        reader.accept().head().data(fresh.log)
+        for each in (fresh, reader):
+            each.tail(finish_reason="stop")
+        answers = [await each.answer() for each in both]
+        assert [answer.raw for answer in answers] == [fresh.log, fresh.log]
+        assert len({answer.headers["X-Llorch-Task"] for answer in answers}) == 1
+        assert len(node.opened) == 2
+        await control.idle()

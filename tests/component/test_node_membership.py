@@ -210,3 +210,15 @@ async def test_tasks_that_run_are_reported_when_registering_again(tmp_path: Path
         again = link.attach(task["task_id"], task["offset"])
         call.end()
         await eventually(lambda: again.tail is not None)
+
+
+async def test_a_control_that_has_restarted_hears_of_what_ended_under_the_one_before(tmp_path: Path) -> None:
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        await _one(setup, link)
+        setup.control.epoch = "epoch-2"
+        setup.control.refuse_beats = (404, "NODE_UNKNOWN")
+        setup.node.pools.handle(ev.Drain(), 0.0)
+        await eventually(lambda: len(setup.control.registered) == 2)
+        (task,) = setup.control.registered[1]["tasks"]  # at once, and not with the next full beat
+        assert (task["state"], task["finish_reason"]) == ("sealed", "stop")

@@ -252,8 +252,8 @@ class _Dev:
         from llorch.cli.answer import print_stream
         from llorch.cli.dev_words import answered
         from llorch.cli.output import Output, write_out
-        from llorch.client.api import with_task_id
         from llorch.client.faults import ClientFault
+        from llorch.client.submission import with_task_id
         from llorch.errors import LlorchError
 
         task = with_task_id(body)

@@ -25,7 +25,13 @@ class Exit(IntEnum):
 
 
 _CODES = {
-    Exit.USAGE: (Code.INVALID_REQUEST, Code.UNSUPPORTED_MEDIA, Code.PAYLOAD_TOO_LARGE, Code.CONTEXT_LENGTH_EXCEEDED),
+    Exit.USAGE: (
+        Code.INVALID_REQUEST,
+        Code.UNSUPPORTED_MEDIA,
+        Code.PAYLOAD_TOO_LARGE,
+        Code.CONTEXT_LENGTH_EXCEEDED,
+        Code.IDEMPOTENCY_MISMATCH,
+    ),
     Exit.AUTH: (Code.UNAUTHENTICATED, Code.FORBIDDEN),
     Exit.NOT_FOUND: (
         Code.MODEL_NOT_FOUND,

@@ -24,7 +24,6 @@ from llorch.client.events import TERMINAL, Event, ServerError, read_event, serve
 from llorch.client.faults import ClientFault, StreamBroken, TimedOut, Unreachable, unreachable
 from llorch.client.resume import Looking, Place, Tell, tell_nobody
 from llorch.client.submission import Submission, to_json
-from llorch.client.submission import with_task_id as with_task_id
 from llorch.errors import Code, LlorchError
 from llorch.messages import decode_object
 

@@ -8,6 +8,7 @@ bounded in time, so that a reader that stalls costs 30 s, not for ever.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from typing import Any
@@ -24,6 +25,7 @@ from llorch.web import error_response, json_response, limit_send_buffer
 
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 LAST_BLOCK_BYTES = 4 * 1024  # of the last pieces, kept to see whether they ended the answer: its last event is small
+NO_TEXT_SHA256 = hashlib.sha256(b"").hexdigest()
 QUEUED_EVERY_S = 0.99  # `queued` events come at most once a second; timers may be a little early
 MAX_COLLECTED_BYTES = 16 * 1024 * 1024  # a native answer that was asked for as one JSON document
 
@@ -43,7 +45,7 @@ def canceled_event(tail: Tail | None) -> bytes:
                 "cached_tokens": 0,
                 "ttft_ms": None,
                 "decode_ms": None,
-                "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",  # of no text
+                "sha256": NO_TEXT_SHA256 if tail else None,  # what was shown is not kept here
             }
         ),
     )

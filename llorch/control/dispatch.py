@@ -222,7 +222,7 @@ class Dispatcher:
                     raise
                 outcome = error
             except ShuttingDown as error:
-                outcome = error
+                outcome, task.stopped = error, True
                 self._finish(task, None, LlorchError(Code.DRAINING, "this control was stopped"))
             except Exception:
                 log.fault("task.fault", task_id=task.task_id, request_id=task.request_id)

@@ -21,7 +21,7 @@ from llorch.control.log_reader import LogReader
 from llorch.control.state import Control
 from llorch.control.tasks import State, Task
 from llorch.errors import Code, LlorchError
-from llorch.messages import Head, Tail
+from llorch.messages import Head, Tail, TaskReport
 
 LOOK_AGAIN_S = 1.0  # while it waits, how often a reader is told its place in the queue
 END_WITHIN_S = 1.0  # for a task that runs here to end after its node was lost under one of its readers
@@ -48,7 +48,8 @@ async def _follow(
     task = control.dispatcher.tasks.get(mine.task_id)
     if task is not None and _control_ended(task, offset):
         return await _last_word(mine, task, answer)
-    mine.node_id, mine.pool_id, mine.attempt = _place_of(control, mine.task_id, task)
+    known = control.registry.task(mine.task_id)
+    mine.node_id, mine.pool_id, mine.attempt = _place_of(task, known)
     try:
         patience_s = 0.0 if task is not None and _failed_here(task) else None
         async with control.dispatcher.attached(mine.node_id, mine.task_id, offset, patience_s=patience_s) as reader:
@@ -68,6 +69,12 @@ async def _follow(
         if answer.committed:
             return await answer.failed(error, mine.request_id)
         raise
+    finally:
+        if task is None and known is not None and mine.tail is not None:
+            # Its node, having sent the TAIL, will not report it any more.
+            read = Task.of_report(*known, now=mine.received_at)
+            read.end(mine.tail, None)
+            control.dispatcher.tasks.remember(read)
 
 
 async def _begun(control: Control, audience: Audience, answer: Answer) -> None:
@@ -99,7 +106,7 @@ def _failed_here(task: Task) -> bool:
 
 async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamResponse:
     """The end that the task has, to one who reads it again."""
-    if task.error is not None and task.error.code is Code.DRAINING:
+    if task.stopped:
         raise ShuttingDown
     mine.node_id, mine.pool_id, mine.attempt = task.node_id, task.pool_id, task.attempt
     if task.tail is not None and task.tail.length == 0:
@@ -107,10 +114,9 @@ async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamRespon
     return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
 
 
-def _place_of(control: Control, task_id: str, task: Task | None) -> tuple[str, str | None, int]:
+def _place_of(task: Task | None, known: tuple[str, TaskReport] | None) -> tuple[str, str | None, int]:
     if task is not None and task.node_id is not None:
         return task.node_id, task.pool_id, task.attempt
-    known = control.registry.task(task_id)
     if known is None:
         raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
     return known[0], known[1].pool_id, known[1].attempt
@@ -133,10 +139,10 @@ async def _relay(mine: Task, reader: LogReader, answer: Answer, offset: int) -> 
         elif item is None:
             await answer.idle()
         elif isinstance(item, Tail):
-            if offset and item.length == offset and not answer.committed:
-                return web.Response(status=204, headers={"X-Llorch-Task": mine.task_id})
             mine.enter(State.PLACED)
             mine.end(item, None)
+            if offset and item.length == offset and not answer.committed:
+                return web.Response(status=204, headers={"X-Llorch-Task": mine.task_id})
             return await answer.ended(item)
         elif isinstance(item, Refused):
             raise item.error

@@ -156,8 +156,9 @@ class Replays:
         elif task.state is State.FAILED and task.tail is None:
             return False  # its end was made here, and is told again
         assert task.node_id is not None
+        path = f"/v2/tasks/{task.task_id}"
         try:
-            report = parse(TaskReport, await self._nodes.call(task.node_id, "GET", f"/v2/tasks/{task.task_id}"))
+            report = parse(TaskReport, await self._nodes.call(task.node_id, "GET", path, timeout_s=ASK_S))
         except LlorchError as error:
             if error.code is not Code.NODE_LOST:
                 return True  # forgotten
@@ -174,7 +175,7 @@ class Replays:
 
 
 def _as_it_is(task: Task, *, gone: bool) -> _Known:
-    return _Known(task.task_id, task.attempt, task.owner, task.path, task.body_digest, gone)
+    return _Known(task.task_id, task.attempt, task.owner, task.path, task.body_digest or None, gone)
 
 
 def _reported(report: TaskReport, *, keyed: bool) -> _Known:

@@ -93,7 +93,7 @@ async def _detach(control: Control, task: Task) -> web.StreamResponse:
         audience.left()  # nobody was told that it was taken
         raise
     if task.error is not None and not audience.accepted_by_node:
-        raise stopping() if task.error.code is Code.DRAINING else task.error
+        raise stopping() if task.stopped else task.error
     return _taken(task.task_id, task.state.value, task_headers(task))
 
 

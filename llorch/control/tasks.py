@@ -74,6 +74,7 @@ class Task:
     error: LlorchError | None = None
     tail: Tail | None = None
     cancel_wanted: bool = False
+    stopped: bool = False  # this control let go of it, because it shuts down
     abandoned: bool = False  # its reader left; the node decides what becomes of it
     named: bool = False  # its client chose its task_id
     replayed: bool = False  # not run for this request: an earlier one sent the same
@@ -83,6 +84,16 @@ class Task:
         """A native task as one knows it who only has its id, and comes to read it."""
         wish = Wish(model="")
         return cls(task_id, owner, wish, "native", True, False, b"", "", {}, request_id, now)
+
+    @classmethod
+    def of_report(cls, node_id: str, report: TaskReport, *, now: float) -> Task:
+        """A task of before this control's time, as its node reports it."""
+        task = cls.read_again(report.task_id, owner=report.owner, request_id="", now=now)
+        task.wish, task.path = Wish(model=report.model or ""), report.path
+        task.key_digest, task.body_digest = report.key_digest, report.body_digest or ""
+        task.node_id, task.pool_id, task.attempt = node_id, report.pool_id, report.attempt
+        task.state = State.STREAMING
+        return task
 
     @property
     def native(self) -> bool:
@@ -212,6 +223,12 @@ class TaskStore:
         self._running[task.task_id] = task
         if task.key_digest is not None:
             self._by_key[task.key_digest] = task
+
+    def remember(self, task: Task) -> None:
+        """An ended task that this control has not run, but has read to its end."""
+        if self.get(task.task_id) is None:
+            self.add(task)
+            self.ended(task)
 
     def ended(self, task: Task) -> None:
         """Move a task to the ended ones and let its body go."""

@@ -1,4 +1,4 @@
-"""How long to wait before trying again.
+"""How long to wait before trying again, and how many may.
 
 Pure: the random number comes in, the delay goes out. Full jitter on the upper half, so that a crowd that failed
 together does not come back together: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
@@ -6,7 +6,7 @@ together does not come back together: https://aws.amazon.com/blogs/architecture/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +22,23 @@ class Backoff:
         exponent = min(max(failures - 1, 0), 64)  # 2.0 ** 64 is past any cap, and does not overflow
         full = min(self.most_s, self.first_s * self.factor**exponent)
         return full * (0.5 + 0.5 * chance)
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """Of all that is active, `share` may be in a retry at the same time, and `floor` always: where most fails, trying
+    again only adds to the load of what is left. (https://sre.google/sre-book/handling-overload/)"""
+
+    share: float = 0.2
+    floor: int = 3
+    _taken: set[str] = field(default_factory=set)
+
+    def take(self, who: str, active: int) -> bool:
+        """Whether `who` may try again; it counts until it gives that back, however often it tries."""
+        if who not in self._taken and len(self._taken) >= max(self.floor, int(self.share * active)):
+            return False
+        self._taken.add(who)
+        return True
+
+    def give_back(self, who: str) -> None:
+        self._taken.discard(who)

@@ -27,6 +27,10 @@ def problems(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, An
         if pool.get("state") == "failed":
             error = pool.get("last_error")
             found.append(f"{name} has failed" + (f": {error}" if error else ""))
+        breaker = pool.get("breaker") or {}
+        if breaker.get("state") not in (None, "closed"):
+            left = f" for {breaker['ejected_ms'] / 1_000:.0f} s more" if breaker.get("ejected_ms") else ""
+            found.append(f"{name} is ejected{left}: {breaker.get('reason')}")
     if not any(pool.get("bound") for pool in pools):
         found.append("no pool takes tasks" if pools else "there is no pool" if nodes else "no node has joined")
     return found
@@ -39,6 +43,8 @@ async def status(call: Call) -> int:
     found = problems(nodes, pools)
     if control.get("status") != "ok":
         found.insert(0, f"the control is {control.get('status')}")
+    if control.get("storm"):
+        found.insert(0, f"the control blames itself for nodes that it misses: {control['storm'].get('reason')}")
     if call.output.format is Format.TABLE:
         _print(call.target.url, control, nodes, pools, found)
         if nodes:

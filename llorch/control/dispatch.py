@@ -12,9 +12,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+from llorch.backoff import RetryBudget
+from llorch.breaker import TRIAL_TIMEOUT_S
 from llorch.control import placement
 from llorch.control.admission import Admission
 from llorch.control.audience import Audience, Client, ShuttingDown, SlowReader
+from llorch.control.ejection import blames
 from llorch.control.feed import Accepted, Feed, Lost, Refused, Stopped
 from llorch.control.log_reader import LogReader, LogReaders, Opener
 from llorch.control.metrics import ControlMetrics
@@ -42,9 +45,10 @@ log = Log("control.dispatch")
 class _GoElsewhere(Exception):
     """This attempt showed nothing to the client; another may follow."""
 
-    def __init__(self, error: LlorchError, *, lost: bool = False, busy: bool = False) -> None:
+    def __init__(self, error: LlorchError, *, lost: bool = False, busy: bool = False, blamed: bool = False) -> None:
         super().__init__(error.message)
         self.error, self.lost, self.busy = error, lost, busy
+        self.blamed = blamed  # it counts against its pool
 
 
 def _farewell(error: BaseException) -> str:
@@ -73,6 +77,7 @@ class Dispatcher:
         self._opener = opener
         self._metrics = metrics
         self._ttft_timeout_s = ttft_timeout_s
+        self._budget = RetryBudget()
         self._clock = clock
         self._guard = Guard("control.dispatch")
         self._audiences: dict[str, Audience] = {}  # of the tasks that run
@@ -97,13 +102,8 @@ class Dispatcher:
 
     def registry_changed(self) -> None:
         """After every change of the registry: say which pools came and went, and serve who waits."""
-        for event in self._registry.pool_events():
-            log.info(
-                "pool.bound" if event.bound else "pool.unbound",
-                node_id=event.node_id,
-                pool_id=event.pool_id,
-                model=event.model,
-            )
+        for event in self._registry.events():
+            log.info(event.word, **event.fields)
         self._room.pump()
         self.readers.news.tell()
 
@@ -231,6 +231,7 @@ class Dispatcher:
             finally:
                 self._audiences.pop(task.task_id, None)
                 audience.ended()
+                self._budget.give_back(task.task_id)
                 self._metrics.task_seconds(task.label, self._clock() - started)
         return outcome
 
@@ -239,7 +240,9 @@ class Dispatcher:
         while True:
             claim = await self._room.claim(task, audience.waiting, front=front)
             try:
-                return await self._attempt(task, claim, audience)
+                tail = await self._attempt(task, claim, audience)
+                self._judge(claim, tail)
+                return tail
             except _GoElsewhere as gone:
                 front = True
                 self._give_up(task, claim, gone)
@@ -252,6 +255,8 @@ class Dispatcher:
         task.enter(State.QUEUED)
         if task.cancel_wanted:
             raise LlorchError(Code.CANCELED, "the task was canceled")
+        if gone.blamed:
+            self._registry.failed(claim, now)
         if gone.error.code is Code.NODE_LOST:
             self._registry.probed(claim.node_id, False, now)  # without a link, nothing goes there before it answers
         if gone.busy:
@@ -267,11 +272,21 @@ class Dispatcher:
                 raise gone.error
             if not gone.lost and self._room.refusal(task.wish) is not None:
                 raise gone.error  # no other pool could do better
+            if not gone.lost and not self._budget.take(task.task_id, self.tasks.running):
+                raise gone.error  # too many try again already
         task.node_id = task.pool_id = None
         self._metrics.retried(gone.error.code)
         log.info(
             "task.requeued", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, code=gone.error.code
         )
+
+    def _judge(self, claim: Claim, tail: Tail) -> None:
+        """What an answer's end says of the pool that gave it."""
+        if tail.error is None:
+            if tail.finish_reason != "canceled":
+                self._registry.succeeded(claim, self._clock())
+        elif blames(LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)):
+            self._registry.failed(claim, self._clock())
 
     async def _attempt(self, task: Task, claim: Claim, audience: Audience) -> Tail:
         if task.cancel_wanted:
@@ -291,10 +306,11 @@ class Dispatcher:
         )
         reader = LogReader(self.readers, claim.node_id, task.task_id, feed, upstream, clock=self._clock)
         with self._read_through(task, reader):
-            head = await self._first(task, reader, audience)
+            head = await self._first(task, claim, reader, audience)
             if isinstance(head, Tail):  # canceled before its first byte
                 return head
             task.enter(State.STREAMING)
+            self._budget.give_back(task.task_id)
             task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
             self._metrics.first_byte(task.label, self._clock() - task.received_at)
             await audience.begin(head)
@@ -304,6 +320,8 @@ class Dispatcher:
                 raise
             except (asyncio.CancelledError, ConnectionError):
                 task.tail = await reader.last_word(LAST_WORD_S)
+                if task.tail is not None:
+                    self._judge(claim, task.tail)
                 raise
 
     @contextlib.contextmanager
@@ -344,7 +362,7 @@ class Dispatcher:
             header["deadline_ms"] = max(1, int((task.deadline_at - self._clock()) * 1_000))
         return header
 
-    async def _first(self, task: Task, reader: LogReader, audience: Audience) -> Head | Tail:
+    async def _first(self, task: Task, claim: Claim, reader: LogReader, audience: Audience) -> Head | Tail:
         """Everything up to HEAD. Raises _GoElsewhere while the task can still run somewhere else."""
         accepted = False
         now = self._clock()
@@ -358,19 +376,20 @@ class Dispatcher:
                     task.check_deadline(now)
                     what = "did not send a first byte" if accepted else "did not answer"
                     raise _GoElsewhere(
-                        LlorchError(Code.ENGINE_STALLED if accepted else Code.NODE_LOST, f"the node {what} in time")
+                        LlorchError(Code.ENGINE_STALLED if accepted else Code.NODE_LOST, f"the node {what} in time"),
+                        blamed=True,
                     )
                 if now >= ping_at:
                     ping_at += PING_AFTER_S
                     await audience.idle()
             elif isinstance(item, Accepted):
                 accepted = True
-                until = self._clock() + self._patience_s(task)
+                until = self._clock() + self._patience_s(task, claim)
                 await audience.accepted()
             elif isinstance(item, Head):
                 return item
             elif isinstance(item, Refused):
-                raise _verdict(item.error)
+                raise _verdict(item.error, refused=True)
             elif isinstance(item, Tail):
                 return _early_tail(item)
             elif isinstance(item, Lost):
@@ -378,10 +397,12 @@ class Dispatcher:
             elif isinstance(item, Stopped):
                 raise ShuttingDown
 
-    def _patience_s(self, task: Task) -> float:
+    def _patience_s(self, task: Task, claim: Claim) -> float:
         """How long HEAD may take. An answer that isn't streamed comes whole, so only its deadline bounds it."""
         left = float("inf") if task.deadline_at is None else task.deadline_at - self._clock() + DEADLINE_SLACK_S
-        return min(left, self._ttft_timeout_s) if task.stream else left
+        if not task.stream:
+            return left
+        return min(left, self._ttft_timeout_s, TRIAL_TIMEOUT_S if claim.trial else left)
 
     async def _relay(self, task: Task, reader: LogReader, audience: Audience) -> Tail:
         patience_s = PING_AFTER_S
@@ -425,12 +446,12 @@ class Dispatcher:
         )
 
 
-def _verdict(error: LlorchError) -> Exception:
+def _verdict(error: LlorchError, *, refused: bool = False) -> Exception:
     """What an error before the first byte means: the client's answer, or that another pool may do better."""
     if error.code in _NOT_A_FAILURE:
         return _GoElsewhere(error, busy=True)
     if error.code is Code.POOL_NOT_FOUND or (error.status >= 500 and error.code is not Code.DEADLINE_EXCEEDED):
-        return _GoElsewhere(error)
+        return _GoElsewhere(error, blamed=blames(error, refused=refused))
     return error
 
 
@@ -439,7 +460,7 @@ def _early_tail(tail: Tail) -> Tail:
     if tail.error is None:
         if tail.finish_reason == "canceled":
             return tail
-        raise _GoElsewhere(LlorchError(Code.ENGINE_FAILED, "the answer ended before it began"))
+        raise _GoElsewhere(LlorchError(Code.ENGINE_FAILED, "the answer ended before it began"), blamed=True)
     clients = tail.status is not None and 400 <= tail.status < 500
     error = LlorchError.from_wire(tail.error, fallback=Code.INVALID_REQUEST if clients else Code.ENGINE_FAILED)
     if error.code is Code.CANCELED:

@@ -17,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from llorch.breaker import Phase
 from llorch.control.registry import Registry
 from llorch.control.tasks import Task
 
@@ -160,7 +161,14 @@ def registry_metrics(registry: Registry, depths: Callable[[], dict[str, int]], n
         for model_id in node.catalog:
             available.add_metric([node.node_id, model_id], 1)
     ready_models: dict[tuple[str, str], int] = {}
+    ejected = GaugeMetricFamily(
+        "llorch_pool_ejected",
+        "1 while a pool takes no tasks, or one to try it, because tasks failed there",
+        labels=["node", "pool"],
+    )
     for facts in registry.pool_facts(now):
+        breaker = registry.nodes[facts.node_id].pools[facts.pool_id].breaker
+        ejected.add_metric([facts.node_id, facts.pool_id], int(breaker.phase is not Phase.CLOSED))
         free = facts.slots_free if facts.online else 0
         slots.add_metric([facts.node_id, facts.pool_id, "free"], free)
         slots.add_metric([facts.node_id, facts.pool_id, "busy"], facts.slots_total - free)
@@ -174,4 +182,6 @@ def registry_metrics(registry: Registry, depths: Callable[[], dict[str, int]], n
     depth = GaugeMetricFamily("llorch_queue_depth", "waiting tasks", labels=["model", "priority"])
     for model, waiting in depths().items():
         depth.add_metric([model, "interactive"], waiting)
-    yield from (states, ages, slots, ready, available, utilization, memory, depth)
+    storm = GaugeMetricFamily("llorch_storm", "1 while the control blames itself for the nodes that it misses")
+    storm.add_metric([], int(registry.storm is not None))
+    yield from (states, ages, slots, ejected, ready, available, utilization, memory, depth, storm)

@@ -6,29 +6,65 @@ one node's state: who may change it, and when, is the registry's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from llorch.control.placement import FAILED_STATES, PoolFacts
-from llorch.messages import Gpu, ModelReport, PoolReport
+from llorch.breaker import Breaker, Phase
+from llorch.control.placement import FAILED_STATES, Known, PoolFacts
+from llorch.messages import Gpu, ModelReport, PoolReport, Register, TaskReport
 
 SUSPECT_AFTER_BEATS = 2.5  # two were due and did not come, and the second had half an interval to be late in
 REFUSAL_HOLDS_S = 1.0  # a full pool is tried again then, should the report of a freed slot have been lost
 DEFAULT_SLOTS = 1  # for a pool that says nothing of slots: every engine serves one sequence
+
+# ---------------------------------------------------------------- what changes tell
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """`replaced`: another process (or machine) had the id before; what belonged to it is void."""
+
+    node: Node
+    replaced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BeatResult:
+    """What a beat changed. `applied` is False for one that was overtaken; `ended` are tasks newly known as sealed."""
+
+    applied: bool
+    changed: frozenset[str] = frozenset()
+    ended: tuple[TaskReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something for the log: pool.bound, pool.unbound, pool.ejected, pool.readmitted, storm.began, storm.ended."""
+
+    word: str
+    fields: Mapping[str, Any]
+
 
 # ---------------------------------------------------------------- pools and their slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """A slot taken at this control, for one attempt of a task."""
+    """A slot taken at this control, for one attempt of a task. `trial`: its pool is tried with it, and with no other.
+
+    `breaker` is its pool's, so that what becomes of it is never laid at the door of another process.
+    """
 
     node_id: str
     pool_id: str
     task_id: str
     attempt: int
+    trial: bool
+    breaker: Breaker
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pool:
     """A pool: its last report, and who holds its slots.
 
@@ -55,6 +91,7 @@ class Pool:
     refused_until: float = 0.0
     bound_model: str | None = None
     bound_since: str | None = None  # wall time
+    breaker: Breaker = field(default_factory=Breaker)
     facts: PoolFacts | None = None
     facts_until: float = 0.0
 
@@ -107,7 +144,10 @@ class Pool:
     def make_facts(self, node: Node, now: float) -> PoolFacts:
         """What placement looks at. Kept in `facts`, and good until something changes or `facts_until` comes."""
         report, suspect = self.report, node.suspect(now)
-        self.facts_until = float("inf") if suspect else node.last_beat + node.suspect_after_s
+        self.breaker.advance(now)
+        self.facts_until = self.breaker.until
+        if not suspect and not node.held:
+            self.facts_until = min(self.facts_until, node.last_beat + node.suspect_after_s)
         if now < self.refused_until:
             self.facts_until = min(self.facts_until, self.refused_until)
         self.facts = PoolFacts(
@@ -128,8 +168,14 @@ class Pool:
             node.zone,
             self.reported_at,
             report.last_error,
+            self._why_out(),
         )
         return self.facts
+
+    def _why_out(self) -> str | None:
+        if self.breaker.takes:
+            return None
+        return self.breaker.why if self.breaker.phase is Phase.EJECTED else f"{self.breaker.why}; one task tries it now"
 
 
 # ---------------------------------------------------------------- nodes
@@ -158,6 +204,7 @@ class Node:
     offline_since: float | None = None
     linked: bool = False
     probe_ok: bool | None = None
+    held: bool = False  # a storm: beats that it misses are the control's own fault
     beats: int = 0
     seq: int | None = None
     rtt_ms: float | None = None
@@ -177,11 +224,47 @@ class Node:
             return None
         return (self.address if "://" in self.address else f"http://{self.address}").rstrip("/")
 
+    def gives_way(self, message: Register, peer: str | None) -> bool:
+        """Whether another process may take its id over."""
+        if not self.online or (peer is not None and peer == self.peer):
+            return True
+        # Nodes without a boot id have only their address to be told apart by.
+        return self.leaseless and message.boot_id is None and message.address == self.address
+
     @property
     def reachable(self) -> bool:
         """Its link is up; for want of one, the last probe was answered."""
         return self.linked or self.probe_ok is True
 
+    def overdue(self, now: float, after_s: float) -> bool:
+        """No beat for `after_s`: its lease has run out."""
+        return not self.held and now - self.last_beat > after_s
+
     def suspect(self, now: float) -> bool:
         """No new placements: two beats missed, or not reachable."""
-        return not self.reachable or now - self.last_beat > self.suspect_after_s
+        return not self.reachable or self.overdue(now, self.suspect_after_s)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def index(nodes: Iterable[Node]) -> tuple[dict[str, list[Pool]], Known]:
+    """The pools that have a model loaded or can load it, by model; and what there is anywhere."""
+    by_model: dict[str, list[Pool]] = {}
+    resident: set[str] = set()
+    loadable: set[str] = set()
+    catalogued: set[str] = set()
+    names: set[str] = set()
+    pools: set[str] = set()
+    for node in nodes:
+        names.add(node.node_id)
+        catalogued.update(model.id for model in node.catalog.values() if model.state != "retired")
+        for pool in node.pools.values():
+            pools.add(f"{node.node_id}/{pool.pool_id}")
+            loadable.update(pool.report.models or ())
+            if pool.report.model is not None:
+                resident.add(pool.report.model)
+            for model in pool.serves():
+                by_model.setdefault(model, []).append(pool)
+    known = Known(*(frozenset(each) for each in (resident, loadable, catalogued, names, pools)))
+    return by_model, known

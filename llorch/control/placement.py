@@ -72,6 +72,7 @@ class PoolFacts:
     zone: str | None = None
     reported_at: float | None = None
     last_error: str | None = None
+    ejected: str | None = None  # why no task may go there: too many failed, or one that tries it runs
     # What does not depend on the wish, worked out once for `pick`: whether it may be placed on, and its place in the
     # order of those that may. Facts are read far more often than they change.
     placeable: bool = field(init=False)
@@ -81,7 +82,8 @@ class PoolFacts:
     def __post_init__(self) -> None:
         up = self.online and self.reachable and not self.suspect
         staying = not self.node_draining and not self.pool_draining and self.state not in FAILED_STATES
-        object.__setattr__(self, "placeable", up and staying and self.ready and self.slots_free > 0)
+        fit = up and staying and self.ready and self.ejected is None
+        object.__setattr__(self, "placeable", fit and self.slots_free > 0)
         object.__setattr__(self, "key", (self.node_id, self.pool_id))
         object.__setattr__(self, "order", (self.load, -self.vram_free_bytes, self.key))
 
@@ -209,6 +211,12 @@ FILTERS: tuple[Filter, ...] = (
         lambda w, p: f"it is not ready ({p.state})" if p.state else "it is not ready",
     ),
     Filter(
+        "ejected",
+        Fate.PASSING,
+        lambda w, p: p.ejected is None,
+        lambda w, p: f"it is ejected for a while: {p.ejected}",
+    ),
+    Filter(
         "slot",
         Fate.PASSING,
         lambda w, p: p.slots_free > 0,
@@ -271,8 +279,8 @@ def pick(wish: Wish, pools: Iterable[PoolFacts]) -> tuple[str, str] | None:
 def refusal(wish: Wish, pools: Iterable[PoolFacts], known: Known) -> LlorchError | None:
     """The error for a task that nothing can be picked for, or None: it is worth its wait.
 
-    `pools` are those with the model, or all of them. Busy, loading and suspect pools are waited for; a pool that has
-    another model loaded and can load this one counts as loading.
+    `pools` are those with the model, or all of them. Busy, loading, ejected and suspect pools are waited for; a pool
+    that has another model loaded and can load this one counts as loading.
     """
     if wish.pin is not None and wish.pin not in known.nodes and wish.pin not in known.pools:
         return _unknown_pin(wish.pin, known)
@@ -421,7 +429,9 @@ def decide(wish: Wish, pools: Iterable[PoolFacts], now: float, known: Known | No
     error = refusal(wish, facts, known)
     if error is not None:
         return Decision(wish, Outcome.REFUSE, None, error.message, error, verdicts)
-    return Decision(wish, Outcome.WAIT, None, "it waits for a pool that is busy, loading or suspect", None, verdicts)
+    return Decision(
+        wish, Outcome.WAIT, None, "it waits for a pool that is busy, loading, ejected or suspect", None, verdicts
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import Any
 
 from llorch.control.addresses import check_address, check_ip
-from llorch.control.nodes import SUSPECT_AFTER_BEATS, Claim, Node, Pool
+from llorch.control.ejection import Ejections
+from llorch.control.nodes import SUSPECT_AFTER_BEATS, BeatResult, Claim, Event, Node, Pool, Registration, index
 from llorch.control.placement import Known, PoolFacts
+from llorch.control.storms import Ended, Storm, Storms
 from llorch.control.task_reports import TaskReports
 from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
@@ -21,9 +23,9 @@ from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, T
 __all__ = [
     "BeatResult",
     "Claim",
+    "Event",
     "Node",
     "Pool",
-    "PoolEvent",
     "Registration",
     "Registry",
     "check_address",
@@ -32,34 +34,7 @@ __all__ = [
 
 LISTED_OFFLINE_S = 24 * 3600.0
 MAX_NODES = 1_000  # twenty times what one control is for; a registration may be 1 MB of state
-MAX_POOL_EVENTS = 1_000  # if nobody takes them; the oldest go
-
-
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """`replaced`: another process (or machine) had the id before; what belonged to it is void."""
-
-    node: Node
-    replaced: bool
-
-
-@dataclass(frozen=True, slots=True)
-class BeatResult:
-    """What a beat changed. `applied` is False for one that was overtaken; `ended` are tasks newly known as sealed."""
-
-    applied: bool
-    changed: frozenset[str] = frozenset()
-    ended: tuple[TaskReport, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PoolEvent:
-    """A pool was bound (to `model`) or unbound."""
-
-    node_id: str
-    pool_id: str
-    bound: bool
-    model: str | None
+MAX_EVENTS = 1_000  # if nobody takes them; the oldest go
 
 
 class Registry:
@@ -79,13 +54,20 @@ class Registry:
         self._nodes: dict[str, Node] = {}
         self._claims: dict[tuple[str, int], Claim] = {}
         self._tasks = TaskReports()
-        self._events: deque[PoolEvent] = deque(maxlen=MAX_POOL_EVENTS)
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._ejections = Ejections(self._nodes, self._events.append)
+        self._storms = Storms(offline_after_s)
         self._by_model: dict[str, list[Pool]] | None = None  # None: to be rebuilt
         self._known: Known | None = None
 
     @property
     def nodes(self) -> Mapping[str, Node]:
         return self._nodes
+
+    @property
+    def storm(self) -> Storm | None:
+        """While so many nodes are gone that the fault is more likely this control's."""
+        return self._storms.storm
 
     # ---- registration and leases
 
@@ -110,7 +92,7 @@ class Registry:
             raise invalid("a node without boot_id is dialled, so it needs an address", param="address")
         old = self._nodes.get(message.node_id)
         same_process = old is not None and old.boot_id is not None and old.boot_id == message.boot_id
-        if old is not None and not same_process and not self._may_replace(old, message, peer, old_link_dead):
+        if old is not None and not same_process and not (old_link_dead or old.gives_way(message, peer)):
             raise LlorchError(
                 Code.NODE_ID_CONFLICT, f"another process is registered as {message.node_id}, and is online"
             )
@@ -139,6 +121,7 @@ class Registry:
         self._take_pools(node, message.pools, now, whole=True, merge=False)
         self._take_rest(node, message.capabilities.gpus, message.catalog, message.tasks, whole=True)
         self._settle(node, wall)
+        self._ejections.settle(now)
         return Registration(node, replaced=old is not None and not same_process)
 
     def _make_room(self, now: float) -> None:
@@ -156,16 +139,10 @@ class Registry:
             )
         self.deregister(min(offline)[1], now)
 
-    def _may_replace(self, old: Node, message: Register, peer: str | None, old_link_dead: bool) -> bool:
-        if not old.online or old_link_dead or (peer is not None and peer == old.peer):
-            return True
-        # Nodes without a boot id have only their address to be told apart by.
-        return old.leaseless and message.boot_id is None and message.address == old.address
-
     def _inherit(self, node: Node, old: Node, same_process: bool) -> None:
         """Claims stay with the pools they were taken on; a process that is still the same keeps its standing too."""
         if same_process:
-            node.linked, node.probe_ok, node.beats = old.linked, old.probe_ok, old.beats
+            node.linked, node.probe_ok, node.beats, node.held = old.linked, old.probe_ok, old.beats, old.held
             node.registered_wall = old.registered_wall
             node.pools = old.pools
         else:
@@ -202,7 +179,18 @@ class Registry:
             changed = self._take_pools(node, message.pools, now, whole=whole, merge=node.leaseless)
         ended = self._take_rest(node, message.gpus, message.catalog, message.tasks, whole=whole)
         self._settle(node, wall)
+        self._ejections.settle(now)
         return BeatResult(True, changed, ended)
+
+    def look(self, now: float) -> None:
+        """Whether it storms, and what time does to ejections. Called twice a second, before `expire`."""
+        stalled_s = self._storms.stalled_s(now)
+        for node in self._nodes.values():
+            if stalled_s and node.online:  # beats can't have arrived in that time
+                node.last_beat = min(now, node.last_beat + stalled_s)
+                self._forget_facts(node)
+        self._watch(now, beat=True)
+        self._ejections.settle(now)
 
     def expire(self, now: float) -> list[Node]:
         """Nodes that are offline from now on. Those that have been for a day are dropped."""
@@ -211,10 +199,11 @@ class Registry:
             if node.offline_since is not None:
                 if now - node.offline_since >= self._listed_offline_s:
                     self.deregister(node.node_id, now)
-            elif now - node.last_beat > self.offline_after_s:
+            elif node.overdue(now, self.offline_after_s):
                 node.online, node.offline_since, node.probe_ok = False, now, None
                 self._settle(node, node.last_beat_wall)
                 lost.append(node)
+        self._ejections.settle(now)
         return lost
 
     def deregister(self, node_id: str, now: float) -> Node | None:
@@ -226,6 +215,7 @@ class Registry:
                 self._unbind(pool)
             self._tasks.forget(node_id)
             self._by_model = self._known = None
+            self._ejections.settle(now)
         return node
 
     # ---- reachability
@@ -243,7 +233,7 @@ class Registry:
         """Its link is open. Raises as `check_lease`."""
         node = self.check_lease(node_id, lease_id)
         node.linked = True
-        self._forget_facts(node)
+        self._reached(node, now)
         return node
 
     def link_lost(self, node_id: str, now: float) -> bool:
@@ -252,7 +242,7 @@ class Registry:
         if node is None or not node.linked:
             return False
         node.linked, node.probe_ok = False, None
-        self._forget_facts(node)
+        self._reached(node, now)
         return True
 
     def probed(self, node_id: str, ok: bool, now: float) -> bool:
@@ -262,7 +252,7 @@ class Registry:
             return False
         before = node.reachable
         node.probe_ok = ok
-        self._forget_facts(node)
+        self._reached(node, now)
         return node.reachable != before
 
     def address_of(self, node_id: str) -> str | None:
@@ -311,8 +301,8 @@ class Registry:
         assert self._known is not None
         return self._known
 
-    def pool_events(self) -> list[PoolEvent]:
-        """What was bound and unbound since the last call."""
+    def events(self) -> list[Event]:
+        """What was bound, ejected and the like since the last call."""
         events = list(self._events)
         self._events.clear()
         return events
@@ -340,9 +330,10 @@ class Registry:
     # ---- claims
 
     def claim(self, node_id: str, pool_id: str, task_id: str, attempt: int) -> Claim:
-        """Take a slot. Placement has seen that one is free; the hard bound, the pool's slots, is kept here.
+        """Take a slot. Placement has seen that one is free; the hard bounds are kept here: the pool's slots, and one
+        trial at a time.
 
-        Raises ALL_SLOTS_BUSY beyond that bound, CONFLICT if this attempt holds a slot, NODE_ or POOL_NOT_FOUND.
+        Raises ALL_SLOTS_BUSY beyond them, CONFLICT if this attempt holds a slot, NODE_ or POOL_NOT_FOUND.
         """
         node = self._nodes.get(node_id)
         if node is None:
@@ -352,9 +343,13 @@ class Registry:
             raise LlorchError(Code.POOL_NOT_FOUND, f"no pool {node_id}/{pool_id}")
         if (task_id, attempt) in self._claims:
             raise LlorchError(Code.CONFLICT, f"attempt {attempt} of task {task_id} holds a slot already")
+        if not pool.breaker.takes:
+            raise LlorchError(Code.ALL_SLOTS_BUSY, f"{node_id}/{pool_id} is ejected")
         if pool.claimed >= pool.slots_total:
             raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of {node_id}/{pool_id} are claimed")
-        claim = self._claims[task_id, attempt] = Claim(node_id, pool_id, task_id, attempt)
+        key = (task_id, attempt)
+        trial = pool.breaker.begin(key)
+        claim = self._claims[key] = Claim(node_id, pool_id, task_id, attempt, trial, pool.breaker)
         pool.claimed += 1
         pool.facts = None
         return claim
@@ -365,6 +360,7 @@ class Registry:
         if self._claims.get(key) is not claim:
             return
         del self._claims[key]
+        claim.breaker.end(key)
         pool = self._pool(claim.node_id, claim.pool_id)
         if pool is not None:
             pool.claimed -= 1
@@ -379,6 +375,18 @@ class Registry:
         pool = self._pool(node_id, pool_id)
         if pool is not None:
             pool.refuse(now)
+
+    def succeeded(self, claim: Claim, now: float) -> None:
+        """Its attempt ended well: said before the release, of every attempt that was answered to its end."""
+        self._ejections.succeeded(claim, now)
+
+    def failed(self, claim: Claim, now: float) -> None:
+        """Its attempt failed by a fault of its pool (`ejection.blames`): said before the release.
+
+        While this control blames itself, a node that has not answered in time is not blamed.
+        """
+        if self.storm is None and not self._storms.stalled_s(now):
+            self._ejections.failed(claim, now)
 
     def claimed(self, node_id: str, pool_id: str) -> int:
         pool = self._pool(node_id, pool_id)
@@ -456,34 +464,45 @@ class Registry:
                 self._unbind(pool)
                 if model is not None:
                     pool.bound_model, pool.bound_since = model, wall
-                    self._events.append(PoolEvent(node.node_id, pool.pool_id, True, model))
+                    self._tell_of(pool, "pool.bound")
         self._forget_facts(node)
 
     def _unbind(self, pool: Pool) -> None:
         if pool.bound_model is not None:
-            self._events.append(PoolEvent(pool.node_id, pool.pool_id, False, pool.bound_model))
+            self._tell_of(pool, "pool.unbound")
             pool.bound_model = pool.bound_since = None
+
+    def _tell_of(self, pool: Pool, word: str) -> None:
+        fields = {"node_id": pool.node_id, "pool_id": pool.pool_id, "model": pool.bound_model}
+        self._events.append(Event(word, fields))
+
+    def _reached(self, node: Node, now: float) -> None:
+        """After a change of what reaches `node`."""
+        self._forget_facts(node)
+        self._watch(now)
+        self._ejections.settle(now)
+
+    def _watch(self, now: float, *, beat: bool = False) -> None:
+        """Does it storm? Then nodes are held: no beat that they miss makes them suspect or offline."""
+        answers = {
+            node.node_id: node.reachable and not node.overdue(now, self.offline_after_s)
+            for node in self._nodes.values()
+            if node.online
+        }
+        change = self._storms.look(answers, now, beat=beat)
+        if change is None:
+            return
+        for node in self._nodes.values():
+            node.held = isinstance(change, Storm)
+            self._forget_facts(node)
+        fields: dict[str, Any] = {"reason": change.reason, "missing": len(change.missing), "nodes": len(answers)}
+        if isinstance(change, Ended):
+            fields["lasted_s"] = round(change.lasted_s, 1)
+        self._events.append(Event("storm.ended" if isinstance(change, Ended) else "storm.began", fields))
 
     def _forget_facts(self, node: Node) -> None:
         for pool in node.pools.values():
             pool.facts = None
 
     def _index(self) -> None:
-        by_model: dict[str, list[Pool]] = {}
-        resident: set[str] = set()
-        loadable: set[str] = set()
-        catalogued: set[str] = set()
-        pools: set[str] = set()
-        for node in self._nodes.values():
-            catalogued.update(model.id for model in node.catalog.values() if model.state != "retired")
-            for pool in node.pools.values():
-                pools.add(f"{node.node_id}/{pool.pool_id}")
-                loadable.update(pool.report.models or ())
-                if pool.report.model is not None:
-                    resident.add(pool.report.model)
-                for model in pool.serves():
-                    by_model.setdefault(model, []).append(pool)
-        self._by_model = by_model
-        self._known = Known(
-            frozenset(resident), frozenset(loadable), frozenset(catalogued), frozenset(self._nodes), frozenset(pools)
-        )
+        self._by_model, self._known = index(self._nodes.values())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 from aiohttp import web
 
 from llorch import __version__
 from llorch.auth import Scope
 from llorch.control.state import CONTROL
+from llorch.control.views import storm_view
 from llorch.web import Route, json_response, openapi
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,9 +22,13 @@ async def live(_request: web.Request) -> web.StreamResponse:
 
 
 async def ready(request: web.Request) -> web.StreamResponse:
-    draining = request.app[CONTROL].dispatcher.draining
-    status = "draining" if draining else "ok"
-    return json_response({"status": status, "version": __version__, "role": "control"}, status=503 if draining else 200)
+    control = request.app[CONTROL]
+    draining = control.dispatcher.draining
+    document: dict[str, Any] = {"status": "draining" if draining else "ok", "version": __version__, "role": "control"}
+    storm = storm_view(control.registry, time.monotonic())
+    if storm is not None:
+        document["storm"] = storm
+    return json_response(document, status=503 if draining else 200)
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:

@@ -17,7 +17,9 @@ log = Log("control.sweep")
 
 
 async def expire_step(control: Control) -> float:
-    for node in control.registry.expire(time.monotonic()):
+    now = time.monotonic()
+    control.registry.look(now)
+    for node in control.registry.expire(now):
         control.metrics.beat(node.node_id, "missed")
         log.warning("node.expired", node_id=node.node_id)
     control.dispatcher.registry_changed()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
+from llorch.breaker import Breaker
 from llorch.control.nodes import Node, Pool
 from llorch.control.registry import Registry
 
@@ -25,7 +26,17 @@ def node_state(node: Node) -> str:
 
 
 def nodes_view(registry: Registry, now: float) -> dict[str, Any]:
-    return {"nodes": [node_view(registry, node, now) for node in _sorted(registry)]}
+    nodes = [node_view(registry, node, now) for node in _sorted(registry)]
+    return {"nodes": nodes, "storm": storm_view(registry, now, missing=True)}
+
+
+def storm_view(registry: Registry, now: float, *, missing: bool = False) -> dict[str, Any] | None:
+    """While this control blames itself for what it can't see: why, since when, and which nodes it waits for."""
+    storm = registry.storm
+    if storm is None:
+        return None
+    view: dict[str, Any] = {"reason": storm.reason, "age_ms": _age_ms(storm.began_at, now)}
+    return view | {"missing": sorted(storm.missing)} if missing else view
 
 
 def node_view(registry: Registry, node: Node, now: float) -> dict[str, Any]:
@@ -81,8 +92,21 @@ def _pool_view(node: Node, pool: Pool, now: float) -> dict[str, Any]:
         "bound": pool.bound,
         "bound_since": pool.bound_since,
         "facts_age_ms": _age_ms(pool.reported_at, now),
+        "breaker": _breaker_view(pool.breaker, now),
     }
     return view
+
+
+def _breaker_view(breaker: Breaker, now: float) -> dict[str, Any]:
+    """`ejected_ms` is how much longer; `failures` in a row; `ejections` without a healthy while between them."""
+    left_s = breaker.left_s(now)
+    return {
+        "state": breaker.phase.value,
+        "failures": breaker.in_a_row,
+        "ejections": breaker.ejections,
+        "ejected_ms": None if left_s is None else round(left_s * 1_000),
+        "reason": breaker.why or None,
+    }
 
 
 def catalog_view(registry: Registry) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llorch.breaker import Phase
 from llorch.control.admission import Admission, Waiter
 from llorch.control.placement import Outcome, Wish, decide, pick
 from llorch.control.registry import Claim, Registry
@@ -84,6 +85,7 @@ class Control(RuleBasedStateMachine):
         pool = node.pools[key[1]]
         assert node.online and node.reachable and not node.suspect(self.now) and not node.draining
         assert pool.bound and pool.report.ready and pool.report.model == waiter.wish.model
+        assert pool.breaker.takes
         return self.registry.claim(*key, waiter.task_id, self.fresh())
 
     def pump(self) -> None:
@@ -127,15 +129,28 @@ class Control(RuleBasedStateMachine):
         self.pump()
 
     @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9), twice=st.booleans())
-    def a_task_ends(self, index: int, twice: bool) -> None:
+    @rule(index=st.integers(0, 9), twice=st.booleans(), outcome=st.sampled_from(["well", "failed", "told nothing"]))
+    def a_task_ends(self, index: int, twice: bool, outcome: str) -> None:
         claim = list(self.held)[index % len(self.held)]
+        if outcome == "well":
+            self.registry.succeeded(claim, self.now)
+        for _ in range(5 if outcome == "failed" else 0):  # as if others before it had
+            self.registry.failed(claim, self.now)
         del self.held[claim]
         self.real[claim.node_id].running[claim.pool_id].discard(claim)
         self.release(claim)
         if twice:
             self.registry.release(claim)
         self.pump()
+
+    @rule(node_id=NODES, pool_id=POOLS)
+    def tasks_fail_one_after_another(self, node_id: str, pool_id: str) -> None:
+        if (node_id, pool_id) in {each.key for each in self.registry.pool_facts(self.now) if each.placeable}:
+            claim = self.registry.claim(node_id, pool_id, f"t{self.fresh()}", 1)
+            for _ in range(5):
+                self.registry.failed(claim, self.now)
+            self.release(claim)
+            self.pump()
 
     def release(self, claim: Claim) -> None:
         self.registry.release(claim)
@@ -241,7 +256,7 @@ class Control(RuleBasedStateMachine):
         self.registry.deregister(node_id, self.now)
         self.pump()
 
-    @rule(seconds=st.sampled_from([0.2, 1.0, 12.0, 31.0]))
+    @rule(seconds=st.sampled_from([0.2, 1.0, 12.0, 16.0, 31.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         for node in self.registry.expire(self.now):
@@ -297,6 +312,25 @@ class Control(RuleBasedStateMachine):
         for model in ("m", "n"):
             narrowed = [fact.key for fact in self.registry.pool_facts(self.now, model)]
             assert sorted(narrowed) == sorted(fact.key for fact in kept if fact.model == model)
+
+    @invariant()
+    def at_most_half_of_a_models_pools_are_out(self) -> None:
+        for model in MODELS.values():
+            could = [
+                pool
+                for node in self.registry.nodes.values()
+                for pool in node.pools.values()
+                if pool.bound_model == model and not node.suspect(self.now)
+            ]
+            assert 2 * sum(pool.breaker.phase is not Phase.CLOSED for pool in could) <= len(could)
+
+    @invariant()
+    def a_pool_that_is_tried_is_tried_with_one_task(self) -> None:
+        trials: dict[Any, int] = {}
+        for claim in self.claims():
+            if claim.trial and claim.breaker.trial == (claim.task_id, claim.attempt):
+                trials[claim.breaker] = trials.get(claim.breaker, 0) + 1
+        assert all(count == 1 for count in trials.values())
 
     @invariant()
     def bound_is_what_it_says(self) -> None:

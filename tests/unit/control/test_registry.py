@@ -459,7 +459,7 @@ def test_a_new_control_sees_the_slots_that_its_predecessors_tasks_hold() -> None
 
 
 def events(registry: Registry) -> list[tuple[str, bool, str | None]]:
-    return [(event.pool_id, event.bound, event.model) for event in registry.pool_events()]
+    return [(event.fields["pool_id"], event.word == "pool.bound", event.fields["model"]) for event in registry.events()]
 
 
 def test_a_pool_is_bound_while_its_model_is_resident_ready_and_nobody_drains_it() -> None:
@@ -487,7 +487,7 @@ def test_bound_since_is_when_it_was_bound_not_when_it_was_last_heard_of() -> Non
 @pytest.mark.parametrize("how", ["expire", "deregister", "gone", "reboot"])
 def test_a_pool_whose_node_or_self_is_gone_is_unbound(how: str) -> None:
     registry = up()
-    registry.pool_events()
+    registry.events()
     if how == "expire":
         registry.expire(31.0)
     elif how == "deregister":

@@ -485,7 +485,7 @@ class Registry:
     def _watch(self, now: float, *, beat: bool = False) -> None:
         """Does it storm? Then nodes are held: no beat that they miss makes them suspect or offline."""
         answers = {
-            node.node_id: node.reachable and not node.overdue(now, self.offline_after_s)
+            node.node_id: node.reachable and now - node.last_beat <= self.offline_after_s
             for node in self._nodes.values()
             if node.online
         }

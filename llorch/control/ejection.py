@@ -96,5 +96,4 @@ class Ejections:
         self._told(pool, "pool.readmitted", reason)
 
     def _told(self, pool: Pool, word: str, reason: str, **more: Any) -> None:
-        where = {"node_id": pool.node_id, "pool_id": pool.pool_id, "model": pool.report.model}
-        self._tell(Event(word, {**where, "reason": reason, **more}))
+        self._tell(pool.event(word, model=pool.report.model, reason=reason, **more))

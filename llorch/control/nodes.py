@@ -128,6 +128,9 @@ class Pool:
         self.ended_since_report -= 1  # that claim never took a slot of the node: its end must not count as one
         self.facts = None
 
+    def event(self, word: str, **more: Any) -> Event:
+        return Event(word, {"node_id": self.node_id, "pool_id": self.pool_id, **more})
+
     def serves(self) -> set[str]:
         """The models that it has loaded or can load."""
         models = set(self.report.models or ())
@@ -223,6 +226,21 @@ class Node:
         if self.address is None:
             return None
         return (self.address if "://" in self.address else f"http://{self.address}").rstrip("/")
+
+    def take(self, gpus: list[Gpu] | None, catalog: list[ModelReport] | None, *, whole: bool) -> None:
+        """What a report says of the machine; None is unchanged. `whole`: what it does not list is gone."""
+        if gpus is not None:
+            kept = {} if whole else self.gpus
+            self.gpus = {**kept, **{gpu.uuid: gpu for gpu in gpus}}
+            for gpu in gpus:
+                if gpu.gone:
+                    self.gpus.pop(gpu.uuid, None)
+        if catalog is not None:
+            listed = {} if whole else self.catalog
+            self.catalog = {**listed, **{model.id: model for model in catalog}}
+            for model in catalog:
+                if model.gone:
+                    self.catalog.pop(model.id, None)
 
     def gives_way(self, message: Register, peer: str | None) -> bool:
         """Whether another process may take its id over."""

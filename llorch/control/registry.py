@@ -441,18 +441,8 @@ class Registry:
         whole: bool,
     ) -> tuple[TaskReport, ...]:
         """What a report says beside pools; None is unchanged. Returns the tasks that are newly known as sealed."""
-        if gpus is not None:
-            kept = {} if whole else node.gpus
-            node.gpus = {**kept, **{gpu.uuid: gpu for gpu in gpus}}
-            for gpu in gpus:
-                if gpu.gone:
-                    node.gpus.pop(gpu.uuid, None)
+        node.take(gpus, catalog, whole=whole)
         if catalog is not None:
-            listed = {} if whole else node.catalog
-            node.catalog = {**listed, **{model.id: model for model in catalog}}
-            for model in catalog:
-                if model.gone:
-                    node.catalog.pop(model.id, None)
             self._known = None
         return () if tasks is None else self._tasks.take(node.node_id, tasks, whole=whole)
 
@@ -464,17 +454,13 @@ class Registry:
                 self._unbind(pool)
                 if model is not None:
                     pool.bound_model, pool.bound_since = model, wall
-                    self._tell_of(pool, "pool.bound")
+                    self._events.append(pool.event("pool.bound", model=model))
         self._forget_facts(node)
 
     def _unbind(self, pool: Pool) -> None:
         if pool.bound_model is not None:
-            self._tell_of(pool, "pool.unbound")
+            self._events.append(pool.event("pool.unbound", model=pool.bound_model))
             pool.bound_model = pool.bound_since = None
-
-    def _tell_of(self, pool: Pool, word: str) -> None:
-        fields = {"node_id": pool.node_id, "pool_id": pool.pool_id, "model": pool.bound_model}
-        self._events.append(Event(word, fields))
 
     def _reached(self, node: Node, now: float) -> None:
         """After a change of what reaches `node`."""

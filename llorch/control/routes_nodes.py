@@ -142,6 +142,8 @@ async def open_link(request: web.Request) -> web.StreamResponse:
 def _link_lost(control: Control, link: NodeLink, reason: str) -> None:
     if control.links.drop(link):
         log.info("link.lost", node_id=link.node_id, reason=reason)
+        if reason == "shutdown":
+            return  # we end it; nothing is placed any more, and the node is not missing
         control.registry.link_lost(link.node_id, time.monotonic())
         control.dispatcher.registry_changed()
 

@@ -173,6 +173,7 @@ class ReplicaReport(Wire):
     state: ShortText
     owned: bool = False
     slots_free: Count = 0
+    breaker: ShortText | None = None
 
 
 class PoolReport(Wire):

@@ -264,7 +264,8 @@ class Terminate:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something for the log and the counters: `handoff.invalid`, `engine.ended`, `pool.failed`, `pool.ready`."""
+    """Something for the log and the counters: `handoff.invalid`, `engine.ended`, `pool.failed`, `pool.ready`,
+    `replica.ejected`, `replica.readmitted`."""
 
     event: str
     pool_id: str | None

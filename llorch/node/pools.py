@@ -4,12 +4,13 @@ Surface:
     Pools(specs, models)                 what the settings ask for; `models`: the model id of each spec's pool
     handle(event, now) -> list[Action]   everything that happens, in the words of `pool_events`; do the actions in order
     acquire(pool_id, task_id, model)     a slot: a Lease, or LlorchError; release(task_id) gives it back, however often
+    told(task_id, failed, now)           before the release: how the task went at its engine, where that says something
     report(), pool_report(id), health(id)    CONTRACT's PoolReport and health, as dicts
     subscribe(callback)                  called with a pool id when its report has changed (its `generation` went up)
 
-Owns the state of every pool and replica, restarts and their backoff, and the slots: what is accepted never exceeds
-them. A replica that was handed over goes the same way as one that was spawned; they differ in `owned`, and only owned
-ones are ever terminated. Pure: no clock, no process, no file. `now` is monotonic seconds.
+Owns the state of every pool and replica, restarts and their backoff; `slots` owns who holds what. A replica that was
+handed over goes the same way as one that was spawned; they differ in `owned`, and only owned ones are ever terminated.
+Pure: no clock, no process, no file. `now` is monotonic seconds.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from llorch.backoff import Backoff
+from llorch.breaker import Breaker
 from llorch.config_pools import MAX_POOLS, PoolSpec
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff, file_name
 from llorch.node.pool_events import Action, Event, ReplicaState, Step, step
-from llorch.node.replicas import ALIVE, DOWN, Pool, Replica, average
-from llorch.node.replicas import Lease as Lease
+from llorch.node.replicas import ALIVE, DOWN, Lease, Pool, Replica, average
+from llorch.node.slots import Slots
 
 RESTART = Backoff(first_s=1.0, most_s=60.0)
 STABLE_S = 300.0  # ready for this long: what went before is forgotten
@@ -41,8 +43,7 @@ class Pools:
     def __init__(self, specs: Iterable[PoolSpec], models: Mapping[str, str]) -> None:
         self.draining = False
         self._pools: dict[str, Pool] = {}
-        self._leases: dict[str, Replica] = {}
-        self._pool_of: dict[str, str] = {}  # of each leased task
+        self._slots = Slots(self._pools, self._changed)
         self._listeners: list[Callable[[str], None]] = []
         for spec in specs:
             pool = Pool(spec.id, spec.engine, models[spec.id], spec, ctx=spec.ctx)
@@ -67,49 +68,29 @@ class Pools:
         pool = self._pools.get(pool_id)
         if pool is None:
             raise LlorchError(Code.POOL_NOT_FOUND, f"this node has no pool {pool_id}")
-        if task_id in self._leases:
-            raise LlorchError(Code.CONFLICT, "this task already holds a slot")
         if self.draining or pool.draining:
             raise LlorchError(Code.DRAINING, f"{'this node' if self.draining else f'pool {pool_id}'} is draining")
         if model is not None and model != pool.model:
             raise LlorchError(Code.MODEL_NOT_AVAILABLE, f"pool {pool_id} serves {pool.model}")
-        ready = [replica for replica in pool.replicas.values() if replica.state is ReplicaState.READY]
-        if not ready:
+        if not pool.ready:
             raise LlorchError(
                 Code.MODEL_NOT_AVAILABLE,
                 f"pool {pool_id} is {pool.state(self.draining)}",
                 details={"state": pool.state(self.draining).value, "last_error": pool.last_error},
             )
-        replica = max(ready, key=lambda candidate: candidate.free)
-        if replica.free == 0:
-            raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of pool {pool_id} are busy")
-        assert replica.handoff is not None  # a ready replica was probed at its handoff
-        replica.held.add(task_id)
-        self._leases[task_id] = replica
-        self._pool_of[task_id] = pool_id
-        self._changed(pool)
-        return Lease(
-            task_id,
-            pool_id,
-            replica.id,
-            replica.handoff.engine,
-            replica.handoff.url,
-            replica.handoff.model,
-            replica.handoff.api_key_file,
-        )
+        return self._slots.take(pool, task_id)
 
     def release(self, task_id: str) -> None:
         """Give the slot back. A task that holds none is no error: whoever ends a task may say so."""
-        replica = self._leases.pop(task_id, None)
-        if replica is not None:
-            replica.held.discard(task_id)
-            self._changed(self._pools[self._pool_of.pop(task_id)])
+        self._slots.give_back(task_id)
+
+    def told(self, task_id: str, failed: bool, now: float) -> None:
+        """How a task, which still holds its slot, went at its engine."""
+        self._slots.told(task_id, failed, now)
 
     def accepted(self, pool_id: str | None = None) -> int:
         """Tasks that hold a slot, of one pool or of all."""
-        if pool_id is None:
-            return len(self._leases)
-        return sum(1 for holder in self._pool_of.values() if holder == pool_id)
+        return self._slots.accepted(pool_id)
 
     # ------------------------------------------------------------ what happens
 
@@ -257,7 +238,7 @@ class Pools:
         return []
 
     def _tick(self, now: float) -> list[Action]:
-        actions: list[Action] = []
+        actions: list[Action] = list(self._slots.tick(now))
         for pool, replica in list(self._each()):
             if replica.state is ReplicaState.EXITED and replica.retry_at is not None and now >= replica.retry_at:
                 actions += self._start(pool, replica, now)
@@ -420,7 +401,7 @@ class Pools:
             return []
         pool, replica = found
         replica.state = step(replica.state, Step.ANSWERED)
-        replica.ready_at, replica.served = now, True
+        replica.ready_at, replica.served, replica.breaker = now, True, Breaker()
         handoff = replica.handoff
         if handoff is not None and handoff.slots is None and event.slots:
             replica.slots = event.slots

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from llorch.breaker import Breaker, Phase
 from llorch.config_pools import PoolSpec
 from llorch.node.handoff import Handoff
 from llorch.node.pool_events import PoolState, ReplicaState
@@ -29,6 +30,7 @@ class Lease:
     url: str
     model: str
     api_key_file: str | None
+    trial: bool = False  # its replica was ejected, and is tried with it
 
 
 @dataclass(slots=True)
@@ -51,10 +53,15 @@ class Replica:
     started_at: float = 0.0
     ready_at: float | None = None
     served: bool = False  # tasks may have run in this run of it
+    breaker: Breaker = field(default_factory=Breaker)  # of the engine that was last found ready
 
     @property
     def free(self) -> int:
-        return max(0, self.slots - len(self.held)) if self.state is ReplicaState.READY else 0
+        """Slots that a task may have now: none of one that is ejected, one of one that is to be tried."""
+        if self.state is not ReplicaState.READY or not self.breaker.takes:
+            return 0
+        free = max(0, self.slots - len(self.held))
+        return free if self.breaker.phase is Phase.CLOSED else min(1, free)
 
 
 @dataclass(slots=True)
@@ -117,7 +124,13 @@ class Pool:
             "generation": self.generation,
             "last_error": self.last_error,
             "replicas": [
-                {"id": replica.id, "state": replica.state.value, "owned": replica.owned, "slots_free": replica.free}
+                {
+                    "id": replica.id,
+                    "state": replica.state.value,
+                    "owned": replica.owned,
+                    "slots_free": replica.free,
+                    "breaker": replica.breaker.phase.value,
+                }
                 for replica in replicas
             ],
         }

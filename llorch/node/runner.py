@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from llorch.breaker import TRIAL_TIMEOUT_S
 from llorch.errors import Code, LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import Head, Open, Tail, TaskBody, Timings, decode_object, parse
@@ -43,6 +44,9 @@ FORWARDED_HEADERS = frozenset(
     {"traceparent", "tracestate", "x-request-id", "anthropic-version", "anthropic-beta", "openai-beta"}
 )
 
+# It failed, fell silent, or can't be reached.
+_ENGINES_FAULT = frozenset({Code.ENGINE_FAILED, Code.ENGINE_STALLED})
+
 _PLAIN = re.compile(r"[\x20-\x7e]{1,256}")
 
 log = Log("node.runner")
@@ -52,6 +56,7 @@ class SlotHolder(Protocol):
     """The pools, as a task sees them."""
 
     def acquire(self, pool_id: str, task_id: str, model: str | None = None) -> Lease: ...
+    def told(self, task_id: str, failed: bool, now: float) -> None: ...
     def release(self, task_id: str) -> None: ...
     def measured(self, pool_id: str, *, prompt_tps: float | None, decode_tps: float | None) -> None: ...
 
@@ -181,7 +186,10 @@ class Runner:
         self._executions.discard(execution)
         if not self._executions:
             self._idle.set()
-        self.pools.release(_slot(entry.opening))
+        slot, failed = _slot(entry.opening), _failed(tail)
+        if failed is not None:
+            self.pools.told(slot, failed, self.clock())
+        self.pools.release(slot)
         self.logs.sealed(entry, self.clock(), self.wall())
         self.pools.measured(
             entry.opening.pool_id, prompt_tps=tail.timings.prompt_tps, decode_tps=tail.timings.decode_tps
@@ -206,6 +214,14 @@ class Runner:
 def _slot(opening: Open) -> str:
     """Who holds the slot: an attempt that overtakes another holds one of its own while the other still ends."""
     return f"{opening.task_id}/{opening.attempt}"
+
+
+def _failed(tail: Tail) -> bool | None:
+    """Whether the engine is to blame for a task that ended like this; None where its end says nothing of the engine:
+    a cancel, a deadline, a body that can't be served, this node's own stop."""
+    if tail.error is None:
+        return None if tail.finish_reason == "canceled" else False
+    return True if tail.error["code"] in _ENGINES_FAULT else None
 
 
 class Execution:
@@ -261,9 +277,12 @@ class Execution:
 
     def check(self, now: float) -> None:
         """Called by the sweep: an engine that has begun its stream must not fall silent."""
-        began = self.entry.streamed and self._decoder is not None and self._decoder.first_content
+        streamed = self.entry.streamed and self._decoder is not None
+        began = streamed and self._decoder is not None and self._decoder.first_content
         if began and not self._pending and now - self._heard_at > STALL_AFTER_S:
             self.stop(LlorchError(Code.ENGINE_STALLED, f"the engine sent nothing for {STALL_AFTER_S:.0f} s"))
+        elif streamed and not began and self.lease.trial and now - self.entry.accepted_at > TRIAL_TIMEOUT_S:
+            self.stop(LlorchError(Code.ENGINE_STALLED, "the engine, which is being tried, sent no first token in time"))
 
     # ---- its life
 

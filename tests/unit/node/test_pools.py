@@ -83,7 +83,7 @@ def test_a_spawned_replica_goes_from_spawn_to_handoff_to_probe_to_ready() -> Non
     report = pools.pool_report("p")
     assert (report["state"], report["ready"], report["model"], report["slots_total"]) == ("ready", True, "m", 2)
     assert report["load_s"] == 3
-    assert report["replicas"] == [{"id": "r0", "state": "ready", "owned": True, "slots_free": 2}]
+    assert report["replicas"] == [{"id": "r0", "state": "ready", "owned": True, "slots_free": 2, "breaker": "closed"}]
 
 
 def test_a_handed_off_engine_makes_a_pool_and_tells_its_own_slots() -> None:
@@ -516,6 +516,35 @@ class AnyOrder(RuleBasedStateMachine):
         for _ in range(1 + twice):
             self.pools.release(task)
 
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), failed=st.booleans(), times=st.sampled_from([1, 5]))
+    def told(self, data: st.DataObject, failed: bool, times: int) -> None:
+        task = data.draw(st.sampled_from(sorted(self.leases)))
+        before = self.pools.pool_report("p")
+        for _ in range(times):
+            self.pools.told(task, failed, self.now)
+        after = self.pools.pool_report("p")
+        assert after["slots_free"] == before["slots_free"] or after["generation"] > before["generation"]
+
+    @rule()
+    def tasks_fail_one_after_another(self) -> None:
+        for replica in self.pools.pool_report("p")["replicas"]:
+            if replica["slots_free"] and replica["breaker"] == "closed":
+                lease = self.pools.acquire("p", "fails") if not self.pools.pool_report("p")["draining"] else None
+                for _ in range(5 if lease else 0):
+                    self.pools.told("fails", True, self.now)
+                self.pools.release("fails")
+                return
+
+    @invariant()
+    def at_most_half_of_the_ready_ones_are_out_and_those_that_are_take_nothing(self) -> None:
+        self.do(ev.Tick())  # which comes a few times a second
+        ready = [each for each in self.pools.pool_report("p")["replicas"] if each["state"] == "ready"]
+        out = [each for each in ready if each["breaker"] != "closed"]
+        assert 2 * len(out) <= len(ready)
+        assert all(each["slots_free"] == 0 for each in out if each["breaker"] == "ejected")
+        assert all(each["slots_free"] <= 1 for each in out)
+
     @invariant()
     def every_slot_is_accounted_for(self) -> None:
         assert self.pools.accepted() == len(self.leases)
@@ -528,7 +557,8 @@ class AnyOrder(RuleBasedStateMachine):
         report = self.pools.pool_report("p")
         ready = [r for _, r, s, _ in self.pools.replicas() if s is ev.ReplicaState.READY]
         assert self.pools.accepted() == 0
-        assert report["slots_free"] >= len(ready)
+        out = [each for each in report["replicas"] if each["state"] == "ready" and each["breaker"] != "closed"]
+        assert report["slots_free"] >= len(ready) - len(out)
 
 
 AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

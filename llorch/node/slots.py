@@ -1,0 +1,106 @@
+"""The slots of this node's replicas: who holds which, and which replicas get no task because tasks fail there.
+
+Owns that what is accepted never exceeds the slots there are, the choice among a pool's ready replicas, and their
+breakers: at most half of the ready ones are out at once, so with one replica never. Knows nothing of how a replica
+came up. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from llorch.breaker import Breaker, Phase, may_eject, surplus
+from llorch.errors import Code, LlorchError
+from llorch.node.pool_events import Note, ReplicaState
+from llorch.node.replicas import Lease, Pool, Replica
+
+
+class Slots:
+    """`changed` is called with a pool whose report has changed."""
+
+    def __init__(self, pools: Mapping[str, Pool], changed: Callable[[Pool], None]) -> None:
+        self._pools = pools
+        self._changed = changed
+        self._held: dict[str, tuple[Pool, Replica, Lease, Breaker]] = {}
+        self._notes: list[Note] = []  # for the next tick
+
+    def take(self, pool: Pool, task_id: str) -> Lease:
+        """A slot of the least busy ready replica, until `give_back(task_id)`. Raises LlorchError with nothing taken."""
+        if task_id in self._held:
+            raise LlorchError(Code.CONFLICT, "this task already holds a slot")
+        # One that has to be tried comes before the others: an early failure of its task is made good elsewhere.
+        replica = max(pool.replicas.values(), key=lambda r: (r.free > 0 and r.breaker.phase is Phase.HALF_OPEN, r.free))
+        if replica.free == 0:
+            raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of pool {pool.id} are busy")
+        assert replica.handoff is not None  # a ready replica was probed at its handoff
+        replica.held.add(task_id)
+        lease = Lease(
+            task_id,
+            pool.id,
+            replica.id,
+            replica.handoff.engine,
+            replica.handoff.url,
+            replica.handoff.model,
+            replica.handoff.api_key_file,
+            trial=replica.breaker.begin(task_id),
+        )
+        self._held[task_id] = (pool, replica, lease, replica.breaker)
+        self._changed(pool)
+        return lease
+
+    def give_back(self, task_id: str) -> None:
+        """A task that holds none is no error: whoever ends a task may say so."""
+        held = self._held.pop(task_id, None)
+        if held is not None:
+            pool, replica, _, breaker = held
+            replica.held.discard(task_id)
+            breaker.end(task_id)
+            self._changed(pool)
+
+    def accepted(self, pool_id: str | None) -> int:
+        """Tasks that hold a slot, of one pool or of all."""
+        if pool_id is None:
+            return len(self._held)
+        return sum(1 for pool, *_ in self._held.values() if pool.id == pool_id)
+
+    # ------------------------------------------------------------ what becomes of tasks
+
+    def told(self, task_id: str, failed: bool, now: float) -> None:
+        """How a task that still holds its slot has ended at its engine."""
+        pool, replica, lease, breaker = self._held[task_id]
+        if replica.breaker is not breaker or replica.state is not ReplicaState.READY:
+            return  # its engine is gone, or has been replaced
+        if not failed:
+            if breaker.succeeded(now, trial=lease.trial):
+                self._back(pool, replica, "its trial succeeded")
+        elif breaker.failed(now, trial=lease.trial):
+            if may_eject(breaker, _ready(pool)):
+                lasts_s = breaker.eject(now)
+                self._note("replica.ejected", pool, replica, f"{breaker.why}; for {lasts_s:.0f} s")
+            elif breaker.phase is Phase.HALF_OPEN:
+                breaker.close(now)
+                self._back(pool, replica, "too few others are left")
+
+    def tick(self, now: float) -> list[Note]:
+        """What time does, and what became of other replicas. Returns what is to be noted since the last time."""
+        for pool in self._pools.values():
+            for replica in pool.replicas.values():
+                if replica.breaker.advance(now):
+                    self._changed(pool)
+            for breaker in surplus(_ready(pool)):
+                breaker.close(now)
+                replica = next(each for each in pool.replicas.values() if each.breaker is breaker)
+                self._back(pool, replica, "too few others are left")
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _back(self, pool: Pool, replica: Replica, why: str) -> None:
+        self._note("replica.readmitted", pool, replica, why)
+
+    def _note(self, event: str, pool: Pool, replica: Replica, why: str) -> None:
+        self._notes.append(Note(event, pool.id, replica.id, why))
+        self._changed(pool)
+
+
+def _ready(pool: Pool) -> list[Breaker]:
+    return [replica.breaker for replica in pool.replicas.values() if replica.state is ReplicaState.READY]

@@ -257,9 +257,9 @@ async def test_another_process_of_the_node_begins_with_clean_breakers() -> None:
 
 async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once() -> None:
     async with a_control() as control:
-        node = await control.join("a", pool("p0", slots=4), pool("p1", slots=1))
-        other = pinned(control, "a/p1")
-        holds = (await node.asked()).begin()
+        node = await control.join("a", pool("p0", slots=4), pool("p1", slots=4))
+        others = [pinned(control, "a/p1") for _ in range(4)]
+        holding = [(await node.asked()).begin() for _ in others]
         tasks = [control.submit() for _ in range(4)]
         attempts = [await node.asked() for _ in tasks]
         for number, attempt in enumerate(attempts[:3], 1):
@@ -270,18 +270,21 @@ async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once() -> Non
         [last] = [asking for asking in tasks if asking.done]
         assert (await last.answer()).code == "ENGINE_FAILED"
         assert await control.metric("llorch_retries_total") == 3
-        holds.end()
-        await other.answer()
-        for _ in range(3):  # each that has come to its first byte makes room for another
-            attempt = (await node.asked()).begin()
-            assert attempt.attempt == 2
+        for attempt in holding:
             attempt.end()
+        for asking in others:
+            await asking.answer()
+        again = [(await node.asked()).begin() for _ in range(3)]
+        assert [attempt.attempt for attempt in again] == [2, 2, 2]
+        await eventually(lambda: sum(b"started" in asking.so_far for asking in tasks) == 3, within_s=5)
+        asking = control.submit()  # a first byte makes room for another, though those three still run
+        engine_fails(await node.asked())
+        again.append((await node.asked()).begin())
+        for attempt in again:
+            attempt.end()
+        assert (await asking.answer()).terminals == ["end"]
         for asking in tasks:
             await asking.answer()
-        asking = control.submit()
-        engine_fails(await node.asked())
-        (await node.asked()).begin().end()
-        assert (await asking.answer()).terminals == ["end"]
         await control.idle()
 
 

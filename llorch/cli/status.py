@@ -28,9 +28,9 @@ def problems(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, An
             error = pool.get("last_error")
             found.append(f"{name} has failed" + (f": {error}" if error else ""))
         breaker = pool.get("breaker") or {}
-        if breaker.get("state") not in (None, "closed"):
-            left = f" for {breaker['ejected_ms'] / 1_000:.0f} s more" if breaker.get("ejected_ms") else ""
-            found.append(f"{name} is ejected{left}: {breaker.get('reason')}")
+        if breaker.get("state") == "ejected":
+            left_s = round((breaker.get("ejected_ms") or 0) / 1_000)
+            found.append(f"{name} is ejected for {left_s} s more: {breaker.get('reason')}")
     if not any(pool.get("bound") for pool in pools):
         found.append("no pool takes tasks" if pools else "there is no pool" if nodes else "no node has joined")
     return found
@@ -44,7 +44,8 @@ async def status(call: Call) -> int:
     if control.get("status") != "ok":
         found.insert(0, f"the control is {control.get('status')}")
     if control.get("storm"):
-        found.insert(0, f"the control blames itself for nodes that it misses: {control['storm'].get('reason')}")
+        reason = control["storm"].get("reason")
+        found.insert(0, f"the control blames itself, and keeps what it knew of its nodes: {reason}")
     if call.output.format is Format.TABLE:
         _print(call.target.url, control, nodes, pools, found)
         if nodes:

@@ -485,6 +485,13 @@ async def test_what_a_node_says_can_not_move_the_cursor_or_break_a_table(
         ([NODE | {"state": "offline"}], [POOL], "node n1 is offline"),
         ([NODE | {"suspect": True}], [POOL], "node n1 is suspect: it has missed heartbeats"),
         ([NODE], [POOL, POOL | {"pool_id": "p1", "state": "failed", "last_error": "no"}], "pool n1/p1 has failed: no"),
+        ([NODE], [POOL | {"breaker": {"state": "closed", "ejected_ms": None, "reason": None}}], None),
+        (
+            [NODE],
+            [POOL | {"breaker": {"state": "ejected", "ejected_ms": 12_300, "reason": "5 tasks in a row failed"}}],
+            "pool n1/p0 is ejected for 12 s more: 5 tasks in a row failed",
+        ),
+        ([NODE], [POOL | {"breaker": {"state": "half_open", "ejected_ms": None, "reason": "its trial failed"}}], None),
         ([NODE | {"state": "draining"}], [POOL | {"bound": False, "draining": True}], "no pool takes tasks"),
         ([NODE], [POOL | {"bound": False, "ready": False, "state": "loading"}], "no pool takes tasks"),
         ([NODE], [], "there is no pool"),
@@ -510,6 +517,14 @@ async def test_status_of_a_control_that_drains_is_1(control: ScriptedControl, ll
     ran = await llorch("status")
     assert (ran.code, ran.err) == (1, "")
     assert "problem  the control is draining\n" in ran.out
+
+
+async def test_status_of_a_control_that_blames_itself_is_1(control: ScriptedControl, llorch: CommandLine) -> None:
+    storm = {"reason": "nodes vanished", "age_ms": 1_000}
+    control.on("GET /readyz", answer({"status": "ok", "version": "9", "storm": storm}))
+    ran = await llorch("status")
+    assert (ran.code, ran.err) == (1, "")
+    assert "problem  the control blames itself, and keeps what it knew of its nodes: nodes vanished\n" in ran.out
 
 
 async def test_a_dry_run_that_is_refused_has_the_code_of_the_refusal(

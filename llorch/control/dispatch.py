@@ -30,6 +30,7 @@ from llorch.messages import Head, Tail
 from llorch.tasks import Guard
 
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
+ACCEPT_AT_LAST_S = 10.0  # the same where no other pool could take the task
 MAX_RETRIES = 2
 MAX_LOSSES = 3  # the third node lost under a task ends it
 LAST_WORD_S = 0.1  # for the TAIL, after a client has gone: many go once they have read what they needed
@@ -270,8 +271,9 @@ class Dispatcher:
                 task.wish = placement.excluding(task.wish, ((claim.node_id, claim.pool_id),))
             if task.losses >= MAX_LOSSES or task.retries > MAX_RETRIES:
                 raise gone.error
-            if not gone.lost and self._room.refusal(task.wish) is not None:
-                raise gone.error  # no other pool could do better
+            refusal = None if gone.lost else self._room.refusal(task.wish)
+            if refusal is not None:  # no other pool could do better
+                raise refusal if gone.error.code is Code.DRAINING else gone.error
             if not gone.lost and not self._budget.take(task.task_id, self.tasks.running):
                 raise gone.error  # too many try again already
         task.node_id = task.pool_id = None
@@ -366,7 +368,7 @@ class Dispatcher:
         """Everything up to HEAD. Raises _GoElsewhere while the task can still run somewhere else."""
         accepted = False
         now = self._clock()
-        until = now + ACCEPT_TIMEOUT_S
+        until, patient_until = now + ACCEPT_TIMEOUT_S, now + ACCEPT_AT_LAST_S
         ping_at = now + PING_AFTER_S - (now - task.received_at) % PING_AFTER_S  # counted from the client's request
         while True:
             item = await reader.next(max(0.0, min(ping_at, until) - self._clock()))
@@ -374,6 +376,9 @@ class Dispatcher:
                 now = self._clock()
                 if now >= until:
                     task.check_deadline(now)
+                    if not accepted and now < patient_until and self._nowhere_else(task, claim):
+                        until += ACCEPT_TIMEOUT_S
+                        continue
                     what = "did not send a first byte" if accepted else "did not answer"
                     raise _GoElsewhere(
                         LlorchError(Code.ENGINE_STALLED if accepted else Code.NODE_LOST, f"the node {what} in time"),
@@ -396,6 +401,11 @@ class Dispatcher:
                 raise _GoElsewhere(LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}"), lost=True)
             elif isinstance(item, Stopped):
                 raise ShuttingDown
+
+    def _nowhere_else(self, task: Task, claim: Claim) -> bool:
+        """A node that is slow to answer is better than none; one that is gone tells by the end of its link."""
+        tried = ((claim.node_id, claim.pool_id),)
+        return self._room.refusal(placement.excluding(task.wish, tried)) is not None
 
     def _patience_s(self, task: Task, claim: Claim) -> float:
         """How long HEAD may take. An answer that isn't streamed comes whole, so only its deadline bounds it."""

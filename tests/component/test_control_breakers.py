@@ -78,6 +78,7 @@ async def test_a_pool_where_five_tasks_in_a_row_fail_is_ejected_and_shown_as_suc
     how: Callable[[Attempt], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(dispatch, "ACCEPT_AT_LAST_S", 0.1)
     async with a_control(ttft_timeout=0.1) as control:
         node = await control.join("a", pool("p0"), pool("p1"))
         await fail_five(control, node, how)

@@ -48,6 +48,36 @@ async def test_a_failure_before_the_first_byte_goes_to_another_pool(fails: Calla
         await control.idle()
 
 
+async def test_the_only_node_that_could_take_it_is_given_longer_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(dispatch, "ACCEPT_AT_LAST_S", 0.5)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.whole()
+        late = await node.asked()
+        await asyncio.wait((asking._task,), timeout=0.3)
+        late.begin().say("hi").end()
+        assert (await asking.answer()).json["text"] == "hi"
+        asking = control.whole()
+        never = await node.asked()
+        assert (await asking.answer()).code == "NODE_LOST"
+        assert never.canceled
+        assert len(node.opened) == 2
+        await control.idle()
+
+
+async def test_a_node_that_drains_before_it_was_known_is_no_capacity() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        attempt = await node.asked()
+        attempt.refuse(Code.DRAINING)
+        answer = await asking.answer()
+        assert (answer.status, answer.code) == (503, "NO_CAPACITY")
+        later = await control.events(attempt.task_id).answer()
+        assert (later.status, later.events[0][1]["code"]) == (200, "NO_CAPACITY")
+
+
 async def test_a_node_that_does_not_answer_an_open_within_a_second_loses_it() -> None:
     async with a_control() as control:
         node = await control.join("a", pool("p0"), pool("p1"))

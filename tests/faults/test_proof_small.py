@@ -1,0 +1,26 @@
+"""The proofs, small: the same code as `python -m tests.faults.proofs NAME`, in seconds. `-m slow` runs them whole."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from tests.faults.proofs import PROOFS
+
+
+@pytest.mark.parametrize("name", PROOFS)
+async def test_the_proof_holds_at_a_small_size(name: str, tmp_path: Path) -> None:
+    proof = importlib.import_module(f"tests.faults.proof_{name}")
+    verdict = await proof.prove(tmp_path, proof.SMALL)
+    assert verdict.holds, verdict.text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", PROOFS)
+async def test_the_proof_holds_at_its_full_size(name: str, tmp_path: Path) -> None:
+    proof = importlib.import_module(f"tests.faults.proof_{name}")
+    verdict = await proof.prove(tmp_path, proof.FULL)
+    assert verdict.holds, verdict.text()

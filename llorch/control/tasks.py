@@ -117,7 +117,8 @@ class Task:
         if tail is not None and tail.error is not None:
             error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
         if error is not None and error.code is not Code.CANCELED:
-            self.error = error
+            self.error = error.with_traceback(None)  # which holds whatever was at hand when it was raised
+            self.error.__context__ = None
             self.enter(State.FAILED)
         elif error is not None or (tail is not None and tail.finish_reason == "canceled"):
             self.enter(State.CANCELED)

@@ -20,7 +20,7 @@ from llorch.errors import Code, LlorchError
 from llorch.link import Link
 from llorch.logs import Log
 from llorch.messages import Attach, Head, NodeCall, Open, Tail, parse
-from llorch.node.runner import Runner, error_wire, tail_wire
+from llorch.node.runner import STREAM_HEADERS, Runner, error_wire, tail_wire
 from llorch.node.tasklog import Gone, TaskEntry, TaskLog
 from llorch.records import MAX_PAYLOAD_BYTES, ReceiveCredit, Record, RecordError, SendCredit, Type
 from llorch.tasks import Guard
@@ -66,11 +66,12 @@ class _Body:
 class _Stream:
     """One stream of the control: a reader of a log (a tasklog.Reader), and perhaps a body that is still coming."""
 
-    __slots__ = ("_head_sent", "_link", "_queued", "body", "credit", "entry", "id", "log", "offset")
+    __slots__ = ("_head_sent", "_link", "_of_events", "_queued", "body", "credit", "entry", "id", "log", "offset")
 
     def __init__(self, link: NodeLink, stream_id: int, offset: int = 0) -> None:
         self._link = link
         self._head_sent = False
+        self._of_events = False
         self._queued = False
         self.id = stream_id
         self.offset = offset
@@ -101,11 +102,15 @@ class _Stream:
         out: list[bytes] = []
         if not self._head_sent and source.head is not None:
             self._head_sent = True
+            self._of_events = source.head.headers.get("content-type") == STREAM_HEADERS["content-type"]
             out.append(_head_record(self.id, source.head))
         left = TURN_BYTES
         try:
             while self.offset != source.end and (count := min(left, self.credit.available, MAX_PAYLOAD_BYTES)):
-                data = source.take(self, count)
+                # Of an event that fits no record a part has to go; any other waits until there is credit for all of it.
+                data = source.take(self, count, tear=count == MAX_PAYLOAD_BYTES or not self._of_events)
+                if not data:
+                    break
                 self.credit.available -= len(data)
                 left -= len(data)
                 out.append(records.encode(self.id, Type.DATA, data))
@@ -120,8 +125,8 @@ class _Stream:
             self._link.send(out[0] if len(out) == 1 else b"".join(out))
         if tail is not None:
             self._link.finished(self)
-        elif not left and self.credit.available and self.offset != source.end:
-            self.queue()
+        elif left < TURN_BYTES and self.credit.available and self.offset != source.end:
+            self.queue()  # what was sent was its share; if nothing was, it waits for credit
 
 
 def _head_record(stream_id: int, head: Head) -> bytes:

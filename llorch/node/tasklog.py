@@ -176,9 +176,18 @@ class TaskLog:
         at = offset - self._start
         return bytes(self._buffer[at : at + limit])
 
-    def take(self, reader: Reader, limit: int) -> bytes:
-        """The next bytes for `reader`, which moves on. Raises GAP if it was overtaken."""
+    def take(self, reader: Reader, limit: int, *, tear: bool = True) -> bytes:
+        """The next bytes for `reader`, which moves on: whole events, as many as `limit` has room for.
+
+        If it has room for none, a part of one if it may be torn, else nothing. Raises GAP if it was overtaken.
+        """
         data = self.read(reader.offset, limit)
+        if reader.offset + len(data) != self.end:
+            whole = data.rfind(b"\n\n") + 2
+            if whole > 1:
+                data = data[:whole]
+            elif not tear:
+                return b""
         reader.offset += len(data)
         if self._blocked is not None:
             self._unblock()

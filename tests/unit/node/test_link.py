@@ -144,6 +144,24 @@ async def test_head_and_first_bytes_go_in_one_write_and_tail_ends_the_stream() -
     assert wire.taken() == []
 
 
+async def test_an_event_is_torn_only_if_no_record_has_room_for_it() -> None:
+    link, wire, tasks = made()
+    events = [b"data: " + b"x" * size + b"\n\n" for size in (60_000, 60_000, 20_000, 100_000)]
+    entry = tasks.running()
+    attach(link, 1, entry)
+    entry.log.begin(Head(headers={"content-type": "text/event-stream"}), b"".join(events))
+    seal(entry)
+    await turns()
+    sent = b"".join(record.payload for record in wire.taken() if record.type == Type.DATA)
+    assert sent == b"".join(events[:2])  # 11 KB of credit are left, and the next event has 20
+    for _ in range(4):
+        link.link_record(Record(1, Type.CREDIT, (INITIAL_CREDIT_BYTES // 2).to_bytes(4, "big")))
+        await turns()
+    *rest, last = wire.taken()
+    assert sent + b"".join(record.payload for record in rest) == b"".join(events)
+    assert last.type == Type.TAIL
+
+
 async def test_tail_waits_for_credit() -> None:
     link, wire, tasks = made()
     entry = tasks.running()

@@ -336,8 +336,11 @@ class NodeCall(Wire):
 
 
 class Attach(Wire):
+    """ATTACH: read a log from `offset`. `attempt`: of that attempt, and of no other."""
+
     task_id: TaskId
     offset: Count = 0
+    attempt: Count | None = None
 
 
 class Head(Wire):

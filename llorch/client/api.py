@@ -104,7 +104,7 @@ class LlorchClient:
         def ask() -> Answer:
             if place.last is None or place.task_id is None:
                 return self._post(task, _SSE)
-            return self._follow(place.task_id, place.last)
+            return self._follow(place.task_id, place)
 
         return self._stream(place, ask, tell)
 
@@ -113,7 +113,7 @@ class LlorchClient:
     ) -> AsyncGenerator[Event, None]:
         """The events of a task from its start, or those after the event with id `after`: none, if that was its last."""
         place = Place(self.url, task_id, after=after)
-        return self._stream(place, lambda: self._follow(task_id, place.last), tell)
+        return self._stream(place, lambda: self._follow(task_id, place), tell)
 
     async def submit_whole(
         self, body: Mapping[str, Any] | Submission, *, key: str | None = None, tell: Tell = tell_nobody
@@ -286,9 +286,13 @@ class LlorchClient:
             task.task_id = task.task_id or response.headers.get("X-Llorch-Task")
             yield response
 
-    def _follow(self, task_id: str, after: str | None) -> Answer:
+    def _follow(self, task_id: str, place: Place) -> Answer:
         """A control that follows a task pings before it has anything to say, so silence is a fault here too."""
-        headers = _SSE | ({"Last-Event-ID": after} if after is not None else {})
+        headers = dict(_SSE)
+        if place.last is not None:
+            headers["Last-Event-ID"] = place.last
+        if place.attempt is not None:
+            headers["X-Llorch-Attempt"] = str(place.attempt)
         return self._request("GET", f"/v2/tasks/{_path(task_id)}/events", None, headers, within_s=SILENCE_S)
 
     @contextlib.asynccontextmanager

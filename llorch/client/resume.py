@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from llorch.backoff import Backoff
-from llorch.client.events import End, Event, ServerError, Started, Token
+from llorch.client.events import End, Event, Migrated, ServerError, Started, Token
 from llorch.client.faults import ClientFault, StreamBroken, Unreachable
 from llorch.errors import Code
 
@@ -67,6 +67,7 @@ class Place:
     def __init__(self, url: str, task_id: str | None, *, after: str | None = None) -> None:
         self.task_id = task_id
         self.last = after
+        self.attempt: int | None = None  # whose log `last` is of
         self.untouched = True  # nothing has been received or lost yet
         self.begun = False
         self._url = url
@@ -94,8 +95,11 @@ class Place:
         if event.id is not None and self.last is not None and not _is_after(event.id, self.last):
             return False
         match event:
-            case Started(task_id=task_id):
+            case Started(task_id=task_id, attempt=attempt):
                 self.task_id = self.task_id or task_id or None
+                self.attempt = attempt or None
+            case Migrated(attempt=attempt):
+                self.attempt = attempt or None
             case Token():
                 self._take(event)
             case End():

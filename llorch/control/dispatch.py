@@ -152,10 +152,10 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def attached(
-        self, node_id: str, task_id: str, offset: int, *, patience_s: float | None = None
+        self, node_id: str, task_id: str, offset: int, attempt: int, *, patience_s: float | None = None
     ) -> AsyncIterator[LogReader]:
         """A reader of a task's log, for one who came back. It is detached at the end."""
-        reader = await self.readers.attach(node_id, task_id, offset, patience_s=patience_s)
+        reader = await self.readers.attach(node_id, task_id, offset, attempt, patience_s=patience_s)
         farewell = "left"
         try:
             yield reader
@@ -170,14 +170,14 @@ class Dispatcher:
 
         Not the tasks whose reader left: what becomes of those is the node's to decide. If its link is new, it is told
         once more that they left, for it may have been away when they did. By ATTACH, CANCEL and DETACH, and before the
-        next OPEN goes out, so that it can't meet a later attempt of the same task.
+        next OPEN goes out.
         """
         for report in self._registry.tasks_of(node_id):
             task = self.tasks.get(report.task_id)
             if report.state == "sealed" or task is None or (task.abandoned and not link_is_new):
                 continue
             if task.ended or task.node_id != node_id:
-                upstream = self._opener.attach(node_id, report.task_id, report.offset, Feed())
+                upstream = self._opener.attach(node_id, report.task_id, report.offset, report.attempt, Feed())
                 if not task.abandoned:
                     upstream.cancel()
                 upstream.detach("left")
@@ -306,7 +306,7 @@ class Dispatcher:
         log.debug(
             "task.routed", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, attempt=task.attempt
         )
-        reader = LogReader(self.readers, claim.node_id, task.task_id, feed, upstream, clock=self._clock)
+        reader = LogReader(self.readers, claim.node_id, task.task_id, task.attempt, feed, upstream, clock=self._clock)
         with self._read_through(task, reader):
             head = await self._first(task, claim, reader, audience)
             if isinstance(head, Tail):  # canceled before its first byte

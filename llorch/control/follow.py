@@ -27,21 +27,24 @@ LOOK_AGAIN_S = 1.0  # while it waits, how often a reader is told its place in th
 END_WITHIN_S = 1.0  # for a task that runs here to end after its node was lost under one of its readers
 
 
-async def follow(control: Control, mine: Task, answer: Answer, offset: int = 0) -> web.StreamResponse:
+async def follow(
+    control: Control, mine: Task, answer: Answer, offset: int = 0, *, attempt: int | None = None
+) -> web.StreamResponse:
     """Read the log of `mine.task_id` into `answer`; `mine` is what the reader knows of it, and is filled in.
 
-    Raises LlorchError as long as nothing was sent.
+    `attempt`: the one whose log the offset is of, where the reader knows. Raises LlorchError as long as
+    nothing was sent.
     """
     audience = control.dispatcher.audience(mine.task_id)
     try:
         with audience.listening() if audience is not None else contextlib.nullcontext():
-            return await _follow(control, mine, answer, offset, audience)
+            return await _follow(control, mine, answer, offset, attempt, audience)
     except ShuttingDown:
         return await answer.stopped(mine.request_id)
 
 
 async def _follow(
-    control: Control, mine: Task, answer: Answer, offset: int, audience: Audience | None
+    control: Control, mine: Task, answer: Answer, offset: int, attempt: int | None, audience: Audience | None
 ) -> web.StreamResponse:
     if audience is not None:
         await _begun(control, audience, answer)
@@ -50,9 +53,13 @@ async def _follow(
         return await _last_word(mine, task, answer)
     known = control.registry.task(mine.task_id)
     mine.node_id, mine.pool_id, mine.attempt = _place_of(task, known)
+    if offset and attempt != mine.attempt:
+        _check_attempt(control, task, attempt)
     try:
         patience_s = 0.0 if task is not None and _failed_here(task) else None
-        async with control.dispatcher.attached(mine.node_id, mine.task_id, offset, patience_s=patience_s) as reader:
+        async with control.dispatcher.attached(
+            mine.node_id, mine.task_id, offset, mine.attempt, patience_s=patience_s
+        ) as reader:
             return await _relay(mine, reader, answer, offset)
     except LlorchError as error:
         if error.code is not Code.NODE_LOST:
@@ -112,6 +119,15 @@ async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamRespon
     if task.tail is not None and task.tail.length == 0:
         return await answer.ended(task.tail)
     return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
+
+
+def _check_attempt(control: Control, task: Task | None, wanted: int | None) -> None:
+    """An offset is of one attempt's log. A control that has just started may know of an earlier one alone, whose bytes
+    nobody saw: raises RECOVERING while a later one may turn up, NODE_LOST once the one that was read is gone."""
+    if task is None:
+        control.recovery.check(time.monotonic(), "its nodes may still bring the attempt that was read")
+    if wanted is not None:
+        raise LlorchError(Code.NODE_LOST, "the node of the attempt that was read is gone")
 
 
 def _place_of(task: Task | None, known: tuple[str, TaskReport] | None) -> tuple[str, str | None, int]:

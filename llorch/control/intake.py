@@ -109,6 +109,16 @@ def event_offset(headers: Mapping[str, str], query: Mapping[str, str]) -> int:
     return int(text, 16)
 
 
+def event_attempt(headers: Mapping[str, str], query: Mapping[str, str]) -> int | None:
+    """Of which attempt the offset is, where a reader says so: `?attempt=`, else `X-Llorch-Attempt`."""
+    text = query.get("attempt") or headers.get("X-Llorch-Attempt") or ""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise invalid("not the number of an attempt", param="X-Llorch-Attempt")
+    return int(text)
+
+
 def check_task_id(task_id: str) -> str:
     if TASK_ID.fullmatch(task_id) is None:
         raise LlorchError(Code.TASK_NOT_FOUND, "no such task")

@@ -91,10 +91,11 @@ class NodeLink:
         self._send_body(stream_id, stream)
         return self._handle(stream_id)
 
-    def attach(self, task_id: str, offset: int, feed: Feed) -> Upstream:
-        """Read a task's log from `offset`."""
+    def attach(self, task_id: str, offset: int, attempt: int, feed: Feed) -> Upstream:
+        """Read the log of a task's attempt from `offset`."""
         stream_id, _ = self._begin(feed, b"")
-        self._send(records.encode_json(stream_id, Type.ATTACH, {"task_id": task_id, "offset": offset}))
+        wish = {"task_id": task_id, "offset": offset, "attempt": attempt}
+        self._send(records.encode_json(stream_id, Type.ATTACH, wish))
         return self._handle(stream_id)
 
     async def answers(self, timeout_s: float) -> bool:

@@ -33,8 +33,8 @@ class Opener(Protocol):
     def open(self, node_id: str, header: dict[str, Any], body: bytes, feed: Feed) -> Upstream:
         """Raises LlorchError NODE_LOST when there is no way to the node."""
 
-    def attach(self, node_id: str, task_id: str, offset: int, feed: Feed) -> Upstream:
-        """As `open`."""
+    def attach(self, node_id: str, task_id: str, offset: int, attempt: int, feed: Feed) -> Upstream:
+        """As `open`. Of another attempt than this one the node knows no such task."""
 
 
 class News:
@@ -69,9 +69,11 @@ class LogReaders:
         self.stopped = False
         self._readers: set[LogReader] = set()
 
-    async def attach(self, node_id: str, task_id: str, offset: int, *, patience_s: float | None = None) -> LogReader:
+    async def attach(
+        self, node_id: str, task_id: str, offset: int, attempt: int, *, patience_s: float | None = None
+    ) -> LogReader:
         """A reader of a task's log, for one who came back. Raises NODE_LOST, or what the node refuses."""
-        reader = LogReader(self, node_id, task_id, Feed(), NOWHERE, offset, patience_s=patience_s)
+        reader = LogReader(self, node_id, task_id, attempt, Feed(), NOWHERE, offset, patience_s=patience_s)
         await reader.open()
         return self.add(reader)
 
@@ -98,6 +100,7 @@ class LogReader:
         readers: LogReaders,
         node_id: str,
         task_id: str,
+        attempt: int,
         feed: Feed,
         upstream: Upstream,
         offset: int = 0,
@@ -107,6 +110,7 @@ class LogReader:
     ) -> None:
         self.node_id = node_id
         self.task_id = task_id
+        self.attempt = attempt
         self.offset = offset  # of the next byte; what came before was given to `next`'s caller
         self._readers = readers
         self._feed = feed
@@ -210,7 +214,7 @@ class LogReader:
         """Try once. Raises what the node refuses."""
         feed = Feed()
         try:
-            upstream = self._readers.opener.attach(self.node_id, self.task_id, self.offset, feed)
+            upstream = self._readers.opener.attach(self.node_id, self.task_id, self.offset, self.attempt, feed)
         except LlorchError:
             return False  # there is no way to it now
         try:

@@ -75,11 +75,12 @@ class NodeClient:
             upstream.detach = _cancel_first(upstream)
         return upstream
 
-    def attach(self, node_id: str, task_id: str, offset: int, feed: Feed) -> Upstream:
+    def attach(self, node_id: str, task_id: str, offset: int, attempt: int, feed: Feed) -> Upstream:
         link = self._links.get(node_id)
         if link is not None:
-            return link.attach(task_id, offset, feed)
-        return self._stream(node_id, "GET", f"/v2/tasks/{task_id}/log?offset={offset}", {}, b"", feed, task_id)
+            return link.attach(task_id, offset, attempt, feed)
+        path = f"/v2/tasks/{task_id}/log?offset={offset}&attempt={attempt}"
+        return self._stream(node_id, "GET", path, {}, b"", feed, task_id)
 
     async def call(
         self, node_id: str, method: str, path: str, body: bytes = b"", *, timeout_s: float = CALL_TIMEOUT_S

@@ -232,10 +232,12 @@ async def follow_events(request: web.Request) -> web.StreamResponse:
             Code.CONFLICT, "only native tasks can be followed", hint="a /v1 answer goes to its client alone"
         )
     offset = intake.event_offset(request.headers, request.query)
+    attempt = intake.event_attempt(request.headers, request.query)
     mine = Task.read_again(task_id, owner=principal.name, request_id=request[REQUEST_ID], now=time.monotonic())
     if offset:
         control.metrics.resumed("client")
-    return await follow(control, mine, NativeStream(request, mine, control.slow_reader_timeout_s, again=True), offset)
+    answer = NativeStream(request, mine, control.slow_reader_timeout_s, again=True)
+    return await follow(control, mine, answer, offset, attempt=attempt)
 
 
 async def models(request: web.Request) -> web.StreamResponse:

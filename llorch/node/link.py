@@ -255,7 +255,7 @@ class NodeLink:
 
     def _attach(self, stream: _Stream, wish: Attach) -> None:
         stream.offset = wish.offset
-        self._follow(stream, self._runner.logs.get(wish.task_id))
+        self._follow(stream, self._runner.logs.get(wish.task_id, wish.attempt))
         stream.wake()
 
     def _follow(self, stream: _Stream, entry: TaskEntry) -> None:

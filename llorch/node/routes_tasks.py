@@ -86,7 +86,8 @@ async def follow(request: web.Request) -> web.StreamResponse:
     text = request.query.get("offset", "0")
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise invalid("`offset` is a number of bytes", param="offset")
-    entry = node.runner.logs.get(request.match_info["task"])
+    attempt = request.query.get("attempt", "")
+    entry = node.runner.logs.get(request.match_info["task"], int(attempt[:9]) if attempt.isdecimal() else None)
     entry.log.check(int(text))
     serve = _serve_records if _wants_records(request) else _serve_plain
     return await serve(request, node, entry, int(text))

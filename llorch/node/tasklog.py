@@ -177,10 +177,8 @@ class TaskLog:
         return bytes(self._buffer[at : at + limit])
 
     def take(self, reader: Reader, limit: int, *, tear: bool = True) -> bytes:
-        """The next bytes for `reader`, which moves on: whole events, as many as `limit` has room for.
-
-        If it has room for none, a part of one if it may be torn, else nothing. Raises GAP if it was overtaken.
-        """
+        """The next bytes for `reader`, which moves on: whole events, as many as `limit` has room for; if for none, a
+        part of one if it may be torn, else nothing. Raises GAP if it was overtaken."""
         data = self.read(reader.offset, limit)
         if reader.offset + len(data) != self.end:
             whole = data.rfind(b"\n\n") + 2
@@ -341,9 +339,10 @@ class TaskLogs:
         """Somebody still reads a log of a task that is remembered here."""
         return any(entry.log.readers for entry in self._entries.values())
 
-    def get(self, task_id: str) -> TaskEntry:
+    def get(self, task_id: str, attempt: int | None = None) -> TaskEntry:
+        """The newest attempt of a task, or the one that is named: an offset means nothing in another's log."""
         entry = self._entries.get(task_id)
-        if entry is None:
+        if entry is None or attempt not in (None, entry.opening.attempt):
             raise LlorchError(Code.TASK_NOT_FOUND, "this node does not know the task, or no longer")
         return entry
 

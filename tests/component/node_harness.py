@@ -239,9 +239,9 @@ class ScriptedLink:
     def prompt(self, **header: Any) -> Stream:
         return self.open({"model": MODEL, "prompt": "Hello"}, **header)
 
-    def attach(self, task_id: str, offset: int = 0) -> Stream:
+    def attach(self, task_id: str, offset: int = 0, **more: int) -> Stream:
         made = self.stream()
-        self.send(made.id, Type.ATTACH, json.dumps({"task_id": task_id, "offset": offset}).encode())
+        self.send(made.id, Type.ATTACH, json.dumps({"task_id": task_id, "offset": offset, **more}).encode())
         return made
 
     def grant(self, stream: Stream, count: int) -> None:

@@ -36,7 +36,7 @@ async def test_a_reader_goes_on_at_the_offset_it_names(how: str) -> None:
         else:
             asking = control.events(attempt.task_id, after=at.upper())
         reader = await control._nodes[0].reader()  # type: ignore[union-attr]
-        assert reader.header == {"task_id": attempt.task_id, "offset": len(attempt.log)}
+        assert reader.header == {"task_id": attempt.task_id, "offset": len(attempt.log), "attempt": 1}
         reader.accept().head()
         reader.log = attempt.log
         reader.event("token", {"t": "two", "i": 1})
@@ -160,7 +160,7 @@ async def test_a_task_that_only_its_node_knows_is_shown_followed_and_canceled() 
         assert (await control.ask("GET", f"/v2/tasks/{task_id}", who="bob").answer()).status == 404
         asking = control.events(task_id, after="9")
         reader = await node.reader()
-        assert reader.header == {"task_id": task_id, "offset": 9}
+        assert reader.header == {"task_id": task_id, "offset": 9, "attempt": 1}
         canceling = control.ask("DELETE", f"/v2/tasks/{task_id}")
         await eventually(lambda: node.calls)
         assert (node.calls[0].header["method"], node.calls[0].header["path"]) == ("DELETE", f"/v2/tasks/{task_id}")

@@ -35,7 +35,7 @@ async def test_an_answer_goes_on_at_its_offset_when_the_link_is_back() -> None:
         attempt.end()
         await back(control, node)
         reader = await node.reader()
-        assert reader.header == {"task_id": attempt.task_id, "offset": before}
+        assert reader.header == {"task_id": attempt.task_id, "offset": before, "attempt": 1}
         reader.accept().head().data(attempt.log[before:])
         reader.log = attempt.log
         reader.tail(finish_reason="stop")

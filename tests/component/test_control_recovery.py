@@ -99,7 +99,7 @@ async def test_a_task_of_before_is_found_by_its_id_and_by_its_key_once_its_node_
         headers = {"Idempotency-Key": KEY}
         asking = control.ask("POST", "/v2/tasks", data=body, headers=headers)
         reader = await node.reader()
-        assert reader.header == {"task_id": TASK, "offset": 0}
+        assert reader.header == {"task_id": TASK, "offset": 0, "attempt": 1}
         reader.accept().head().say("from before").end()
         answer = await asking.answer()
         assert (answer.said, answer.headers["Idempotency-Replayed"]) == ("from before", "true")
@@ -144,3 +144,31 @@ async def test_who_was_here_is_remembered_and_who_signed_off_is_not(tmp_path: Pa
         await control.join("old")
         await control.ask("DELETE", "/v2/nodes/a", who="node").answer()
         await eventually(lambda: saved() == {"old"})
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_an_offset_is_never_read_in_the_log_of_another_attempt(named: bool, tmp_path: Path) -> None:
+    """The first attempt lost its link and ran on, the second one was shown; only the first one's node is back."""
+    headers = {"Last-Event-ID": "00000000000a"} | ({"X-Llorch-Attempt": "2"} if named else {})
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        first = await control.join("a", tasks=[report()])
+        answer = await control.events(TASK, **headers).answer()
+        assert (answer.status, answer.code) == (503, "RECOVERING")
+        if not named:
+            return
+        second = await control.join("b", tasks=[report(attempt=2)])
+        asking = control.events(TASK, **headers)
+        reader = await second.reader()
+        assert reader.header == {"task_id": TASK, "offset": 10, "attempt": 2}
+        assert first.attached == []
+        reader.accept().head().say("on").end()
+        assert (await asking.answer()).said == "on"
+
+
+async def test_the_attempt_that_was_read_is_lost_with_its_node_not_another_one_read_on(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a")) as control:
+        node = await control.join("a", tasks=[report()])
+        answer = await control.events(TASK, "a", **{"X-Llorch-Attempt": "2"}).answer()
+        assert (answer.status, answer.code, node.attached) == (502, "NODE_LOST", [])
+        bad = await control.events(TASK, "a", **{"X-Llorch-Attempt": "second"}).answer()
+        assert (bad.status, bad.json["error"]["param"]) == (400, "X-Llorch-Attempt")

@@ -471,6 +471,7 @@ async def test_attach_is_refused_where_it_must_be(tmp_path: Path) -> None:
             (link.attach(task_id, 0), "GAP"),
             (link.attach(task_id, 10_000), "INVALID_REQUEST"),
             (link.attach(str(uuid.uuid4()), 0), "TASK_NOT_FOUND"),
+            (link.attach(task_id, 1_000, attempt=2), "TASK_NOT_FOUND"),
         ):
             await eventually(lambda wish=wish: wish.refused is not None)
             assert wish.refused is not None

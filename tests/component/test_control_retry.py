@@ -347,7 +347,7 @@ async def test_a_task_that_was_ended_as_lost_is_canceled_when_its_node_is_back()
         ]
         await a.join(pool(), tasks=tasks)
         reader = await a.reader()
-        assert reader.header == {"task_id": first.task_id, "offset": len(first.log)}
+        assert reader.header == {"task_id": first.task_id, "offset": len(first.log), "attempt": 1}
         await eventually(lambda: reader.canceled, within_s=5)
         assert not a.opened[1:]
 

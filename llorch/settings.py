@@ -187,10 +187,25 @@ class ControlSettings(ServerSettings):
     probe_interval: float = setting(
         "5s", duration("50ms", "10m"), "How often a node without a link is asked for its health."
     )
-    queue_limit: int = setting(
-        "1024", integer(0, 1_000_000), "Tasks that may wait for a slot; more are refused with 429. 0 refuses at once."
+    queue_limit: int | None = setting(
+        None,
+        integer(0, 1_000_000, example=256),
+        "Tasks that may wait for one model; more are refused with 429. 0 refuses at once. Without it, 4 for each of "
+        "the model's slots, and 64 at least. While others wait too, one principal may have a quarter of it.",
     )
-    queue_timeout: float = setting("120s", duration("100ms", "1d"), "How long a task may wait for a slot.")
+    queue_body_limit: int = setting(
+        "256MiB",
+        byte_size("1KiB", "64GiB"),
+        "Bodies of all waiting tasks together, which are held in memory; beyond it tasks are refused with 429.",
+    )
+    queue_timeout: float = setting(
+        "120s",
+        duration("100ms", "1d"),
+        "How long a task may wait for a slot. Time in which its model is being loaded does not count.",
+    )
+    queue_timeout_batch: float = setting(
+        "300s", duration("100ms", "1d"), "How long a task of priority batch may wait for a slot."
+    )
     recovery_window: float = setting(
         "15s",
         duration("0s", "10m"),

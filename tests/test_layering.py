@@ -35,6 +35,7 @@ PURE = (
     "settings.py",
     "sse.py",
     "control/admission.py",
+    "control/fairness.py",
     "control/intake.py",
     "control/placement.py",
     "control/registry.py",

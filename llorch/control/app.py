@@ -70,7 +70,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
     roster = Roster(settings.data_dir)
     recovery = Recovery(settings.recovery_window, roster.load(), time.monotonic())
     metrics, links, guard = ControlMetrics(), Links(), Guard("control")
-    admission = Admission(limit=settings.queue_limit)
+    admission = Admission(settings.queue_limit, settings.queue_body_limit)
     async with NodeClient(
         links,
         registry.address_of,
@@ -83,6 +83,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
             nodes,
             metrics,
             queue_timeout_s=settings.queue_timeout,
+            queue_timeout_batch_s=settings.queue_timeout_batch,
             ttft_timeout_s=settings.ttft_timeout,
         )
         control = Control(

@@ -68,13 +68,22 @@ class Dispatcher:
         metrics: ControlMetrics,
         *,
         queue_timeout_s: float,
+        queue_timeout_batch_s: float,
         ttft_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tasks = TaskStore()
         self.readers = LogReaders(registry, opener, metrics)
         self._registry = registry
-        self._room = WaitingRoom(registry, admission, metrics, self.tasks, queue_timeout_s=queue_timeout_s, clock=clock)
+        self._room = WaitingRoom(
+            registry,
+            admission,
+            metrics,
+            self.tasks,
+            queue_timeout_s=queue_timeout_s,
+            queue_timeout_batch_s=queue_timeout_batch_s,
+            clock=clock,
+        )
         self._opener = opener
         self._metrics = metrics
         self._ttft_timeout_s = ttft_timeout_s
@@ -439,6 +448,7 @@ class Dispatcher:
     def _finish(self, task: Task, tail: Tail | None, error: LlorchError | None) -> None:
         """The one place where a task ends at this control."""
         task.end(tail, error)
+        self._room.settle(task)
         self.tasks.ended(task)
         if self.tasks.running == 0:
             self._quiet.set()

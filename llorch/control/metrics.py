@@ -135,7 +135,9 @@ class _Scraped(Collector):
         return []
 
 
-def registry_metrics(registry: Registry, depths: Callable[[], dict[str, int]], now: float) -> Iterator[Metric]:
+def registry_metrics(
+    registry: Registry, depths: Callable[[], dict[tuple[str, str], int]], now: float
+) -> Iterator[Metric]:
     """The state of the nodes, as of now."""
     states = GaugeMetricFamily("llorch_nodes", "nodes by state", labels=["state"])
     ages = GaugeMetricFamily("llorch_node_heartbeat_age_seconds", "since the last heartbeat", labels=["node"])
@@ -180,8 +182,17 @@ def registry_metrics(registry: Registry, depths: Callable[[], dict[str, int]], n
     for state, count in counts.items():
         states.add_metric([state], count)
     depth = GaugeMetricFamily("llorch_queue_depth", "waiting tasks", labels=["model", "priority"])
-    for model, waiting in depths().items():
-        depth.add_metric([model, "interactive"], waiting)
+    for labels, waiting in _known_models_only(registry, depths()).items():
+        depth.add_metric(labels, waiting)
     storm = GaugeMetricFamily("llorch_storm", "1 while the control blames itself for the nodes that it misses")
     storm.add_metric([], int(registry.storm is not None))
     yield from (states, ages, slots, ejected, ready, available, utilization, memory, depth, storm)
+
+
+def _known_models_only(registry: Registry, depths: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """A client names what it likes, and may wait for it while nodes come back: only models that exist become labels."""
+    summed: dict[tuple[str, str], int] = {}
+    for (model, priority), waiting in depths.items():
+        labels = (model if registry.models().has_model(model) else "", priority)
+        summed[labels] = summed.get(labels, 0) + waiting
+    return summed

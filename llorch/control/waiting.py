@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from llorch.control import placement
-from llorch.control.admission import Admission, Waiter
+from llorch.control.admission import BATCH, Admission, Waiter, being_loaded, serving_slots
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
 from llorch.control.tasks import Task, TaskStore
@@ -20,6 +20,9 @@ from llorch.logs import Log
 
 WAIT_TICK_S = 1.0  # how often a waiting task looks up: queue position, whether waiting still makes sense
 REFUSE_AFTER_S = 5.0  # a node's restart takes about 3 s; a queue must not answer NO_CAPACITY meanwhile
+LOADING_SPARED_S = (
+    600.0  # time of loading that doesn't count as waiting; what takes longer than that fails again and again
+)
 
 Said = Callable[[int, int | None], Awaitable[None]]  # told (position, eta_ms) at every tick
 
@@ -37,13 +40,18 @@ class WaitingRoom:
         tasks: TaskStore,
         *,
         queue_timeout_s: float,
+        queue_timeout_batch_s: float,
+        hold_refusals: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`hold_refusals`: while true, what would be refused waits: nodes that are known are still coming back."""
         self._registry = registry
         self._admission = admission
         self._metrics = metrics
         self._tasks = tasks
         self._queue_timeout_s = queue_timeout_s
+        self._queue_timeout_batch_s = queue_timeout_batch_s
+        self._hold_refusals = hold_refusals
         self._clock = clock
         self._waiting: dict[str, asyncio.Future[Claim]] = {}
 
@@ -59,7 +67,8 @@ class WaitingRoom:
 
     def place_in_line(self, task: Task) -> tuple[int | None, int | None]:
         """(position, estimated wait in ms) of a waiting task."""
-        return self._admission.position(task.task_id), self._admission.eta_ms(task.task_id, self._clock())
+        now = self._clock()
+        return self._admission.position(task.task_id, now), self._admission.eta_ms(task.task_id, now)
 
     async def claim(self, task: Task, said: Said, *, front: bool) -> Claim:
         """A slot for `task`. `front`: it was admitted before and comes back. Raises the refusal, or what `end` says."""
@@ -67,41 +76,54 @@ class WaitingRoom:
             raise LlorchError(Code.CANCELED, "the task was canceled")
         now = self._clock()
         task.check_deadline(now)
-        waiter = Waiter(task.task_id, task.wish, now, now + self._queue_timeout_s - task.waited_s, front)
-        if front:
-            self._admission.requeue_front(waiter)
-        else:
-            if self._admission.depth(task.wish.model) == 0:
-                claim = self._place(waiter)
-                if claim is not None:
-                    return claim
+        waiter = Waiter(
+            task.task_id,
+            task.wish,
+            task.owner,
+            task.received_at if front else now,
+            priority=task.priority,
+            size=len(task.body),
+            deadline_at=task.deadline_at,
+            front=front,
+        )
+        if not front:
+            self.pump(task.wish.model)  # time alone may have freed a slot; what is free after this is of no use to them
+            claim = self._place(waiter)
+            if claim is not None:
+                self._admission.given(waiter, now)
+                return claim
             self._refuse_if_hopeless(task)
-            self._admission.enqueue(waiter, now)
+        slots = serving_slots(task.wish.model, self._registry.pool_facts(now, model=task.wish.model))
+        self._admission.enqueue(waiter, now, slots)
         future = self._waiting[task.task_id] = asyncio.get_running_loop().create_future()
         try:
-            self.pump()
-            return await self._wait(task, waiter, future, said)
+            self.pump(task.wish.model)
+            return await self._wait(task, future, said)
         except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._registry.release(future.result())
             raise
         finally:
-            self._admission.remove(task.task_id)
+            self._admission.remove(task.task_id, self._clock())
             del self._waiting[task.task_id]
-            task.waited_s += self._clock() - now
             self._metrics.waited(self._clock() - now)
             self.pump()  # this one left the queue, perhaps with its slot unused: those behind it may be served now
+
+    def settle(self, task: Task) -> None:
+        """`task` has ended: its principal is charged what it cost."""
+        self._admission.settle(task.task_id, task.tail, ran=task.attempt > 0)
 
     def release(self, claim: Claim) -> None:
         """Give a slot back, and hand it on."""
         self._registry.release(claim)
         self.pump()
 
-    def pump(self) -> None:
-        """Hand free slots to waiting tasks. Called after every change of the registry and every claim's end."""
+    def pump(self, model: str | None = None) -> None:
+        """Hand free slots to waiting tasks, or to those of one model. Called after every change of the registry and
+        every claim's end."""
         if not self._waiting:
             return
-        for waiter, claim in self._admission.match(self._place):
+        for waiter, claim in self._admission.match(self._place, self._clock(), model):
             future = self._waiting.get(waiter.task_id)
             if future is None or future.done():
                 self._registry.release(claim)
@@ -120,22 +142,30 @@ class WaitingRoom:
 
     # ---- inside
 
-    async def _wait(self, task: Task, waiter: Waiter, future: asyncio.Future[Claim], said: Said) -> Claim:
+    async def _wait(self, task: Task, future: asyncio.Future[Claim], said: Said) -> Claim:
+        timeout_s = self._queue_timeout_batch_s if task.priority == BATCH else self._queue_timeout_s
+        deadline_at = float("inf") if task.deadline_at is None else task.deadline_at
         hopeless_since: float | None = None
-        until = waiter.expires_at if task.deadline_at is None else min(waiter.expires_at, task.deadline_at)
+        spared_s = 0.0
         while not future.done():
-            position = self._admission.position(task.task_id) or 1
-            await said(position, self._admission.eta_ms(task.task_id, self._clock()))
-            await asyncio.wait((future,), timeout=min(WAIT_TICK_S, max(0.0, until - self._clock())))
+            since = self._clock()
+            position, eta_ms = self.place_in_line(task)
+            await said(position or 1, eta_ms)
+            loading = spared_s < LOADING_SPARED_S and self._loading(task.wish.model)
+            left_s = float("inf") if loading else timeout_s - task.waited_s
+            tick_s = min(WAIT_TICK_S, left_s, deadline_at - self._clock())
+            await asyncio.wait((future,), timeout=max(0.0, tick_s))
+            now = self._clock()
+            if loading:
+                spared_s += now - since
+            else:
+                task.waited_s += now - since
             if future.done():
                 break
-            now = self._clock()
             task.check_deadline(now)
-            if now >= waiter.expires_at:
+            if task.waited_s >= timeout_s:
                 raise LlorchError(
-                    Code.QUEUE_TIMEOUT,
-                    f"no slot became free within {self._queue_timeout_s:g} s",
-                    retry_after_ms=5_000,
+                    Code.QUEUE_TIMEOUT, f"no slot became free within {timeout_s:g} s", retry_after_ms=5_000
                 )
             if self.refusal(task.wish) is None:
                 hopeless_since = None
@@ -144,6 +174,9 @@ class WaitingRoom:
             elif now - hopeless_since >= REFUSE_AFTER_S:
                 self._refuse_if_hopeless(task)
         return future.result()
+
+    def _loading(self, model: str) -> bool:
+        return being_loaded(model, self._registry.pool_facts(self._clock(), model=model))
 
     def _place(self, waiter: Waiter) -> Claim | None:
         """Choose and take, in one step."""
@@ -162,7 +195,7 @@ class WaitingRoom:
 
     def _refuse_if_hopeless(self, task: Task) -> None:
         error = self.refusal(task.wish)
-        if error is not None:
+        if error is not None and not self._hold_refusals():
             task.placement = self.snapshot(task.wish)
             self._metrics.placed("refused", error.code)
             raise error

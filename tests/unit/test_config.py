@@ -122,7 +122,8 @@ def test_every_role_can_be_built_from_its_defaults() -> None:
 def test_the_defaults_are_those_of_the_contract() -> None:
     got, on_node = ControlSettings(), NodeSettings()
     assert (got.heartbeat_interval, got.offline_after, got.probe_interval) == (10.0, 30.0, 5.0)
-    assert (got.queue_limit, got.queue_timeout, got.ttft_timeout) == (1024, 120.0, 120.0)
+    assert (got.queue_limit, got.queue_body_limit, got.ttft_timeout) == (None, 256 * 2**20, 120.0)
+    assert (got.queue_timeout, got.queue_timeout_batch) == (120.0, 300.0)
     assert (got.max_body, got.slow_reader_timeout, got.shutdown_grace) == (64 * 2**20, 30.0, 30.0)
     assert (on_node.slots, on_node.ctx, on_node.engine, on_node.early_beat) == (4, 4096, "auto", 0.25)
     assert (on_node.log_limit, on_node.logs_limit, on_node.log_retention) == (4 * 2**20, 256 * 2**20, 600.0)
@@ -184,7 +185,7 @@ def test_a_flag_beats_the_environment_beats_files_in_order_beats_the_default() -
     got = control({}, {}, files[1:])
     assert (got.settings.queue_limit, got.origin["queue-limit"]) == (4, "far.yaml:2")
     got = control()
-    assert (got.settings.queue_limit, got.origin["queue-limit"]) == (1024, "default")
+    assert (got.settings.queue_limit, got.origin["queue-limit"]) == (None, "default")
 
 
 def test_every_setting_has_an_origin() -> None:
@@ -227,7 +228,7 @@ def test_the_older_names_for_certificates_work_for_their_own_role_only() -> None
 
 
 def test_settings_of_other_roles_are_accepted_in_a_file_and_still_checked() -> None:
-    assert control(yaml="join: https://c:1\npools: [{id: a}]\nurl: http://localhost:2\n").settings.queue_limit == 1024
+    assert control(yaml="join: https://c:1\npools: [{id: a}]\nurl: http://localhost:2\n").settings.queue_limit is None
     found = faults(control, yaml="join: ftp://c\nslots: 0\n")
     assert [(one.where, one.key) for one in found] == [("llorch.yaml:1", "join"), ("llorch.yaml:2", "slots")]
 
@@ -366,7 +367,7 @@ def test_an_alias_bomb_is_refused_without_being_built() -> None:
 
 def test_an_empty_file_is_a_file() -> None:
     for text in ("", "\n", "# nothing\n", "---\n", "--- {}\n", "\ufefflog-level: debug\n"):
-        assert control(yaml=text).settings.queue_limit == 1024
+        assert control(yaml=text).settings.queue_limit is None
 
 
 def test_values_are_taken_as_written_not_as_yaml_guesses() -> None:
@@ -1052,11 +1053,11 @@ def test_the_schema_agrees_with_the_parsers(name: str, good: list[str], bad: lis
 
 def test_the_table_for_the_docs_has_every_setting() -> None:
     lines = settings_markdown().splitlines()
-    assert any(line.startswith("| `--queue-limit` | control | `1024` | `LLORCH_QUEUE_LIMIT` | Tasks") for line in lines)
+    assert any(line.startswith("| `--queue-limit` | control |  | `LLORCH_QUEUE_LIMIT` | Tasks") for line in lines)
     assert any(line.startswith("| `pools:` (YAML only) | node |  |  | Pools") for line in lines)
     assert any(line.endswith("One of debug, info, warning, error. |") for line in lines)
     assert "Not set by default.\n#tls-cert: /etc/llorch/tls.crt\n" in example_yaml(ControlSettings)
-    assert "Default: 1024.\n#queue-limit: 1024\n" in example_yaml(ControlSettings)
+    assert "Default: 256MiB.\n#queue-body-limit: 256MiB\n" in example_yaml(ControlSettings)
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 6 for line in lines)
     for setting in SETTINGS:
         if not setting.hidden:

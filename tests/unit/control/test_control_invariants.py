@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import settings
@@ -9,16 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llorch.breaker import Phase
-from llorch.control.admission import Admission, Waiter
+from llorch.control.admission import BATCH, INTERACTIVE, Admission, Waiter
 from llorch.control.placement import Outcome, Wish, decide, pick
 from llorch.control.registry import Claim, Registry
 from llorch.errors import Code, LlorchError
-from llorch.messages import Heartbeat, Register
+from llorch.messages import Heartbeat, Register, Tail
 
 WALL = "2025-01-02T03:04:05Z"
 SLOTS = 2
-QUEUE_LIMIT = 4
+QUEUE_LIMIT = 8  # for one principal of two: 2
+BODY_LIMIT = 1_000
+QUEUE_TIMEOUT_S = 60.0
 MODELS = {"p0": "m", "p1": "n"}
+TASKS = st.tuples(st.sampled_from(["ann", "ann", "bob"]), st.sampled_from([INTERACTIVE, BATCH]), st.sampled_from([50, 400]))
 NODES = st.sampled_from(["a", "b"])
 POOLS = st.sampled_from(list(MODELS))
 WISHES = st.builds(
@@ -63,7 +67,7 @@ class Control(RuleBasedStateMachine):
         self.now = 0.0
         self.serial = 0
         self.registry = Registry("epoch", listed_offline_s=60.0)
-        self.admission = Admission(QUEUE_LIMIT)
+        self.admission = Admission(QUEUE_LIMIT, BODY_LIMIT)
         self.real = {"a": RealNode(), "b": RealNode()}
         self.opening: list[tuple[Waiter, Claim]] = []  # claimed, and the node has not answered yet
         self.held: dict[Claim, Waiter] = {}  # claimed, and accepted by the node
@@ -89,29 +93,32 @@ class Control(RuleBasedStateMachine):
         return self.registry.claim(*key, waiter.task_id, self.fresh())
 
     def pump(self) -> None:
-        placed = self.admission.match(self.place)
+        placed = self.admission.match(self.place, self.now)
         assert len({waiter.task_id for waiter, _ in placed}) == len(placed)
         self.opening += placed
 
-    @rule(wishes=st.lists(WISHES, min_size=1, max_size=6))
-    def tasks_arrive(self, wishes: list[Wish]) -> None:
-        for wish in wishes:
-            self.a_task_arrives(wish)
+    @rule(arrivals=st.lists(st.tuples(WISHES, TASKS), min_size=1, max_size=6))
+    def tasks_arrive(self, arrivals: list[tuple[Wish, tuple[str, str, int]]]) -> None:
+        for wish, (owner, priority, size) in arrivals:
+            self.a_task_arrives(Waiter(f"t{self.fresh()}", wish, owner, self.now, priority, size))
 
-    def a_task_arrives(self, wish: Wish) -> None:
-        waiter = Waiter(f"t{self.fresh()}", wish, self.now, self.now + 60.0)
-        outcome = decide(wish, self.registry.pool_facts(self.now), self.now, self.registry.models()).outcome
-        claim = None if self.admission.depth(wish.model) else self.place(waiter)
+    def a_task_arrives(self, waiter: Waiter) -> None:
+        outcome = decide(waiter.wish, self.registry.pool_facts(self.now), self.now, self.registry.models()).outcome
+        claim = self.place(waiter)  # `pump` has run, so nobody who waits could use this slot
         if claim is not None:
             assert outcome is Outcome.PLACED
+            self.admission.given(waiter, self.now)
             self.opening.append((waiter, claim))
         elif outcome is not Outcome.REFUSE:
+            waiting = [other for other in self.admission._waiters.values() if not other.front]
+            here = [other for other in waiting if other.wish.model == waiter.wish.model]
+            own = [other for other in here if other.owner == waiter.owner]
             try:
-                self.admission.enqueue(waiter, self.now)
+                self.admission.enqueue(waiter, self.now, SLOTS)
             except LlorchError as error:
                 assert error.code is Code.QUEUE_FULL
-                never_left = [other for other in self.admission._waiters.values() if not other.front]
-                assert len(never_left) == QUEUE_LIMIT
+                bodies = sum(other.size for other in waiting) + waiter.size
+                assert len(here) == QUEUE_LIMIT or len(own) >= QUEUE_LIMIT // 4 or bodies > BODY_LIMIT
             self.pump()
 
     @precondition(lambda self: self.opening)
@@ -125,7 +132,7 @@ class Control(RuleBasedStateMachine):
             return
         self.registry.busy(claim.node_id, claim.pool_id, self.now)
         self.release(claim)
-        self.admission.requeue_front(waiter)
+        self.admission.enqueue(replace(waiter, front=True), self.now, SLOTS)
         self.pump()
 
     @precondition(lambda self: self.held)
@@ -137,6 +144,7 @@ class Control(RuleBasedStateMachine):
         for _ in range(5 if outcome == "failed" else 0):  # as if others before it had
             self.registry.failed(claim, self.now)
         del self.held[claim]
+        self.admission.settle(claim.task_id, Tail(length=0, tokens_in=10, tokens_out=index), ran=True)
         self.real[claim.node_id].running[claim.pool_id].discard(claim)
         self.release(claim)
         if twice:
@@ -160,7 +168,9 @@ class Control(RuleBasedStateMachine):
     @rule(index=st.integers(0, 9))
     def a_waiting_client_leaves(self, index: int) -> None:
         waiting = [f"t{n}" for n in range(self.serial + 1) if f"t{n}" in self.admission]
-        self.admission.remove(waiting[index % len(waiting)])
+        task_id = waiting[index % len(waiting)]
+        self.admission.remove(task_id, self.now)
+        self.admission.settle(task_id, None, ran=False)
         self.pump()
 
     # ---- what nodes do
@@ -194,7 +204,7 @@ class Control(RuleBasedStateMachine):
         lost += [(self.held.pop(c), c) for c in list(self.held) if c.node_id == node_id]
         for waiter, claim in lost:
             self.release(claim)
-            self.admission.requeue_front(waiter)
+            self.admission.enqueue(replace(waiter, front=True), self.now, SLOTS)
 
     @rule(node_id=NODES, delta=st.booleans(), stale=st.booleans())
     def a_node_beats(self, node_id: str, delta: bool, stale: bool) -> None:
@@ -261,8 +271,9 @@ class Control(RuleBasedStateMachine):
         self.now += seconds
         for node in self.registry.expire(self.now):
             assert self.now - node.last_beat > self.registry.offline_after_s
-        for waiter in [each for each in self.admission._waiters.values() if each.expires_at <= self.now]:
-            self.admission.remove(waiter.task_id)
+        for waiter in [w for w in self.admission._waiters.values() if w.enqueued_at + QUEUE_TIMEOUT_S <= self.now]:
+            self.admission.remove(waiter.task_id, self.now)
+            self.admission.settle(waiter.task_id, None, ran=False)
         self.pump()
 
     # ---- what is always true
@@ -298,9 +309,34 @@ class Control(RuleBasedStateMachine):
         depths = self.admission.depths()
         assert sum(depths.values()) == len(self.admission) == self.admission.depth()
         assert all(depths.values())
-        for model, depth in depths.items():
-            waiting = [w.task_id for w in self.admission._waiters.values() if w.wish.model == model]
-            assert sorted(self.admission.position(task_id) or 0 for task_id in waiting) == list(range(1, depth + 1))
+        for model in ("m", "n"):
+            waiting = {w.task_id: w for w in self.admission._waiters.values() if w.wish.model == model}
+            order = self.admission.order(model, self.now)
+            assert sorted(order) == sorted(waiting)
+            assert self.admission.depth(model) == sum(depths.get((model, p), 0) for p in (INTERACTIVE, BATCH))
+            ranks = [self.rank(waiting[task_id]) for task_id in order]
+            assert ranks == sorted(ranks)
+            for task_id in order:
+                assert 1 <= (self.admission.position(task_id, self.now) or 0) <= len(order)
+
+    def rank(self, waiter: Waiter) -> int:
+        """Who came back before who did not, interactive before batch, unless that has waited a minute."""
+        if waiter.front:
+            return 0
+        return 1 if waiter.priority == INTERACTIVE or self.now - waiter.enqueued_at >= 60.0 else 2
+
+    @invariant()
+    def the_bounds_hold(self) -> None:
+        waiting = [waiter for waiter in self.admission._waiters.values() if not waiter.front]
+        assert sum(waiter.size for waiter in waiting) == self.admission._bodies <= BODY_LIMIT
+        for model in ("m", "n"):
+            assert len([waiter for waiter in waiting if waiter.wish.model == model]) <= QUEUE_LIMIT
+
+    @invariant()
+    def who_holds_a_slot_is_charged_for_it_and_nobody_else_but_those_who_came_back(self) -> None:
+        charged = set(self.admission._charges)
+        back = {waiter.task_id for waiter in self.admission._waiters.values() if waiter.front}
+        assert charged == {claim.task_id for claim in self.claims()} | back
 
     @invariant()
     def kept_facts_are_as_true_as_fresh_ones(self) -> None:
@@ -343,6 +379,11 @@ class Control(RuleBasedStateMachine):
         """Once all has ended and every node has said so, every slot is free again."""
         for claim in self.claims():
             self.registry.release(claim)
+            self.admission.settle(claim.task_id, None, ran=True)
+        for task_id in list(self.admission._waiters):
+            self.admission.remove(task_id, self.now)
+            self.admission.settle(task_id, None, ran=False)
+        assert (len(self.admission), self.admission._bodies, self.admission._charges) == (0, 0, {})
         for node_id, real in self.real.items():
             real.others, real.ready, real.draining = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, True), False
             real.running = {pool_id: set() for pool_id in MODELS}

@@ -37,6 +37,7 @@ PURE = (
     "control/admission.py",
     "control/fairness.py",
     "control/intake.py",
+    "control/line.py",
     "control/placement.py",
     "control/registry.py",
     "control/tasks.py",

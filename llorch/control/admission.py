@@ -1,23 +1,18 @@
 """The queue of tasks that wait for a slot.
 
-Owns who waits, in which order, and how many may. Each model has its own line, so that a task nobody can serve yet holds
-up none of another model. Within a line come first the tasks that were placed before and came back; then interactive
-ones before batch ones, where a batch task that has waited a minute counts as interactive; then the principal that has
-been given least (`fairness`); then who came first. A task whose own wishes can't be met yet is passed by those that
-can. Never chooses a pool or takes a claim: `match` asks its caller to.
+Owns who waits and who may not: the bounds per model, per principal and in bytes, and the deadlines that can't be met.
+Each model has its own line (`line`), so that a task nobody can serve yet holds up none of another model; one whose own
+wishes can't be met yet is passed by those that can. Never chooses a pool or takes a claim: `match` asks its caller to.
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush, merge
-from itertools import dropwhile, takewhile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from llorch.control.fairness import Shares
+from llorch.control.line import SURE_DEPARTURES, Line, Waiter
 from llorch.control.placement import PoolFacts, Wish
 from llorch.errors import Code, LlorchError
 from llorch.messages import Tail
@@ -29,43 +24,12 @@ SHARE_ALONE = 0.75  # while it waits alone, and another was seen lately: that on
 SEEN_LATELY_S = 600.0
 BODY_LIMIT = 256 << 20  # bytes of all waiting tasks' bodies
 MAX_LINES = 1_000  # models with somebody waiting, and models whose counters are kept
-BATCH_AGES_S = 60.0  # half of an interactive task's timeout: batch is served late, and before interactive gives up
 MIN_RETRY_AFTER_MS = 1_000
 MAX_RETRY_AFTER_MS = 30_000
-MAX_ETA_MS = 3_600_000  # beyond an hour the guess says nothing
-PACE_WINDOW_S = 60.0  # departures in it tell how fast a line moves
-PACE_DEPARTURES = 1_000  # of them at most
-PACE_KEPT_S = 600.0  # a line that was empty for longer may move quite differently
-SURE_DEPARTURES = 5  # fewer say too little to refuse a task for; as many are kept of a line that moves slowly
-ORDER_KEPT_S = 0.5  # of a long line; of a short one, 1 ms for each that waits: an order costs some microseconds a head
 
-INTERACTIVE, BATCH = "interactive", "batch"
 LOADING_STATES = frozenset({"starting", "loading"})
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True, slots=True)
-class Waiter:
-    """A task that waits. Times are monotonic seconds.
-
-    `enqueued_at`: when it came, or was first admitted if it comes back. `front`: it was placed once, met a full pool or
-    lost its node; it has its place before all others, and outside the bounds. `size`: bytes of its body.
-    """
-
-    task_id: str
-    wish: Wish
-    owner: str
-    enqueued_at: float
-    priority: str = INTERACTIVE
-    size: int = 0
-    deadline_at: float | None = None
-    front: bool = False
-
-    @property
-    def turn_at(self) -> float:
-        """When it became interactive: what it is ordered by among those."""
-        return self.enqueued_at + BATCH_AGES_S if self.priority == BATCH else self.enqueued_at
 
 
 def serving_slots(model: str, pools: Iterable[PoolFacts]) -> int:
@@ -81,152 +45,6 @@ def being_loaded(model: str, pools: Iterable[PoolFacts]) -> bool:
             return False
         loading = loading or (pool.online and pool.state in LOADING_STATES)
     return loading
-
-
-# ---------------------------------------------------------------- one line
-
-
-class _Pace:
-    """How fast a line moves: its last departures, on a clock that stands still while nobody waits."""
-
-    __slots__ = ("_clock_s", "_since", "_stamps", "_stopped_at")
-
-    def __init__(self) -> None:
-        self._clock_s = 0.0
-        self._since: float | None = None
-        self._stopped_at = float("-inf")
-        self._stamps: deque[float] = deque([0.0], maxlen=PACE_DEPARTURES + 1)  # the first is where counting began
-
-    @property
-    def departures(self) -> int:
-        return len(self._stamps) - 1
-
-    def start(self, now: float) -> None:
-        """Somebody waits from now on."""
-        if self._since is None:
-            self._since = now
-            if now - self._stopped_at > PACE_KEPT_S:
-                self._stamps.clear()
-                self._stamps.append(self._clock_s)
-
-    def stop(self, now: float) -> None:
-        self._clock_s, self._since, self._stopped_at = self._clock(now), None, now
-
-    def departed(self, now: float) -> None:
-        clock_s = self._clock(now)
-        self._stamps.append(clock_s)
-        while self._stamps[0] < clock_s - PACE_WINDOW_S and self.departures > SURE_DEPARTURES:
-            self._stamps.popleft()
-
-    def gap_s(self, now: float) -> float:
-        """Seconds from one departure to the next. The one under way counts, so that a line that stands gets slower."""
-        return (self._clock(now) - self._stamps[0]) / len(self._stamps)
-
-    def _clock(self, now: float) -> float:
-        return self._clock_s if self._since is None else self._clock_s + max(0.0, now - self._since)
-
-
-@dataclass(slots=True)
-class _Mine:
-    """The waiting tasks of one principal in one line, those of each priority in order of arrival."""
-
-    interactive: dict[str, Waiter] = field(default_factory=dict)
-    batch: dict[str, Waiter] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.interactive) + len(self.batch)
-
-    def of(self, priority: str) -> dict[str, Waiter]:
-        return self.batch if priority == BATCH else self.interactive
-
-    def urgent(self, now: float) -> Iterator[Waiter]:
-        """The interactive ones, and the batch ones that have become so."""
-        if not self.batch:
-            return iter(self.interactive.values())
-        aged = takewhile(lambda waiter: waiter.turn_at <= now, self.batch.values())
-        return merge(self.interactive.values(), aged, key=lambda waiter: waiter.turn_at)
-
-    def patient(self, now: float) -> Iterator[Waiter]:
-        return dropwhile(lambda waiter: waiter.turn_at <= now, self.batch.values())
-
-
-class _Line:
-    """The waiters of one model, and what outlives their absence: the shares of the principals, the pace."""
-
-    __slots__ = ("counted", "front", "mine", "pace", "placed_at", "places", "shares")
-
-    def __init__(self) -> None:
-        self.front: list[Waiter] = []
-        self.mine: dict[str, _Mine] = {}  # of principals with somebody waiting, who did not come back
-        self.counted = 0  # all of those
-        self.shares = Shares()
-        self.pace = _Pace()
-        self.places: dict[str, int] = {}  # as of `placed_at`
-        self.placed_at = float("-inf")
-
-    def __len__(self) -> int:
-        return len(self.front) + self.counted
-
-    def add(self, waiter: Waiter, now: float) -> None:
-        self.pace.start(now)
-        if waiter.front:
-            insort(self.front, waiter, key=lambda other: other.enqueued_at)
-        else:
-            self.mine.setdefault(waiter.owner, _Mine()).of(waiter.priority)[waiter.task_id] = waiter
-            self.counted += 1
-
-    def remove(self, waiter: Waiter, now: float) -> None:
-        if waiter.front:
-            self.front.remove(waiter)
-        else:
-            mine = self.mine[waiter.owner]
-            del mine.of(waiter.priority)[waiter.task_id]
-            if not len(mine):
-                del self.mine[waiter.owner]
-            self.counted -= 1
-        if not len(self):
-            self.pace.stop(now)
-
-    def waiting_of(self, owner: str) -> int:
-        mine = self.mine.get(owner)
-        return 0 if mine is None else len(mine)
-
-    def another_waits(self, owner: str) -> bool:
-        return any(name != owner for name in self.mine) or any(waiter.owner != owner for waiter in self.front)
-
-    def in_turn(self, now: float, got_slot: Callable[[Waiter], bool]) -> Iterator[Waiter]:
-        """Everybody, in the order in which slots go to them. `got_slot` is asked when the next one is wanted.
-
-        The line must not change meanwhile.
-        """
-        yield from self.front
-        counters = {owner: self.shares.counter(owner) for owner in self.mine}
-        for urgent in (True, False):
-            heap: list[tuple[float, float, str, Waiter, Iterator[Waiter]]] = []  # no two have the same owner
-            for owner, mine in self.mine.items():
-                waiters = mine.urgent(now) if urgent else mine.patient(now)
-                first = next(waiters, None)
-                if first is not None:
-                    heap.append((counters[owner], first.turn_at, owner, first, waiters))
-            heapify(heap)
-            while heap:
-                _, _, owner, waiter, waiters = heappop(heap)
-                yield waiter
-                if got_slot(waiter):
-                    counters[owner] += self.shares.estimate(owner, waiter.size)
-                following = next(waiters, None)
-                if following is not None:
-                    heappush(heap, (counters[owner], following.turn_at, owner, following, waiters))
-
-    def order(self, now: float) -> list[Waiter]:
-        return list(self.in_turn(now, lambda _: True))
-
-    def place_of(self, waiter: Waiter, now: float) -> int:
-        """From an order that is kept for a moment; who came since then is told the last place."""
-        if now - self.placed_at > min(ORDER_KEPT_S, len(self) / 1_000):
-            self.places = {other.task_id: place for place, other in enumerate(self.order(now), 1)}
-            self.placed_at = now
-        return min(self.places.get(waiter.task_id, len(self)), len(self))
 
 
 # ---------------------------------------------------------------- all lines
@@ -248,7 +66,7 @@ class Admission:
     def __init__(self, limit: int | None = None, body_limit: int = BODY_LIMIT) -> None:
         self._limit = limit
         self._body_limit = body_limit
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[str, Line] = {}
         self._waiters: dict[str, Waiter] = {}
         self._charges: dict[str, _Charge] = {}  # of tasks that were given a slot and have not ended
         self._bodies = 0  # bytes
@@ -287,9 +105,7 @@ class Admission:
     def eta_ms(self, task_id: str, now: float) -> int | None:
         """A guess of its remaining wait, from how fast its line has moved; None if it doesn't wait."""
         place = self.position(task_id, now)
-        if place is None:
-            return None
-        return _eta_ms(place * self._lines[self._waiters[task_id].wish.model].pace.gap_s(now))
+        return None if place is None else self._lines[self._waiters[task_id].wish.model].pace.eta_ms(place, now)
 
     # ---- in and out
 
@@ -339,29 +155,27 @@ class Admission:
         nothing is free this costs one call per model: a wish without constraints that found no slot means there is
         none for anybody behind it, and a constrained one is asked once per distinct wish.
         """
-        placed: list[tuple[Waiter, C]] = []
-        for name in list(self._lines) if model is None else [model]:
-            line = self._lines.get(name)
-            if line is None or not len(line):
+        lines = self._lines.values() if model is None else filter(None, [self._lines.get(model)])
+        return [pair for line in list(lines) if len(line) for pair in self._match_line(line, try_place, now)]
+
+    def _match_line(self, line: Line, try_place: Callable[[Waiter], C | None], now: float) -> list[tuple[Waiter, C]]:
+        claims: dict[str, C] = {}
+        hopeless: set[Wish] = set()
+        for waiter in line.in_turn(now, lambda waiter: waiter.task_id in claims):
+            if hopeless and waiter.wish in hopeless:
                 continue
-            claims: dict[str, C] = {}
-            hopeless: set[Wish] = set()
-            for waiter in line.in_turn(now, lambda waiter, claims=claims: waiter.task_id in claims):  # type: ignore[misc]
-                if hopeless and waiter.wish in hopeless:
-                    continue
-                claim = try_place(waiter)
-                if claim is not None:
-                    claims[waiter.task_id] = claim
-                elif waiter.wish.constrained:
-                    hopeless.add(waiter.wish)
-                else:
-                    break
-            for task_id, claim in claims.items():
-                waiter = self._waiters[task_id]
-                line.pace.departed(now)
-                self.given(waiter, now)
-                self.remove(task_id, now)
-                placed.append((waiter, claim))
+            claim = try_place(waiter)
+            if claim is not None:
+                claims[waiter.task_id] = claim
+            elif waiter.wish.constrained:
+                hopeless.add(waiter.wish)
+            else:
+                break
+        placed = [(self._waiters[task_id], claim) for task_id, claim in claims.items()]
+        for waiter, _ in placed:
+            line.pace.departed(now)
+            self.given(waiter, now)
+            self.remove(waiter.task_id, now)
         return placed
 
     def given(self, waiter: Waiter, now: float) -> None:
@@ -380,15 +194,15 @@ class Admission:
 
     # ---- inside
 
-    def _line(self, model: str) -> _Line:
-        line = self._lines.get(model)
-        if line is None:
-            if len(self._lines) >= MAX_LINES:
-                empty = next((name for name, other in self._lines.items() if not len(other)), None)
-                if empty is not None:
-                    del self._lines[empty]
-            line = self._lines[model] = _Line()
-        return line
+    def _line(self, model: str) -> Line:
+        """The line of a model. The one that was used last comes last; of too many, the first empty one goes."""
+        line = self._lines.pop(model, None)
+        if line is None and len(self._lines) >= MAX_LINES:
+            empty = next((name for name, other in self._lines.items() if not len(other)), None)
+            if empty is not None:
+                del self._lines[empty]
+        self._lines[model] = Line() if line is None else line
+        return self._lines[model]
 
     def _check_lines(self, waiter: Waiter) -> None:
         """Clients may name models that nobody has while a control waits for its nodes; not any number of them."""
@@ -401,25 +215,25 @@ class Admission:
                 retry_after_ms=MAX_RETRY_AFTER_MS,
             )
 
-    def _check_bounds(self, line: _Line, waiter: Waiter, now: float) -> None:
+    def _check_bounds(self, line: Line, waiter: Waiter, now: float) -> None:
         bound = max(MIN_WAITING, WAITING_PER_SLOT * line.shares.slots) if self._limit is None else self._limit
         own, owners = line.waiting_of(waiter.owner), len(line.mine)
         share, why = bound, ""
         if line.another_waits(waiter.owner):
-            share, why = max(1, int(bound * SHARE)), "while others wait too"
+            share, why = max(1, int(bound * SHARE)), " while others wait too"
         elif line.shares.another_seen(waiter.owner, now - SEEN_LATELY_S):
-            share, why = max(1, int(bound * SHARE_ALONE)), "to leave room for others"
+            share, why = max(1, int(bound * SHARE_ALONE)), "; the rest is kept for others"
         if line.counted >= bound:
             raise _full(f"{line.counted} tasks wait for {waiter.wish.model}, the most that may", line, bound, now)
         if own >= share:
-            message = f"{own} of your tasks wait for {waiter.wish.model}, the most that may {why}"
+            message = f"{own} of your tasks wait for {waiter.wish.model}, the most that may{why}"
             raise _full(message, line, share * owners, now)
         if self._bodies + waiter.size > self._body_limit:
             message = f"the bodies of waiting tasks would be more than {self._body_limit} bytes"
             raise _full(message, line, line.counted, now)
 
 
-def _full(message: str, line: _Line, length: int, now: float) -> LlorchError:
+def _full(message: str, line: Line, length: int, now: float) -> LlorchError:
     """Worth a retry once a tenth of `length` has moved on, as far as one can tell: sooner, most are refused again."""
     after_ms = round(line.pace.gap_s(now) * length / 10 * 1_000)
     return LlorchError(
@@ -427,23 +241,18 @@ def _full(message: str, line: _Line, length: int, now: float) -> LlorchError:
     )
 
 
-def _check_deadline(line: _Line, waiter: Waiter, left_s: float, now: float) -> None:
+def _check_deadline(line: Line, waiter: Waiter, left_s: float, now: float) -> None:
     """Raises DEADLINE_EXCEEDED for one that just came and can't be served in time, if the line's pace is well known.
 
     Not for the first in line: if nobody could wait because of a pace that once was, nobody would see it change.
     """
-    gap_s = line.pace.gap_s(now)
-    if line.pace.departures < SURE_DEPARTURES or len(line) * gap_s <= left_s:
+    if line.pace.departures < SURE_DEPARTURES or line.pace.eta_ms(len(line), now) <= left_s * 1_000:
         return
     place = next(place for place, other in enumerate(line.in_turn(now, lambda _: True), 1) if other is waiter)
-    eta_ms = _eta_ms(place * gap_s)
+    eta_ms = line.pace.eta_ms(place, now)
     if place > 1 and eta_ms > left_s * 1_000:
         raise LlorchError(
             Code.DEADLINE_EXCEEDED,
             f"a slot is expected in {eta_ms / 1_000:.1f} s (place {place} in line), the deadline is in {left_s:.1f} s",
             details={"eta_ms": eta_ms, "deadline_ms": round(left_s * 1_000)},
         )
-
-
-def _eta_ms(seconds: float) -> int:
-    return min(MAX_ETA_MS, round(seconds * 1_000))

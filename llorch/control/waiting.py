@@ -11,7 +11,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 from llorch.control import placement
-from llorch.control.admission import BATCH, Admission, Waiter, being_loaded, serving_slots
+from llorch.control.admission import Admission, being_loaded, serving_slots
+from llorch.control.line import BATCH, Waiter
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
 from llorch.control.tasks import Task, TaskStore

@@ -1,4 +1,4 @@
-"""A queue in virtual time: tasks arrive, wait in a real `Admission`, hold a slot for as long as they are told, and end."""
+"""A queue in virtual time: tasks arrive, wait in a real `Admission`, hold a slot for as long as was said, and end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
-from llorch.control.admission import INTERACTIVE, Admission, Waiter
+from llorch.control.admission import Admission
+from llorch.control.line import INTERACTIVE, Waiter
 from llorch.control.placement import Wish
 from llorch.errors import Code, LlorchError
 from llorch.messages import Tail

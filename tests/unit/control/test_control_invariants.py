@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llorch.breaker import Phase
-from llorch.control.admission import BATCH, INTERACTIVE, Admission, Waiter
+from llorch.control.admission import Admission
+from llorch.control.line import BATCH, INTERACTIVE, Waiter
 from llorch.control.placement import Outcome, Wish, decide, pick
 from llorch.control.registry import Claim, Registry
 from llorch.errors import Code, LlorchError
@@ -22,7 +23,9 @@ QUEUE_LIMIT = 8  # for one principal of two: 2
 BODY_LIMIT = 1_000
 QUEUE_TIMEOUT_S = 60.0
 MODELS = {"p0": "m", "p1": "n"}
-TASKS = st.tuples(st.sampled_from(["ann", "ann", "bob"]), st.sampled_from([INTERACTIVE, BATCH]), st.sampled_from([50, 400]))
+TASKS = st.tuples(
+    st.sampled_from(["ann", "ann", "bob"]), st.sampled_from([INTERACTIVE, BATCH]), st.sampled_from([50, 400])
+)
 NODES = st.sampled_from(["a", "b"])
 POOLS = st.sampled_from(list(MODELS))
 WISHES = st.builds(

@@ -12,14 +12,14 @@ Who asks for nothing for a while falls behind the others, and must not come back
 counter counts as lower than the highest one at which a slot was ever given, less the credit of one burst: 4 tasks for
 every slot. That credit is what the bound on a small principal's wait rests on.
 
-    n slots, tasks of one length S. One principal keeps the line full, whatever its load; another sends bursts of B
-    tasks, B >= 3n, and in the long run less than its share (half). Alone, its i-th task (from 0) waits floor(i/n) S.
-    Beside the other one it finds all slots taken, and nobody's slot is taken away; but each becomes free within S, and
-    as long as the burst is within its credit every free slot is its own. So its i-th task waits at most
-    (floor(i/n) + 1) S: the wait alone plus S, which is at most the mean wait alone, (B/n - 1) S / 2, from B = 3n on.
-    Beyond the credit of 4n tasks it still gets every second slot, so its wait grows twice as fast as alone, from a
-    point that was below that line by then. Hence at most twice the wait alone, for the mean and for the slowest.
-    A burst below 3n waits at most S longer than alone: no order of waiting can do better, for that S is the time until
+    n slots, tasks of at most S. One principal keeps the line full, whatever its load, and has done so for a burst's
+    worth; another sends bursts of B >= 3n tasks, and in the long run asks for less than its share (half). Alone, its
+    i-th task (from 0) waits floor(i/n) S. Beside the other one it finds all slots taken, and nobody's slot is taken
+    away; but each becomes free within S, and as long as the burst is within its credit every free slot is its own. So
+    its i-th task waits at most (floor(i/n) + 1) S: the wait alone plus S, which is at most the mean wait alone,
+    (B/n - 1) S / 2. Beyond the credit of 4n tasks it still gets every second slot, so its wait grows twice as fast as
+    alone, from a point that is below twice the wait alone. Hence at most twice, for the mean and for the slowest.
+    A burst below 3n waits at most S longer than alone, and no order of waiting does better: that S is the time until
     a slot is free at all.
 """
 

@@ -1,15 +1,18 @@
-"""The queue: first come, first served, bounded in length and time, with a way out for those that can't be served."""
+"""The queue: fair and in order, bounded in length and time, with a way out for those that can't be served."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
+import uuid
 
 import pytest
 
-from llorch.control import waiting
+from llorch.control import intake, waiting
+from llorch.control.registry import Claim
 from llorch.errors import Code
-from tests.component.control_harness import Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
+from tests.component.control_harness import MODEL, Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
 
 
 async def full(control: ControlUnderTest, **more: object) -> tuple[LinkedNode, Attempt]:
@@ -235,3 +238,235 @@ async def test_why_a_task_went_where_it_went_is_told_later_as_it_was_then() -> N
         assert all(check["name"] for p in why["pools"] for check in p["filters"])
         status, dry = await control.post("/v2/placement", {"model": "m", "prompt": "x"})
         assert (status, dry["outcome"], dry["error"]["code"]) == (200, "refuse", "MODEL_NOT_FOUND")
+
+
+async def prompts(node: LinkedNode, holding: Attempt, count: int) -> list[str]:
+    """The prompts of the next tasks, each of which gets the slot of the one before."""
+    found = []
+    for _ in range(count):
+        holding.end()
+        holding = await node.asked()
+        found.append(str(json.loads(holding.body)["prompt"]))
+        holding.begin()
+    holding.end()
+    return found
+
+
+async def test_interactive_tasks_are_served_before_batch_tasks_and_both_are_counted() -> None:
+    async with a_control() as control:
+        node, holding = await full(control)
+        asking = []
+        for number, priority in enumerate(("batch", "batch", "interactive")):
+            asking.append(control.whole(prompt=f"{priority} {number}", priority=priority))
+            await control.waiting(number + 1)
+        assert await control.metric("llorch_queue_depth", model="m", priority="batch") == 2
+        assert await control.metric("llorch_queue_depth", model="m", priority="interactive") == 1
+        assert await prompts(node, holding, 3) == ["interactive 2", "batch 0", "batch 1"]
+        for each in asking:
+            assert (await each.answer()).status == 200
+        assert await control.metric("llorch_queue_depth", model="m") == 0
+        assert await control.metric("llorch_queue_wait_seconds_count") == 3
+
+
+async def test_one_that_sends_much_does_not_keep_one_that_sends_little_waiting() -> None:
+    async with a_control() as control:
+        node, holding = await full(control)
+        asking = [control.whole(prompt=f"much {number}") for number in range(6)]
+        await control.waiting(6)
+        asking += [control.whole(who="bob", prompt=f"little {number}") for number in range(2)]
+        await control.waiting(8)
+        served = await prompts(node, holding, 8)
+        assert [prompt.split()[0] for prompt in served[:3]] == ["little", "much", "little"]
+        for each in asking:
+            assert (await each.answer()).status == 200
+        await control.idle()
+
+
+async def test_who_has_had_fewer_tokens_is_next() -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=1))
+        for who, tokens in (("alice", 1_000), ("bob", 1)):
+            before = control.whole(who=who)
+            attempt = (await node.asked()).begin()
+            attempt.event("end", {"finish_reason": "stop"})
+            attempt.tail(finish_reason="stop", tokens_in=1, tokens_out=tokens)
+            await before.answer()
+        control.submit(who="admin", prompt="holder")
+        holding = (await node.asked()).begin()
+        asking = []
+        for number, who in enumerate(("alice", "bob")):
+            asking.append(control.whole(who=who, prompt=who))
+            await control.waiting(number + 1)
+        assert await prompts(node, holding, 2) == ["bob", "alice"]
+        for each in asking:
+            await each.answer()
+
+
+async def test_one_that_waits_beside_another_has_a_quarter_of_the_queue() -> None:
+    async with a_control(queue_limit=8) as control:
+        node, holding = await full(control)
+        asking = [control.whole(who="bob")]
+        await control.waiting(1)
+        asking += [control.whole() for _ in range(2)]
+        await control.waiting(3)
+        answer = await control.whole().answer()
+        assert (answer.status, answer.code) == (429, "QUEUE_FULL")
+        assert "while others wait too" in answer.json["error"]["message"]
+        assert int(answer.headers["X-Backoff-Ms"]) > 0
+        asking.append(control.whole(who="bob"))
+        await control.waiting(4)
+        await prompts(node, holding, 4)
+        for each in asking:
+            assert (await each.answer()).status == 200
+
+
+async def test_the_bodies_that_wait_are_bounded_in_bytes() -> None:
+    async with a_control(queue_body_limit=1_000) as control:
+        node, holding = await full(control)
+        asking = control.whole(prompt="x" * 600)
+        await control.waiting(1)
+        answer = await control.whole(prompt="x" * 600).answer()
+        assert (answer.status, answer.code) == (429, "QUEUE_FULL")
+        await prompts(node, holding, 1)
+        assert (await asking.answer()).status == 200
+
+
+async def test_a_batch_task_has_a_timeout_of_its_own() -> None:
+    async with a_control(queue_timeout=0.2, queue_timeout_batch=30.0) as control:
+        node, holding = await full(control)
+        batch = control.whole(prompt="batch", priority="batch")
+        await control.waiting(1)
+        assert (await control.whole().answer()).code == "QUEUE_TIMEOUT"
+        assert not batch.done
+        assert await prompts(node, holding, 1) == ["batch"]
+        assert (await batch.answer()).status == 200
+    async with a_control(queue_timeout=30.0, queue_timeout_batch=0.2) as control:
+        await full(control)
+        answer = await control.whole(priority="batch").answer()
+        assert (answer.code, "0.2 s" in answer.json["error"]["message"]) == ("QUEUE_TIMEOUT", True)
+
+
+async def test_time_in_which_the_model_is_loaded_does_not_count_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "WAIT_TICK_S", 0.05)
+    async with a_control(queue_timeout=0.3) as control:
+        node = await control.join("a", pool(ready=False, state="loading"))
+        asking = control.whole()
+        await control.waiting(1)
+        await asyncio.wait((asking._task,), timeout=0.6)  # twice the time that it may wait
+        assert not asking.done
+        await node.beat(pools=[pool(slots=1, slots_free=0)])  # ready, and busy: from here on it counts
+        answer = await asking.answer()
+        assert (answer.status, answer.code) == (504, "QUEUE_TIMEOUT")
+
+
+async def test_a_model_that_is_never_loaded_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "WAIT_TICK_S", 0.05)
+    monkeypatch.setattr(waiting, "LOADING_SPARED_S", 0.2)
+    async with a_control(queue_timeout=0.2) as control:
+        await control.join("a", pool(ready=False, state="loading"))
+        assert (await control.whole().answer()).code == "QUEUE_TIMEOUT"
+
+
+async def test_a_deadline_that_can_not_be_met_is_refused_at_once() -> None:
+    async with a_control() as control:
+        node, holding = await full(control)
+        asking = [control.whole() for _ in range(9)]
+        await control.waiting(9)
+        for _ in range(6):
+            await asyncio.wait((asking[-1]._task,), timeout=0.1)  # the pace of this line
+            holding.end()
+            holding = (await node.asked()).begin()
+        answer = await control.whole(deadline_ms=200).answer()
+        assert (answer.status, answer.code) == (504, "DEADLINE_EXCEEDED")
+        error = answer.json["error"]
+        assert error["details"]["eta_ms"] > 200 >= error["details"]["deadline_ms"]
+        assert "place 4 in line" in error["message"]
+        patient = control.whole(deadline_ms=60_000)
+        await control.waiting(4)
+        await prompts(node, holding, 4)
+        assert (await patient.answer()).status == 200
+
+
+@pytest.mark.parametrize("leaves", ["before the slot is free", "as the slot is freed"])
+async def test_the_slot_of_a_waiter_that_left_passes_on_to_the_next(leaves: str) -> None:
+    async with a_control() as control:
+        node, holding = await full(control)
+        gone = control.chat()
+        await control.waiting(1)
+        asking = control.whole(prompt="next")
+        await control.waiting(2)
+        if leaves == "before the slot is free":
+            await gone.leave()
+            await control.waiting(1)
+            holding.end()
+        else:
+            holding.end()
+            await gone.leave()
+        await eventually(lambda: any(b"next" in attempt.body for attempt in node.opened), within_s=5)
+        attempt = next(attempt for attempt in node.opened if b"next" in attempt.body)
+        attempt.begin().end()
+        assert (await asking.answer()).status == 200
+        await eventually(lambda: all(a.canceled or a.detached for a in node.opened if b"messages" in a.body))
+        for left in node.opened:
+            if b"messages" in left.body:
+                left.tail(finish_reason="canceled")
+        await control.idle()
+
+
+async def test_a_slot_given_to_one_that_leaves_at_that_moment_goes_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llorch.control.sweep.EXPIRE_EVERY_S", 60.0)  # nothing else looks at the queue meanwhile
+    async with a_control() as control:
+        await control.join("a", pool(slots=1))
+        room = control.control.dispatcher._room
+
+        async def said(position: int, eta_ms: int | None) -> None:
+            pass
+
+        def claiming(number: int) -> asyncio.Task[Claim]:
+            raw = json.dumps({"model": MODEL, "prompt": "x"}).encode()
+            task_id, now = str(uuid.UUID(int=number)), time.monotonic()
+            task = intake.native_task(raw, {}, owner="alice", request_id="r", task_id=task_id, now=now)
+            return asyncio.create_task(room.claim(task, said, front=False))
+
+        holding = await claiming(0)
+        first, second = claiming(1), claiming(2)
+        await eventually(lambda: room._admission.depth() == 2)
+        room.release(holding)
+        assert room._admission.depth() == 1  # the first one has it, and has not heard of it
+        first.cancel()
+        room.release(await asyncio.wait_for(second, 5))
+        assert first.cancelled()
+        await control.idle()
+
+
+async def test_while_refusals_are_held_back_what_nobody_has_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "WAIT_TICK_S", 0.05)
+    monkeypatch.setattr(waiting, "REFUSE_AFTER_S", 0.2)
+    async with a_control() as control:
+        held = True
+        monkeypatch.setattr(control.control.dispatcher._room, "_hold_refusals", lambda: held)
+        served, never = control.whole(), control.whole(model="a-name-of-the-clients")
+        await control.waiting(2)
+        await asyncio.wait((served._task, never._task), timeout=0.5)
+        assert not served.done and not never.done
+        assert await control.metric("llorch_queue_depth", model="", priority="interactive") == 2
+        node = await control.join("a")
+        (await node.asked()).begin().end()
+        assert (await served.answer()).status == 200
+        assert not never.done
+        held = False
+        assert (await never.answer()).code == "MODEL_NOT_FOUND"
+        assert (await control.whole(model="another").answer()).code == "MODEL_NOT_FOUND"
+        await control.idle()
+
+
+async def test_a_free_slot_that_no_waiter_can_use_is_not_kept_from_one_that_just_came() -> None:
+    async with a_control(queue_limit=1) as control:
+        await full(control)
+        pinned = control.whole(placement={"pin": "a"})
+        await control.waiting(1)
+        other = await control.join("b")
+        asking = control.whole()  # the queue is full, and there is a slot for it
+        (await other.asked()).begin().end()
+        assert (await asking.answer()).json["node_id"] == "b"
+        assert not pinned.done

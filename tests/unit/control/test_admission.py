@@ -403,6 +403,8 @@ def test_places_of_a_short_line_are_always_those_of_now() -> None:
     assert admission.position("3", 1.0) == 3
     admission.remove("1", 1.0)
     assert admission.position("3", 1.01) == 2
+    admission.enqueue(waiter("0", front=True), 1.02, SLOTS)
+    assert [admission.position(name, 1.03) for name in ("0", "2", "3")] == [1, 2, 3]
 
 
 # ---------------------------------------------------------------- charges

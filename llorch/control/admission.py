@@ -147,16 +147,26 @@ class Admission:
     # ---- slots
 
     def match(
-        self, try_place: Callable[[Waiter], C | None], now: float, model: str | None = None
+        self,
+        try_place: Callable[[Waiter], C | None],
+        now: float,
+        model: str | None = None,
+        *,
+        any_free: Callable[[str], bool] = lambda _: True,
     ) -> list[tuple[Waiter, C]]:
         """Offer the free slots to the waiters in order, or to those of one model; who was placed has left the queue.
 
         `try_place` chooses a pool and takes its claim, or returns None; it must not raise, nor change the queue. When
         nothing is free this costs one call per model: a wish without constraints that found no slot means there is
-        none for anybody behind it, and a constrained one is asked once per distinct wish.
+        none for anybody behind it, and a constrained one is asked once per distinct wish. `any_free` may say that a
+        model has no free slot at all, which spares working out whose turn it would be.
         """
-        lines = self._lines.values() if model is None else filter(None, [self._lines.get(model)])
-        return [pair for line in list(lines) if len(line) for pair in self._match_line(line, try_place, now)]
+        placed: list[tuple[Waiter, C]] = []
+        for name in list(self._lines) if model is None else [model]:
+            line = self._lines.get(name)
+            if line is not None and len(line) and any_free(name):
+                placed += self._match_line(line, try_place, now)
+        return placed
 
     def _match_line(self, line: Line, try_place: Callable[[Waiter], C | None], now: float) -> list[tuple[Waiter, C]]:
         claims: dict[str, C] = {}

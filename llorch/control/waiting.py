@@ -21,9 +21,7 @@ from llorch.logs import Log
 
 WAIT_TICK_S = 1.0  # how often a waiting task looks up: queue position, whether waiting still makes sense
 REFUSE_AFTER_S = 5.0  # a node's restart takes about 3 s; a queue must not answer NO_CAPACITY meanwhile
-LOADING_SPARED_S = (
-    600.0  # time of loading that doesn't count as waiting; what takes longer than that fails again and again
-)
+LOADING_SPARED_S = 600.0  # of loading, that does not count as waiting: two load-timeouts; after that it only fails
 
 Said = Callable[[int, int | None], Awaitable[None]]  # told (position, eta_ms) at every tick
 
@@ -124,7 +122,7 @@ class WaitingRoom:
         every claim's end."""
         if not self._waiting:
             return
-        for waiter, claim in self._admission.match(self._place, self._clock(), model):
+        for waiter, claim in self._admission.match(self._place, self._clock(), model, any_free=self._any_free):
             future = self._waiting.get(waiter.task_id)
             if future is None or future.done():
                 self._registry.release(claim)
@@ -178,6 +176,10 @@ class WaitingRoom:
 
     def _loading(self, model: str) -> bool:
         return being_loaded(model, self._registry.pool_facts(self._clock(), model=model))
+
+    def _any_free(self, model: str) -> bool:
+        pools = self._registry.pool_facts(self._clock(), model=model)
+        return any(pool.placeable and pool.model == model for pool in pools)
 
     def _place(self, waiter: Waiter) -> Claim | None:
         """Choose and take, in one step."""

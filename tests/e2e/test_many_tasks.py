@@ -9,7 +9,7 @@ from tests.cluster import Cluster, eventually, expected_text, simulated
 
 
 async def test_200_concurrent_tasks_over_two_nodes_all_complete_and_spread_by_slots(llorch: Cluster) -> None:
-    await llorch.start_control()
+    await llorch.start_control("--queue-limit", "200")
     args = ("--tokens", "1000", "--delay-ms", "4")
     await asyncio.gather(
         llorch.start_node("big", [simulated("p0", "sim", 8, *args)]),

@@ -108,7 +108,7 @@ async def test_a_node_that_is_killed_after_output_began_is_7_and_what_came_is_pr
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_200_submits_at_once_over_two_nodes_all_print_their_whole_answer(llorch: Cluster) -> None:
-    await llorch.start_control()
+    await llorch.start_control("--queue-limit", "200")
     args = ("--tokens", "1000", "--delay-ms", "10")
     await asyncio.gather(
         llorch.start_node("big", [simulated("p0", "sim", 8, *args)]),

@@ -111,6 +111,13 @@ def test_when_nothing_is_free_one_waiter_per_model_is_asked() -> None:
     assert slots.asked == ["0", "o0"]
 
 
+def test_nobody_is_asked_where_no_slot_is_free_at_all() -> None:
+    admission = queue(waiter("1"), waiter("2", "other"))
+    slots = Slots(m=1, other=1)
+    assert [w.task_id for w, _ in admission.match(slots, 0.0, any_free=lambda model: model == "other")] == ["2"]
+    assert slots.asked == ["2"]
+
+
 def test_the_same_unmet_wish_is_asked_once() -> None:
     admission = queue(*(waiter(f"a{n}", pin="a") for n in range(50)), waiter("b", pin="b"), waiter("free"))
     slots = Slots(b=1)

@@ -153,26 +153,30 @@ class Admission:
         model: str | None = None,
         *,
         any_free: Callable[[str], bool] = lambda _: True,
+        heard: Callable[[str], bool] = lambda _: True,
     ) -> list[tuple[Waiter, C]]:
         """Offer the free slots to the waiters in order, or to those of one model; who was placed has left the queue.
 
         `try_place` chooses a pool and takes its claim, or returns None; it must not raise, nor change the queue. When
         nothing is free this costs one call per model: a wish without constraints that found no slot means there is
         none for anybody behind it, and a constrained one is asked once per distinct wish. `any_free` may say that a
-        model has no free slot at all, which spares working out whose turn it would be.
+        model has no free slot at all, which spares working out whose turn it would be. A task that nobody listens to
+        just now (`heard`) keeps its place and is passed by.
         """
         placed: list[tuple[Waiter, C]] = []
         for name in list(self._lines) if model is None else [model]:
             line = self._lines.get(name)
             if line is not None and len(line) and any_free(name):
-                placed += self._match_line(line, try_place, now)
+                placed += self._match_line(line, try_place, now, heard)
         return placed
 
-    def _match_line(self, line: Line, try_place: Callable[[Waiter], C | None], now: float) -> list[tuple[Waiter, C]]:
+    def _match_line(
+        self, line: Line, try_place: Callable[[Waiter], C | None], now: float, heard: Callable[[str], bool]
+    ) -> list[tuple[Waiter, C]]:
         claims: dict[str, C] = {}
         hopeless: set[Wish] = set()
         for waiter in line.in_turn(now, lambda waiter: waiter.task_id in claims):
-            if hopeless and waiter.wish in hopeless:
+            if (hopeless and waiter.wish in hopeless) or not heard(waiter.task_id):
                 continue
             claim = try_place(waiter)
             if claim is not None:

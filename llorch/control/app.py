@@ -85,6 +85,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
             queue_timeout_s=settings.queue_timeout,
             queue_timeout_batch_s=settings.queue_timeout_batch,
             ttft_timeout_s=settings.ttft_timeout,
+            recovering=lambda: recovery.on(time.monotonic()),
         )
         control = Control(
             registry=registry,

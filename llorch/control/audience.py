@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from llorch.control.tasks import State, Task
@@ -53,11 +53,12 @@ class Audience:
     """All who listen to one task, as one Client: what it is told reaches the client that sent the task.
 
     Those that came back read the log by themselves; for them the task only has to go on. `running` is the asyncio task
-    that serves it, cancelled when nobody is left.
+    that serves it, cancelled when nobody is left; `back` is called when somebody is here again.
     """
 
-    def __init__(self, task: Task, client: Client) -> None:
+    def __init__(self, task: Task, client: Client, *, back: Callable[[], None]) -> None:
         self.task = task
+        self._back = back
         self.taken = asyncio.Event()  # a node has accepted it, or it has ended
         self.begun = asyncio.Event()  # it has shown its first byte, or has ended
         self.gone = asyncio.Event()  # it has ended
@@ -73,8 +74,11 @@ class Audience:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """One that came back is here for as long as the block runs."""
+        was_silent = self.silent
         self._followers += 1
         self._stay()
+        if was_silent:
+            self._back()
         try:
             yield
         finally:
@@ -99,7 +103,7 @@ class Audience:
         self.gone.set()
 
     @property
-    def _silent(self) -> bool:
+    def silent(self) -> bool:
         """Nobody is here. Of a task that its client has left with the cluster nobody has to be."""
         return self._client is None and not self._followers and not (self.task.detach and self.accepted_by_node)
 
@@ -108,7 +112,7 @@ class Audience:
         return self.task.native and self.task.state in (State.QUEUED, State.PLACED)
 
     def _look_around(self) -> None:
-        if not self._alive or not self._silent or self.running is None:
+        if not self._alive or not self.silent or self.running is None:
             return
         if not self._may_come_back:
             self.running.cancel()
@@ -117,7 +121,7 @@ class Audience:
 
     def _give_up(self) -> None:
         self._grace = None
-        if self._alive and self._silent and self.running is not None:
+        if self._alive and self.silent and self.running is not None:
             self.running.cancel()
 
     def _stay(self) -> None:
@@ -152,7 +156,7 @@ class Audience:
         with self._outliving():
             if self._client is not None:
                 await self._client.begin(head)
-        if self._silent:
+        if self.silent:
             raise Unheard("nobody is here to read it")
 
     async def write(self, data: bytes) -> None:
@@ -167,6 +171,6 @@ class Audience:
             yield
         except ConnectionError:
             self._client = None
-            if self._silent and not self._may_come_back:
+            if self.silent and not self._may_come_back:
                 raise
             self._look_around()

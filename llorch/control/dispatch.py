@@ -70,6 +70,7 @@ class Dispatcher:
         queue_timeout_s: float,
         queue_timeout_batch_s: float,
         ttft_timeout_s: float,
+        recovering: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tasks = TaskStore()
@@ -82,6 +83,8 @@ class Dispatcher:
             self.tasks,
             queue_timeout_s=queue_timeout_s,
             queue_timeout_batch_s=queue_timeout_batch_s,
+            hold_refusals=recovering,
+            heard=self._heard,
             clock=clock,
         )
         self._opener = opener
@@ -130,7 +133,7 @@ class Dispatcher:
         task.label = task.wish.model if self._registry.models().has_model(task.wish.model) else ""
         self.tasks.add(task)
         self._quiet.clear()
-        audience = self._audiences[task.task_id] = Audience(task, client)
+        audience = self._audiences[task.task_id] = Audience(task, client, back=self._room.pump)
         audience.running = self._guard.spawn(self._run(task, audience), f"task.{task.task_id}")
         return audience
 
@@ -207,6 +210,10 @@ class Dispatcher:
     async def close(self) -> None:
         """After `stop`: wait for what still runs."""
         await self._guard.close()
+
+    def _heard(self, task_id: str) -> bool:
+        audience = self._audiences.get(task_id)
+        return audience is None or not audience.silent
 
     # ---- the life of a task
 

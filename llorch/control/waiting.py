@@ -41,9 +41,13 @@ class WaitingRoom:
         queue_timeout_s: float,
         queue_timeout_batch_s: float,
         hold_refusals: Callable[[], bool] = lambda: False,
+        heard: Callable[[str], bool] = lambda _task_id: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`hold_refusals`: while true, what would be refused waits: nodes that are known are still coming back."""
+        """`hold_refusals`: while true, what would be refused waits: nodes that are known are still coming back.
+
+        `heard`: whether anybody listens to a task; one whose client may be on its way back gets no slot meanwhile.
+        """
         self._registry = registry
         self._admission = admission
         self._metrics = metrics
@@ -51,6 +55,7 @@ class WaitingRoom:
         self._queue_timeout_s = queue_timeout_s
         self._queue_timeout_batch_s = queue_timeout_batch_s
         self._hold_refusals = hold_refusals
+        self._heard = heard
         self._clock = clock
         self._waiting: dict[str, asyncio.Future[Claim]] = {}
 
@@ -122,7 +127,9 @@ class WaitingRoom:
         every claim's end."""
         if not self._waiting:
             return
-        for waiter, claim in self._admission.match(self._place, self._clock(), model, any_free=self._any_free):
+        for waiter, claim in self._admission.match(
+            self._place, self._clock(), model, any_free=self._any_free, heard=self._heard
+        ):
             future = self._waiting.get(waiter.task_id)
             if future is None or future.done():
                 self._registry.release(claim)

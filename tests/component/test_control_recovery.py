@@ -172,3 +172,16 @@ async def test_the_attempt_that_was_read_is_lost_with_its_node_not_another_one_r
         assert (answer.status, answer.code, node.attached) == (502, "NODE_LOST", [])
         bad = await control.events(TASK, "a", **{"X-Llorch-Attempt": "second"}).answer()
         assert (bad.status, bad.json["error"]["param"]) == (400, "X-Llorch-Attempt")
+
+
+async def test_a_task_for_a_model_that_no_node_has_brought_yet_waits(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        await control.join("b", pool(model="other"))
+        asking = [control.submit(), control.chat()]
+        await control.waiting(2)
+        node = await control.join("a")
+        for each in asking:
+            (await node.asked()).begin().end()
+            assert (await each.answer()).status == 200
+        answer = await control.submit(model="nobodys").answer()
+        assert (answer.status, answer.code) == (404, "MODEL_NOT_FOUND")

@@ -579,24 +579,62 @@ async def test_a_client_that_goes_once_it_has_read_the_end_was_served(
         await control.idle()
 
 
-async def test_a_client_that_vanishes_from_the_queue_frees_its_place() -> None:
+@pytest.mark.parametrize("comes_back", [False, True])
+async def test_a_client_that_vanishes_from_the_queue_keeps_its_place_for_a_while_and_no_slot(
+    comes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llorch.control.audience.RECONNECT_GRACE_S", 5.0 if comes_back else 0.5)
     async with a_control() as control:
         node = await control.join("a", pool(slots=1))
         holder = control.whole()
         holding = await node.asked()
-        leaver, stayer = control.submit(prompt="leaver"), None
+        leaver = control.submit(prompt="leaver")
         await control.waiting(1)
+        task_id = next(iter(control.control.dispatcher.tasks)).task_id
         stayer = control.whole(prompt="stayer")
         await control.waiting(2)
         await leaver.leave()
-        await control.waiting(1)
         holding.begin().end()
         await holder.answer()
         attempt = await node.asked()
         assert b"stayer" in attempt.body
+        if comes_back:
+            again = control.events(task_id)
+            await again.has(b"position")
+            assert (await control.task(task_id))["queue"]["position"] == 1
         attempt.begin().end()
         await stayer.answer()
-        assert len(node.opened) == 2
+        if comes_back:
+            attempt = await node.asked()
+            assert b"leaver" in attempt.body
+            attempt.begin().end()
+            reader = await node.reader()
+            reader.accept().head().data(attempt.log)
+            reader.tail(finish_reason="stop")
+            assert (await again.answer()).terminals == ["end"]
+        await control.state(task_id, "done" if comes_back else "canceled")
+        await control.idle()
+        assert len(node.opened) == (3 if comes_back else 2)
+
+
+async def test_a_slot_that_is_free_goes_to_one_that_came_back_at_once() -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=1))
+        control.chat()
+        holding = await node.asked()
+        leaver = control.submit()
+        await control.waiting(1)
+        task_id = next(iter(control.control.dispatcher.tasks)).task_id
+        await leaver.leave()
+        holding.accept().tail(finish_reason="stop")
+        await eventually(lambda: control.control.dispatcher.tasks.running == 1)
+        await node.settled()
+        assert len(node.opened) == 1
+        control.events(task_id)
+        attempt = await node.asked()
+        assert attempt.task_id == task_id
+        attempt.begin().end()
+        (await node.reader()).accept().head().tail()
         await control.idle()
 
 

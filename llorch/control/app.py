@@ -111,10 +111,11 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
         server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
-        guard.loop(partial(expire_step, control), "expire")
-        guard.loop(partial(roster_step, control), "roster")
-        guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
         try:
+            roster.prepare()
+            guard.loop(partial(expire_step, control), "expire")
+            guard.loop(partial(roster_step, control), "roster")
+            guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
             yield control, server
         finally:
             dispatcher.stop()

@@ -19,18 +19,21 @@ log = Log("control.roster")
 
 
 class Roster:
-    """`nodes.json` in the data directory, which is made private if it is new. Raises ConfigError if it can't be."""
+    """`nodes.json` in the data directory."""
 
     def __init__(self, data_dir: str) -> None:
         self._path = Path(data_dir).expanduser() / FILE_NAME
         self._failed = False
+        self._saved = self.load()
+
+    def prepare(self) -> None:
+        """Make the directory, private if it is new. Raises ConfigError if it can't be used."""
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"the directory {self._path.parent} can't be used: {error.strerror}", hint="give another --data-dir"
             ) from None
-        self._saved = self.load()
 
     def load(self) -> frozenset[str] | None:
         """The ids as they were saved last; None where nothing can be told."""

@@ -204,11 +204,11 @@ def test_a_flag_beats_the_environment_beats_the_near_file_beats_the_users_beats_
     monkeypatch.setenv("LLORCH_ADMIN_TOKEN", secrets.token_hex(16))
     monkeypatch.setenv("LLORCH_SERVICE_TOKEN", secrets.token_hex(16))
 
-    def limit(config: str | None = None, **flags: str) -> tuple[int, str]:
+    def limit(config: str | None = None, **flags: str) -> tuple[int | None, str]:
         found = sources.resolve_here(ControlSettings, flags, config=config, local=True)
         return found.settings.queue_limit, found.origin["queue-limit"]
 
-    assert limit() == (1024, "default")
+    assert limit() == (None, "default")
     system.write_text("queue-limit: 5\n")
     assert limit() == (5, f"{system}:1")
     (user / "config.yaml").write_text("queue-limit: 4\n")

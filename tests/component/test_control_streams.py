@@ -527,7 +527,10 @@ async def test_a_detached_task_is_taken_once_a_node_has_accepted_it() -> None:
         await control.idle()
 
 
-async def test_a_detached_task_whose_submitter_left_before_it_was_taken_is_let_go() -> None:
+async def test_a_detached_task_whose_submitter_left_before_it_was_taken_is_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llorch.control.audience.RECONNECT_GRACE_S", 0.2)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.submit(detach=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -103,7 +104,7 @@ async def simulated(folder: Path, *args: str, key: bool = False) -> AsyncIterato
     """In this process: for everything but its life and its death."""
     script, given = simulated_script.parse(flags(folder, *args, key=key))
     keys = simulated_server.read_keys(given.api_key_file)
-    runner = await simulated_server.serve(script, keys, given.host, given.port)
+    runner = await simulated_server.serve(script, keys, given.host, given.port, given.journal)
     try:
         async with client() as session:
             yield Engine(session, simulated_server.url_of(runner))
@@ -350,6 +351,39 @@ async def test_it_shows_what_reached_it_but_no_secret(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- slots
+
+
+async def test_its_journal_tells_what_became_of_each_request_by_the_name_in_its_prompt(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+
+    def steps() -> list[tuple[str, str | None, int | None]]:
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert [line["at"] for line in lines] == sorted(line["at"] for line in lines)
+        return [(line["step"], line.get("marker"), line.get("tokens")) for line in lines]
+
+    async with simulated(tmp_path, "--journal", str(journal), "--delay-ms", "5") as engine:
+        await engine.whole(COMPLETIONS, prompt="#one go", max_tokens=3)
+        await engine.whole(CHAT, messages=[{"role": "user", "content": "#two"}], max_completion_tokens=1)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await engine.whole(COMPLETIONS, prompt="no name", max_tokens=10_000)
+        await eventually(lambda: steps()[-1][0] == "aborted")
+    served, *rest, arrived, aborted = steps()
+    assert served == ("serving", None, None)
+    assert rest == [("arrived", "one", 0), ("finished", "one", 3), ("arrived", "two", 0), ("finished", "two", 1)]
+    assert arrived == ("arrived", None, 0)
+    assert aborted[:2] == ("aborted", None)
+
+
+async def test_one_that_obeys_has_the_fault_that_a_prompt_names(tmp_path: Path) -> None:
+    async with simulated(tmp_path, "--obey") as engine:
+        whole = await engine.events(COMPLETIONS, prompt="#a go", max_tokens=4)
+        assert streamed_text(COMPLETIONS, whole) == expected_text(4)
+        part = await engine.part(COMPLETIONS, prompt="#a!truncate@2 go", max_tokens=4)
+        assert ("t1 " in part, "t2 " in part) == (True, False)
+    async with simulated(tmp_path) as engine:
+        events = await engine.events(COMPLETIONS, prompt="#a!truncate@2 go", max_tokens=4)
+        assert streamed_text(COMPLETIONS, events) == expected_text(4)
 
 
 async def test_no_more_run_than_it_has_slots_and_the_others_wait(tmp_path: Path) -> None:

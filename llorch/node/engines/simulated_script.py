@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 _LAST_TOKEN = re.compile(r"(?:^|\s)t(\d+) $")
+_MARKER = re.compile(r"(?:^|\s)#([\w-]{1,64})(?:!(die|hang|truncate|garbage)@(\d{1,6}))?(?:\s|$)", re.ASCII)
 
 
 class Fault(StrEnum):
@@ -31,6 +32,7 @@ class FaultDueError(Exception):
 class Script:
     """What the flags ask for. `faults` says after how many tokens of a request each comes, in place of the next token:
     a request that asks for no more is left alone, so that a pool whose engine dies after 3 tokens can become ready.
+    `obey`: a request may name a fault of its own.
     """
 
     alias: str
@@ -42,21 +44,31 @@ class Script:
     load_s: float
     status: int | None
     faults: Mapping[Fault, int]
+    obey: bool
 
-    def check(self, sent: int) -> None:
+    def check(self, sent: int, ask: Ask) -> None:
         for fault, after in self.faults.items():
             if sent >= after:
                 raise FaultDueError(fault)
+        if self.obey and ask.fault is not None and sent >= ask.fault_after:
+            raise FaultDueError(ask.fault)
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One generation: where to begin, how far to go, how it ends."""
+    """One generation: where to begin, how far to go, how it ends.
+
+    A word `#NAME` or `#NAME!FAULT@N` in the prompt is a test's own: `marker` names the request in the journal, and an
+    engine with `--obey` has that fault after N tokens of it.
+    """
 
     first: int
     count: int
     finish: str  # "stop" or "length"
     prompt_tokens: int
+    marker: str | None = None
+    fault: Fault | None = None
+    fault_after: int = 0
 
 
 def text_of(content: object) -> str:
@@ -88,7 +100,13 @@ def ask_of(body: dict[str, Any], script: Script) -> Ask:
         bound = 1  # as llama.cpp does
     count = script.tokens if bound is None else min(bound, script.tokens)
     finish = "length" if bound is not None and bound <= script.tokens else "stop"
-    return Ask(int(match.group(1)) + 1 if match else 0, count, finish, max(1, len(text_of(last).split())))
+    said_all = text_of(last)
+    ask = Ask(int(match.group(1)) + 1 if match else 0, count, finish, max(1, len(said_all.split())))
+    marked = _MARKER.search(said_all)
+    if marked is None:
+        return ask
+    name, fault, after = marked.groups()
+    return replace(ask, marker=name, fault=Fault(fault) if fault else None, fault_after=int(after or 0))
 
 
 # ---------------------------------------------------------------- the flags
@@ -110,6 +128,8 @@ def parse(argv: list[str]) -> tuple[Script, argparse.Namespace]:
     parser.add_argument("--status", type=_at_least(400))
     for fault in Fault:
         parser.add_argument(f"--{fault}-after", type=_at_least(0), metavar="TOKENS")
+    parser.add_argument("--obey", action="store_true", help="have the faults that prompts name; for tests")
+    parser.add_argument("--journal", metavar="FILE", help="a line for what becomes of each request; for tests")
     parser.add_argument("--ignore-sigterm", action="store_true")
     given = parser.parse_args(argv)
     script = Script(
@@ -122,6 +142,7 @@ def parse(argv: list[str]) -> tuple[Script, argparse.Namespace]:
         load_s=given.load_s,
         status=given.status,
         faults={fault: after for fault in Fault if (after := getattr(given, f"{fault}_after")) is not None},
+        obey=given.obey,
     )
     return script, given
 

@@ -3,7 +3,8 @@
 Token i is the text `t<i> ` on every path, so that any loss or repetition shows; a prompt that ends in `t<k> ` is gone
 on from. Faults are flags. It holds no model; requests beyond its slots wait inside, as they do in llama-server. Answers
 are shaped as llama.cpp shapes them. For tests `GET /simulated/requests` shows the last bodies that reached it and `GET
-/simulated/state` its counts. It never listens beyond loopback and never logs a request.
+/simulated/state` its counts; `--journal FILE` writes a line for each step of each request, which outlives the process.
+It never listens beyond loopback and never logs a request.
 """
 
 from __future__ import annotations
@@ -43,11 +44,35 @@ class Counts:
     tokens_out: int = 0
 
 
+class Journal:
+    """What becomes of each request, a line each, in a file that several processes may share; nothing without a file.
+
+    Times are of the monotonic clock, which all processes of a machine read alike.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def note(self, step: str, ask: Ask | None = None, told: answers.Told | None = None) -> None:
+        if self._file is None:
+            return
+        line = {"at": time.monotonic(), "step": step, "pid": os.getpid()}
+        if ask is not None and told is not None:
+            line |= {"marker": ask.marker, "tokens": told.tokens_out}
+        os.write(self._file, json.dumps(line).encode() + b"\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
 @dataclass(slots=True)
 class Engine:
     script: Script
     keys: frozenset[str]
     free: asyncio.Semaphore
+    journal: Journal
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
     requests: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
@@ -71,7 +96,7 @@ async def generate(engine: Engine, ask: Ask, told: answers.Told) -> AsyncIterato
     for sent in range(ask.count):
         if sent:  # also with no delay: it is the others' turn, and a chance to be cancelled
             await asyncio.sleep(script.delay_ms / 1_000)
-        script.check(sent)
+        script.check(sent, ask)
         engine.counts.tokens_out += 1
         told.tokens_out = sent + 1
         told.predicted_s = time.monotonic() - began - told.prompt_s
@@ -86,22 +111,27 @@ class Stay:
 
 
 @contextlib.asynccontextmanager
-async def slot(engine: Engine) -> AsyncIterator[Stay]:
+async def slot(engine: Engine, ask: Ask | None = None, told: answers.Told | None = None) -> AsyncIterator[Stay]:
     counts = engine.counts
     counts.waiting += 1
+    stay = Stay()
+    engine.journal.note("arrived", ask, told)
     try:
         await engine.free.acquire()
+    except BaseException:
+        engine.journal.note("aborted", ask, told)
+        raise
     finally:
         counts.waiting -= 1
     counts.active += 1
     counts.started += 1
-    stay = Stay()
     try:
         yield stay
     finally:
         counts.active -= 1
         counts.finished += stay.finished
         counts.aborted += not stay.finished
+        engine.journal.note("finished" if stay.finished else "aborted", ask, told)
         engine.free.release()
 
 
@@ -115,7 +145,7 @@ async def serve_generation(request: web.Request, shape: answers.Shape) -> web.St
     options = body.get("stream_options")
     wanted = isinstance(options, dict) and options.get("include_usage") is True
     told = answers.Told(script.alias, ask.prompt_tokens, ask.finish, wanted)
-    async with slot(engine) as stay:
+    async with slot(engine, ask, told) as stay:
         tokens = generate(engine, ask, told)
         if body.get("stream"):
             return await stream(request, tokens, shape, told, stay)
@@ -302,9 +332,14 @@ async def seen(request: web.Request) -> web.StreamResponse:
     return web.json_response(list(request.app[ENGINE].requests))
 
 
-def make_app(script: Script, keys: frozenset[str]) -> web.Application:
+async def close_journal(app: web.Application) -> None:
+    app[ENGINE].journal.close()
+
+
+def make_app(script: Script, keys: frozenset[str], journal: Journal) -> web.Application:
     app = web.Application(middlewares=[guard], client_max_size=MAX_BODY_BYTES)
-    app[ENGINE] = Engine(script, keys, asyncio.Semaphore(script.slots))
+    app.on_cleanup.append(close_journal)
+    app[ENGINE] = Engine(script, keys, asyncio.Semaphore(script.slots), journal)
     for path, shape in answers.SHAPES.items():
 
         async def handler(request: web.Request, shape: answers.Shape = shape) -> web.StreamResponse:
@@ -346,16 +381,20 @@ def end(code: int, message: str) -> NoReturn:
     raise SystemExit(code)
 
 
-async def serve(script: Script, keys: frozenset[str], host: str, port: int) -> web.AppRunner:
+async def serve(
+    script: Script, keys: frozenset[str], host: str, port: int, journal: str | None = None
+) -> web.AppRunner:
     """Listen; `cleanup()` of what is returned ends it. Raises OSError if the port is taken."""
     # handler_cancellation: a client that leaves frees its slot, as in llama-server.
-    runner = web.AppRunner(make_app(script, keys), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    app = make_app(script, keys, Journal(journal))
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, backlog=1024).start()
     except OSError:
         await runner.cleanup()
         raise
+    app[ENGINE].journal.note("serving")
     return runner
 
 
@@ -373,7 +412,7 @@ async def run(argv: list[str]) -> None:
         ignored = given.ignore_sigterm and number == signal.SIGTERM
         loop.add_signal_handler(number, (lambda: None) if ignored else stopping.set)
     try:
-        runner = await serve(script, keys, given.host, given.port)
+        runner = await serve(script, keys, given.host, given.port, given.journal)
     except OSError as error:
         end(1, f"can't listen on port {given.port}: {error.strerror}")
     print(f"simulated_server: listening on {url_of(runner)}", file=sys.stderr, flush=True)

@@ -186,9 +186,18 @@ class Cluster:
         return running
 
     async def start_node(
-        self, name: str, pools: Sequence[dict[str, Any]] | None = None, *argv: str, wait: bool = True, **env: str
+        self,
+        name: str,
+        pools: Sequence[dict[str, Any]] | None = None,
+        *argv: str,
+        join: str | None = None,
+        wait: bool = True,
+        **env: str,
     ) -> Running:
-        """A node with `pools` (default: one simulated pool "p0" of model "sim" with 4 slots), and its pools ready."""
+        """A node with `pools` (default: one simulated pool "p0" of model "sim" with 4 slots), and its pools ready.
+
+        `join`: another way to the control than its own URL.
+        """
         if pools is None:
             pools = [simulated()]
         config = self.folder / f"{name}.yaml"
@@ -196,7 +205,7 @@ class Cluster:
         running = self.start(
             name,
             [
-                "node", "--join", self.url, "--node-id", name, "--bind", "127.0.0.1:0",
+                "node", "--join", join or self.url, "--node-id", name, "--bind", "127.0.0.1:0",
                 "--data-dir", str(self.folder / name), "--config", str(config), "--allow-cpu", *argv,
             ],
             **self.tokens,

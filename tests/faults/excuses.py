@@ -1,0 +1,160 @@
+"""Which fault explains which error: the table that an error, a break or an answer has to be found in. Pure.
+
+An error that no fault of the history explains is a violation. Each entry says, for a code, what must have happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.faults.story import Conn, Story
+from tests.faults.timeline import LATE_S, Facts
+
+RETRIES_LOOK_BACK_S = 3.0  # an engine that was hit may still be failing tasks then
+MOST_LOSSES = 3
+MOST_ATTEMPTS = 3
+CANCEL_SLACK_S = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An error that a client was told, at a time. `output`: it had seen something of the task before."""
+
+    story: Story
+    facts: Facts
+    at: float
+    output: bool
+
+    @property
+    def since(self) -> float:
+        return self.story.since
+
+
+def _node_lost(case: Case) -> bool:
+    """With output: its node was killed, or out of reach for as long as it is waited for. Without: three losses, or
+    nowhere else to go."""
+    facts, story = case.facts, case.story
+    pool = story.pool_at(case.at)
+    if case.output and pool is not None:
+        node = pool.partition("/")[0]
+        if facts.hit(case.since, case.at, parts=("node",), hows=("kill", "term"), node=node):
+            return True
+        return facts.away(node, case.since, case.at + LATE_S) >= facts.promises["reconnect_s"] - LATE_S
+    losses = facts.hit(case.since, case.at, parts=("node", "link"))
+    return len(losses) >= MOST_LOSSES or _nowhere(case)
+
+
+def _nowhere(case: Case) -> bool:
+    """Every pool of its model was in trouble since shortly before it was sent."""
+    pools = case.facts.pools_of(case.story.ask["model"])
+    return all(case.facts.bad(pool, case.since - RETRIES_LOOK_BACK_S, case.at) for pool in pools)
+
+
+def _engine_failed(case: Case) -> bool:
+    """With output: the engine it came from was hit, or did what the request told it. Without: so did or were all that
+    could have been tried."""
+    facts, story, script = case.facts, case.story, case.story.ask.get("script")
+    since = case.since - RETRIES_LOOK_BACK_S
+
+    def failing(pool: str) -> bool:
+        if script is not None and facts.pools[pool]["obeys"]:
+            return True
+        return facts.bad(pool, since, case.at)
+
+    pool = story.pool_at(case.at)
+    if case.output and pool in facts.pools:
+        return failing(pool)
+    return all(failing(pool) for pool in facts.pools_of(story.ask["model"]))
+
+
+def _no_capacity(case: Case) -> bool:
+    return _nowhere(case)
+
+
+def _model_not_found(case: Case) -> bool:
+    """A control that has just started has never heard of what no node of now has."""
+    return _nowhere(case) and bool(case.facts.restarted(0.0, case.at))
+
+
+def _recovering(case: Case) -> bool:
+    return bool(case.facts.restarted(case.at - case.facts.promises["recovery_s"], case.at))
+
+
+def _draining(case: Case) -> bool:
+    return bool(case.facts.hit(case.at, case.at, parts=("control",), hows=("term",), late_s=2.0))
+
+
+def _deadline(case: Case) -> bool:
+    deadline_s = case.story.ask.get("deadline_s")
+    return deadline_s is not None and (not case.output or case.at - case.since >= deadline_s - LATE_S / 2)
+
+
+def _gap(case: Case) -> bool:
+    """Only a log that outgrew what is kept of one has a gap."""
+    return bool(case.story.ask["tokens"] * 70 > case.facts.promises["log_limit"])
+
+
+def _canceled(case: Case) -> bool:
+    return was_canceled(case.story, case.facts, case.at)
+
+
+def _not_found(case: Case) -> bool:
+    """Its submission was never answered; or its node, which alone remembers it, was hit; or it never came to one."""
+    story, facts = case.story, case.facts
+    if not any(conn.status in (200, 202) for conn in story.reading() if (conn.answered or case.at) < case.at):
+        return True
+    runs = [run for run in facts.executions.get(story.marker, ()) if run.start < case.at]
+    if not runs:
+        return bool(facts.restarted(case.since, case.at))
+    return all(
+        facts.hit(case.since, case.at, parts=("node",), hows=("kill", "term"), node=run.node)
+        or facts.away(run.node, case.since, case.at + LATE_S) >= facts.promises["recovery_s"] - LATE_S
+        for run in runs[-1:]
+    )
+
+
+EXPLAINED: dict[str, Callable[[Case], bool]] = {
+    "NODE_LOST": _node_lost,
+    "ENGINE_FAILED": _engine_failed,
+    "ENGINE_STALLED": _engine_failed,
+    "MODEL_NOT_AVAILABLE": _no_capacity,
+    "NO_CAPACITY": _no_capacity,
+    "MODEL_NOT_FOUND": _model_not_found,
+    "RECOVERING": _recovering,
+    "DRAINING": _draining,
+    "DEADLINE_EXCEEDED": _deadline,
+    "GAP": _gap,
+    "CANCELED": _canceled,
+    "TASK_NOT_FOUND": _not_found,
+}
+
+
+def explained(code: str | None, case: Case) -> bool:
+    rule = EXPLAINED.get(code or "")
+    return rule is not None and rule(case)
+
+
+def was_canceled(story: Story, facts: Facts, at: float) -> bool:
+    """Whether somebody wanted it canceled: its client said so, or was away for too long."""
+    asked = story.cancel_sent_at()
+    if asked is not None and asked <= at:
+        return True
+    if story.ask["form"] == "detach" and any(conn.status == 202 for conn in story.conns):
+        return False
+    if not story.native:
+        return any(conn.how != "end" and conn.until <= at for conn in story.reading())
+    return story.longest_absence() >= facts.promises["grace_s"] - CANCEL_SLACK_S
+
+
+def broken(conn: Conn, story: Story, facts: Facts) -> bool:
+    """Whether a fault explains that a connection broke, could not be made, or fell silent."""
+    if conn.stalled:
+        return True
+    if facts.hit(conn.sent, conn.until, parts=("control", "client")):
+        return True
+    if conn.how == "silent" and (conn.op != "post" or "hang" in (story.ask.get("script") or "")):
+        return True
+    # A reader that came back is let go without a word when its node is lost: the task may live on.
+    ways = ("node", "link", "engine") if conn.how == "silent" else ("node", "link")
+    return (conn.op != "post" or conn.how == "silent") and bool(facts.hit(conn.sent, conn.until, parts=ways))

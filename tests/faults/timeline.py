@@ -1,0 +1,162 @@
+"""What happened around the tasks: which part was hit when, what engines ran, what the control saw. Pure.
+
+Owns reading a history into spans of time. Times are the history's; a hit lasts from its fault to what healed it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FOREVER = float("inf")
+REBIND_S = 2.5  # a node's way back after its link was cut: it beats at once, then every 0.2 to 2 s
+LATE_S = 1.0  # what two observers of one machine under load may differ by
+TROUBLE = ("kill", "term", "stop", "half_open", "partition", "cut", "reset", "delay", "throttle")
+AWAY = ("kill", "term", "stop", "half_open", "partition")
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    part: str  # control, node, engine, link, client
+    how: str
+    target: str
+    start: float
+    end: float
+
+    @property
+    def node(self) -> str:
+        return self.target.partition("/")[0]
+
+    def meets(self, since: float, until: float) -> bool:
+        return self.start <= until and self.end >= since
+
+
+@dataclass(slots=True)
+class Execution:
+    """One request as an engine saw it. `end` is when it stopped, also by its engine's death."""
+
+    pool: str
+    pid: int
+    start: float
+    end: float = FOREVER
+    step: str = "running"
+    tokens: int = 0
+
+    @property
+    def node(self) -> str:
+        return self.pool.partition("/")[0]
+
+
+class Facts:
+    def __init__(self, entries: Sequence[dict[str, Any]]) -> None:
+        first = next((entry for entry in entries if entry["what"] == "run"), {})
+        self.promises: dict[str, float] = first.get("promises", {})
+        self.pools: dict[str, dict[str, Any]] = first.get("pools", {})
+        self.hits = _hits(entries)
+        self.samples = [(entry["at"], entry["pools"]) for entry in entries if entry["what"] == "sample"]
+        self.executions: dict[str, list[Execution]] = defaultdict(list)
+        self._read_journals(entries)
+
+    def _read_journals(self, entries: Iterable[dict[str, Any]]) -> None:
+        open_: dict[tuple[str, int], list[tuple[str, Execution]]] = defaultdict(list)
+        for entry in entries:
+            if entry["what"] != "engine":
+                continue
+            pool, pid, step, at, marker = entry["pool"], entry["pid"], entry["step"], entry["at"], entry.get("marker")
+            if step == "serving":
+                for other in [key for key in open_ if key[0] == pool and key[1] != pid]:
+                    for _, execution in open_.pop(other):
+                        execution.end, execution.step = self._death(execution, at), "killed"
+            elif marker is not None and step == "arrived":
+                execution = Execution(pool, pid, at)
+                open_[pool, pid].append((marker, execution))
+                self.executions[marker].append(execution)
+            elif marker is not None:
+                for pair in open_[pool, pid]:
+                    if pair[0] == marker:
+                        pair[1].end, pair[1].step, pair[1].tokens = at, step, entry.get("tokens", 0)
+                        open_[pool, pid].remove(pair)
+                        break
+
+    def _death(self, execution: Execution, found: float) -> float:
+        """When an engine that was replaced by `found` had died: at the hit that killed it, if one did."""
+        killed = [
+            hit.start
+            for hit in self.hits
+            if hit.how in ("kill", "term")
+            and (hit.target == execution.pool or (hit.part == "node" and hit.target == execution.node))
+            and execution.start <= hit.start <= found
+        ]
+        return min(killed, default=found)
+
+    # ---- hits
+
+    def hit(
+        self,
+        since: float,
+        until: float,
+        *,
+        parts: Sequence[str],
+        hows: Sequence[str] = TROUBLE,
+        node: str | None = None,
+        pool: str | None = None,
+        late_s: float = LATE_S,
+    ) -> list[Hit]:
+        """Hits of some kind that meet a span. `node` and `pool` narrow those of nodes, links and engines."""
+        return [
+            hit
+            for hit in self.hits
+            if hit.part in parts
+            and hit.how in hows
+            and hit.meets(since - late_s, until + late_s)
+            and (node is None or hit.part in ("control", "client") or hit.node == node)
+            and (pool is None or hit.part != "engine" or hit.target == pool)
+        ]
+
+    def touched(self, since: float, until: float, *, pool: str | None = None) -> list[Hit]:
+        """Anything between a control and an engine that was hit: what makes promises about time void meanwhile."""
+        node = pool.partition("/")[0] if pool else None
+        return self.hit(since, until, parts=("control", "node", "link", "engine"), node=node, pool=pool)
+
+    def away(self, node: str, since: float, until: float) -> float:
+        """The longest time, within a span, that a node could not be read for without a break in between."""
+        spans = sorted(
+            (max(hit.start, since), min(max(hit.end, hit.start) + REBIND_S, until))
+            for hit in self.hits
+            if hit.part in ("node", "link", "control") and hit.node in (node, "control") and hit.meets(since, until)
+            if hit.how in (*AWAY, "cut", "reset")
+        )
+        longest, start, end = 0.0, FOREVER, -FOREVER
+        for low, high in spans:
+            if low > end:
+                start = low
+            end = max(end, high)
+            longest = max(longest, end - start)
+        return longest
+
+    def bad(self, pool: str, since: float, until: float) -> bool:
+        """Whether a pool could fail tasks then: it, its node or its link was hit, or the control did not see it."""
+        node = pool.partition("/")[0]
+        if self.hit(since, until, parts=("node", "link", "engine"), node=node, pool=pool, late_s=REBIND_S):
+            return True
+        return any(
+            since - LATE_S <= at <= until + LATE_S and not (pool in pools and pools[pool][3])
+            for at, pools in self.samples
+        )
+
+    def pools_of(self, model: str) -> list[str]:
+        return [pool for pool, facts in self.pools.items() if facts["model"] == model]
+
+    def restarted(self, since: float, until: float) -> list[Hit]:
+        return self.hit(since, until, parts=("control",), hows=("kill", "term"))
+
+
+def _hits(entries: Iterable[dict[str, Any]]) -> list[Hit]:
+    healed = {entry["fault"]: entry["at"] for entry in entries if entry["what"] == "healed"}
+    return [
+        Hit(*entry["kind"].split("."), entry["target"], entry["at"], healed.get(entry["fault"], FOREVER))
+        for entry in entries
+        if entry["what"] == "fault"
+    ]

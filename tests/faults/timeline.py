@@ -125,7 +125,7 @@ class Facts:
         spans = sorted(
             (max(hit.start, since), min(max(hit.end, hit.start) + REBIND_S, until))
             for hit in self.hits
-            if hit.part in ("node", "link", "control") and hit.node in (node, "control") and hit.meets(since, until)
+            if hit.part in ("node", "link") and hit.node == node and hit.meets(since, until)
             if hit.how in (*AWAY, "cut", "reset")
         )
         longest, start, end = 0.0, FOREVER, -FOREVER
@@ -141,10 +141,8 @@ class Facts:
         node = pool.partition("/")[0]
         if self.hit(since, until, parts=("node", "link", "engine"), node=node, pool=pool, late_s=REBIND_S):
             return True
-        return any(
-            since - LATE_S <= at <= until + LATE_S and not (pool in pools and pools[pool][3])
-            for at, pools in self.samples
-        )
+        seen = [pools for at, pools in self.samples if since - LATE_S <= at <= until + LATE_S]
+        return any(not (pool in pools and pools[pool][3]) for pools in seen)
 
     def pools_of(self, model: str) -> list[str]:
         return [pool for pool, facts in self.pools.items() if facts["model"] == model]

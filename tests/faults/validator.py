@@ -185,16 +185,10 @@ def _left(story: Story, facts: Facts) -> Iterator[Violation]:
             grace_s = facts.promises["grace_s"]
         until = at + grace_s + (SWEEP_S if grace_s else 0.0) + FREED_WITHIN_S
         for run in facts.executions.get(story.marker, ()):
-            lost = facts.hit(at - LATE_S, until, parts=("client",))
-            if (
-                run.end > until
-                and run.start < until
-                and not lost
-                and not facts.touched(at - LATE_S, until, pool=run.pool)
-            ):
-                yield Violation(
-                    "reader gone", story.marker, until, f"{run.pool} runs it until {run.end:.3f}, left {at:.3f}"
-                )
+            away = facts.hit(at - LATE_S, until, parts=("client",))
+            if run.start < until < run.end and not away and not facts.touched(at - LATE_S, until, pool=run.pool):
+                what = f"{run.pool} runs it until {run.end:.3f}, its client left at {at:.3f}"
+                yield Violation("reader gone", story.marker, until, what)
 
 
 # ---------------------------------------------------------------- executions

@@ -1,0 +1,375 @@
+"""The validator itself, on hand-made histories: each rule is silent where all is well, and speaks where it is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.tale import POOLS, WHOLE, Tale, log
+from tests.faults.validator import judge
+
+
+def begun(tokens: int = 3, **ask: object) -> Tale:
+    """A native task that runs on a/p0, its answer just begun."""
+    return Tale().task(tokens=tokens, **ask).send().engine("arrived").answer()
+
+
+def done(tale: Tale) -> Tale:
+    return tale.engine("finished").closed().over()
+
+
+def test_a_task_with_nothing_wrong_breaks_no_rule() -> None:
+    tale = Tale().whole()
+    verdict = judge(tale.end().entries)
+    assert (verdict.violations, verdict.invalid) == ([], [])
+    assert (verdict.tasks, verdict.ended, dict(verdict.outcomes)) == (1, 1, {"end length": 1})
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def test_a_token_that_is_lost() -> None:
+    events = log(3)
+    assert set(done(begun().show(events[:2] + events[3:])).rules()) >= {"order"}
+
+
+def test_a_token_that_is_shown_twice() -> None:
+    events = log(3)
+    assert set(done(begun().show(events[:2] + events[1:])).rules()) >= {"order"}
+
+
+def test_a_resume_goes_on_where_it_was() -> None:
+    events = log(4)
+    tale = begun(4).show(events[:3]).fault("client.cut", "clients").closed("broken")
+    tale.send("events", events[2]["id"]).answer().show(events[3:])
+    assert done(tale).rules() == []
+
+
+@pytest.mark.parametrize(("said", "first"), [(2, 4), (2, 2)])
+def test_a_resume_that_skips_or_repeats_an_event(said: int, first: int) -> None:
+    events = log(4)
+    tale = begun(4).show(events[: said + 1]).fault("client.cut", "clients").closed("broken")
+    tale.send("events", events[said]["id"]).answer().show(events[first:])
+    assert set(done(tale).rules()) >= {"order"}
+
+
+def test_a_resume_that_is_off_by_a_byte() -> None:
+    events = log(4)
+    tale = begun(4).show(events[:3]).fault("client.cut", "clients").closed("broken")
+    cut = {**events[3], "size": events[3]["size"] - 1}
+    tale.send("events", events[2]["id"]).answer().show([cut, *events[4:]])
+    assert "order" in done(tale).rules()
+
+
+def test_other_bytes_at_the_same_offset() -> None:
+    events = log(3)
+    tale = begun().show(events).engine("finished").closed()
+    other = [*events[:1], {**events[1], "crc": 1}, *events[2:]]
+    assert tale.send("reread").answer().show(other).closed().over().rules() == ["bytes"]
+
+
+def test_a_log_event_without_an_id() -> None:
+    events = log(3)
+    assert "ids" in done(begun().show([*events[:1], {**events[1], "id": None}, *events[1:]])).rules()
+
+
+def test_an_answer_that_ends_early_as_if_it_were_whole() -> None:
+    assert done(begun(4).show(log(3))).rules() == ["whole"]
+
+
+def test_a_digest_that_is_not_the_text_s() -> None:
+    events = log(3)
+    wrong = {**events[-1], "data": {**events[-1]["data"], "sha256": "0" * 64}}
+    assert done(begun().show([*events[:-1], wrong])).rules() == ["digest"]
+
+
+def test_a_second_terminal_event_and_an_event_after_the_first() -> None:
+    events = log(3)
+    rules = done(begun().show([*events, events[-1]])).rules()
+    assert {"nothing after the end", "one end"} <= set(rules)
+
+
+def test_an_end_that_is_another_when_it_is_read_again() -> None:
+    events = log(3)
+    tale = begun().show(events).engine("finished").closed().send("reread").answer()
+    other = {**events[-1], "data": {**events[-1]["data"], "finish_reason": "stop"}}
+    assert "one end" in tale.show([*events[:-1], other]).closed().over().rules()
+
+
+def test_a_stream_that_ends_in_order_without_a_terminal_event() -> None:
+    assert begun().show(log(3)[:-1]).engine("finished").closed().over("left").rules() == ["cut or whole"]
+
+
+def test_a_control_that_is_told_to_go_may_end_a_native_stream_in_order_but_not_a_v1_one() -> None:
+    events = log(3)
+    tale = begun().show(events[:2]).fault("control.term", "control", 1.0).closed()
+    tale.send("events", events[1]["id"]).answer().show(events[2:])
+    assert done(tale).rules() == []
+    tale = Tale().task(form="v1").send().engine("arrived").answer().chunks(2, None)
+    assert tale.fault("control.term", "control", 1.0).engine("finished").closed().over("broken").rules() == [
+        "cut or whole"
+    ]
+
+
+def test_204_before_any_end_was_shown() -> None:
+    events = log(3)
+    tale = begun().show(events[:2]).fault("client.cut", "clients").closed("broken").engine("finished")
+    assert tale.send("events", events[1]["id"]).answer(204).closed().over("left").rules() == ["lost end"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end", "code", "rules"),
+    [
+        (3, "done", None, []),
+        (2, "done", None, ["whole"]),
+        (2, None, None, ["cut or whole"]),
+        (2, "error", "NODE_LOST", ["unexplained error"]),
+    ],
+)
+def test_a_v1_stream(tokens: int, end: str | None, code: str | None, rules: list[str]) -> None:
+    tale = Tale().task(form="v1").send().engine("arrived").answer(node="a", pool="p0").chunks(tokens, end, code)
+    assert done(tale).rules() == rules
+
+
+def test_a_v1_stream_out_of_order_and_one_that_goes_on_after_its_end() -> None:
+    tale = Tale().task(form="v1").send().engine("arrived").answer().chunks(3)
+    tale.note("chunk", task="k1", conn=1, kind="text", text="t9 ")
+    assert set(done(tale).rules()) == {"nothing after the end", "order"}
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "rules"),
+    [("t0 t1 t2 ", "length", []), ("t0 t1 ", "length", ["whole"]), ("t0 t1 ", None, ["whole"])],
+)
+def test_an_answer_in_one_piece(said: str, finish: str | None, rules: list[str]) -> None:
+    tale = Tale().task(form="v1-json").send().engine("arrived").answer()
+    assert done(tale.note("body", task="k1", conn=1, text=said, finish=finish)).rules() == rules
+
+
+# ---------------------------------------------------------------- errors
+
+
+def failed(code: str, tokens: int = 2, **ask: object) -> Tale:
+    return done(begun(9, **ask).show(log(tokens, end=None)).show([{**log(tokens, error=code)[-1]}]))
+
+
+@pytest.mark.parametrize("code", ["NODE_LOST", "ENGINE_FAILED", "INTERNAL", "NO_CAPACITY", "DEADLINE_EXCEEDED", "GAP"])
+def test_an_error_that_no_fault_explains(code: str) -> None:
+    assert failed(code).rules() == ["unexplained error"]
+
+
+def lost_with_output(kind: str, target: str, for_s: float) -> list[str]:
+    events = log(2, error="NODE_LOST")
+    tale = begun(9).show(events[:-1]).fault(kind, target, for_s).wait(for_s)
+    return done(tale.show(events[-1:])).rules()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "for_s", "rules"),
+    [
+        ("node.kill", "a", 1.0, []),
+        ("link.partition", "a", 6.0, []),
+        ("node.kill", "b", 1.0, ["unexplained error"]),
+        ("link.cut", "a", 0.0, ["unexplained error"]),  # a link that is back at once costs nothing
+        ("engine.kill", "a/p0", 1.0, ["unexplained error"]),
+        ("control.kill", "control", 1.0, ["unexplained error"]),
+    ],
+)
+def test_node_lost_only_where_the_node_was(kind: str, target: str, for_s: float, rules: list[str]) -> None:
+    assert lost_with_output(kind, target, for_s) == rules
+
+
+def test_a_task_with_no_output_is_not_lost_with_its_first_node() -> None:
+    tale = Tale().task().send().engine("arrived").fault("node.kill", "a", 1.0).wait(0.1)
+    tale.answer().show([{**log(0, error="NODE_LOST")[-1], "id": None}]).closed().over()
+    assert tale.engine("serving", pid=99, marker=None).rules() == ["unexplained error"]
+
+
+def test_engine_failed_where_the_engine_was_hit_or_told_to() -> None:
+    events = log(2, error="ENGINE_FAILED")
+    tale = begun(9).show(events[:-1]).fault("engine.kill", "a/p0", 1.0).show(events[-1:])
+    assert done(tale).rules() == []
+    events = log(2, error="ENGINE_FAILED", pool="a/p1")
+    tale = Tale().task(tokens=9, model="odd", script="truncate@2").send().engine("arrived", "a/p1").answer()
+    assert tale.show(events).engine("finished", "a/p1").closed().over().rules() == []
+
+
+def test_a_control_restart_is_blamed_for_nothing_but_what_it_may_be() -> None:
+    for code, rules in (
+        ("RECOVERING", []),
+        ("INTERNAL", ["unexplained error"]),
+        ("MODEL_NOT_FOUND", ["unexplained error"]),
+    ):
+        tale = Tale().fault("control.kill", "control", 1.0).wait(2.0)
+        tale.task().send().answer(503, code).closed().over("refused")
+        assert tale.rules() == rules, code
+    tale = Tale().fault("control.kill", "control", 1.0).wait(12.0)
+    assert tale.task().send().answer(503, "RECOVERING").closed().over("refused").rules() == ["unexplained error"]
+
+
+def test_a_deadline_is_not_over_before_its_time() -> None:
+    for waited_s, rules in ((2.0, []), (0.1, ["unexplained error"])):
+        events = log(2, error="DEADLINE_EXCEEDED")
+        tale = begun(9, deadline_s=2.0).show(events[:-1]).wait(waited_s)
+        assert done(tale.show(events[-1:])).rules() == rules
+
+
+def test_a_connection_that_breaks_for_no_reason() -> None:
+    events = log(3)
+    tale = begun().show(events[:2]).closed("broken").send("events", events[1]["id"]).answer().show(events[2:])
+    assert done(tale).rules() == ["unexplained break"]
+
+
+def test_a_task_that_nobody_knows_any_more() -> None:
+    events = log(3)
+
+    def unknown(kind: str, target: str) -> list[str]:
+        tale = begun().show(events[:2]).fault(kind, target, 1.0).closed("broken").wait(6.0)
+        tale.send("events", events[1]["id"]).answer(404, "TASK_NOT_FOUND").closed().over("unknown")
+        return tale.engine("finished").rules()
+
+    assert unknown("node.kill", "a") == ["unexplained break"]
+    assert set(unknown("control.kill", "control")) == {"unexplained error", "lost task"}
+
+
+# ---------------------------------------------------------------- cancels, and readers that go
+
+
+def canceled(after_s: float, end: str = "canceled") -> Tale:
+    events = log(2, end=end)
+    tale = begun(9 if end == "canceled" else 2).show(events[:-1]).ask("cancel", 202).wait(after_s)
+    return tale.engine("aborted").show(events[-1:]).closed().over()
+
+
+def test_a_cancel_ends_its_task_and_frees_the_slot_soon() -> None:
+    assert canceled(0.5).rules() == []
+    assert canceled(0.5, "length").rules() == []  # it had come before
+    assert canceled(3.0).rules() == ["cancel"]
+    assert canceled(3.0, "length").rules() == ["cancel", "cancel"]
+
+
+def test_tokens_long_after_a_cancel() -> None:
+    events = log(3, end="canceled")
+    tale = begun(9).show(events[:-2]).ask("cancel", 202).engine("aborted").wait(3.0).show(events[-2:]).closed().over()
+    assert tale.rules() == ["cancel"]
+
+
+def test_a_cancel_by_nobody() -> None:
+    assert done(begun(9).show(log(2, end="canceled"))).rules() == ["canceled by nobody"]
+
+
+@pytest.mark.parametrize(("away_s", "rules"), [(1.0, ["canceled by nobody"]), (4.0, [])])
+def test_a_reader_that_is_back_within_its_grace_finds_its_task_alive(away_s: float, rules: list[str]) -> None:
+    events = log(2, end="canceled")
+    tale = begun(9).show(events[:-1]).left(back=True).closed("left").wait(away_s)
+    tale.send("events", events[-2]["id"]).answer().show(events[-1:])
+    assert done(tale).rules() == rules
+
+
+@pytest.mark.parametrize(
+    ("form", "for_s", "rules"),
+    [("native", 3.5, []), ("native", 8.0, ["reader gone"]), ("v1", 0.5, []), ("v1", 3.0, ["reader gone"])],
+)
+def test_a_client_that_goes_for_good_frees_its_slot(form: str, for_s: float, rules: list[str]) -> None:
+    tale = Tale().task(form=form, tokens=99).send().engine("arrived").answer()
+    tale = tale.chunks(2, None) if form == "v1" else tale.show(log(2, end=None))
+    assert tale.left(back=False).closed("left").over("left").wait(for_s).engine("aborted").rules() == rules
+
+
+# ---------------------------------------------------------------- executions and slots
+
+
+def test_a_second_execution_after_a_replay() -> None:
+    events = log(3)
+    tale = begun(key="key").show(events[:2]).fault("client.cut", "clients").closed("broken").engine("finished")
+    tale.send().engine("arrived", "b/p0").answer().show(log(3, pool="b/p0")).engine("finished", "b/p0").closed().over()
+    assert tale.rules() == ["one execution", "one execution"]
+
+
+def test_a_second_execution_is_right_where_the_first_died_with_its_node() -> None:
+    tale = begun(key="key").show(log(3)[:2]).fault("node.kill", "a", 1.0).fault("control.kill", "control", 1.0)
+    tale.closed("broken").wait(1.5).engine("serving", pid=99, marker=None)
+    tale.send().engine("arrived", "b/p0").answer().show(log(3, pool="b/p0")).engine("finished", "b/p0").closed().over()
+    assert tale.rules() == []
+
+
+def test_a_retry_after_something_was_shown() -> None:
+    tale = begun().show(log(3)[:2]).engine("aborted").wait(2.0).engine("arrived", "b/p0")
+    tale.show(log(3, pool="b/p0", attempt=2)).engine("finished", "b/p0").closed().over()
+    assert "one execution" in tale.rules()
+
+
+def test_a_retry_before_anything_was_shown_is_right_also_beside_a_node_that_is_away() -> None:
+    tale = Tale().task().send().engine("arrived").fault("link.half_open", "a", 2.0).wait(1.0).engine("arrived", "b/p0")
+    tale.answer().show(log(3, pool="b/p0", attempt=2)).engine("finished", "b/p0").closed().over().engine("aborted")
+    assert tale.rules() == []
+    tale = Tale().task().send().engine("arrived").wait(1.0).engine("arrived", "b/p0").wait(3.0).engine("aborted")
+    tale.answer().show(log(3, pool="b/p0", attempt=2)).engine("finished", "b/p0").closed().over()
+    assert tale.rules() == ["one execution"]
+
+
+def test_more_requests_at_an_engine_than_it_has_slots() -> None:
+    for for_s, rules in ((0.2, []), (4.0, ["slots"])):
+        tale = Tale()
+        for marker in ("k1", "k2", "k3"):
+            tale.task(marker).send().engine("arrived").answer().show(log(3)).closed().over()
+        tale.wait(for_s)
+        for marker in ("k1", "k2", "k3"):
+            tale.engine("finished", marker=marker)
+        assert tale.rules() == rules
+
+
+def test_more_claims_than_slots_at_the_control() -> None:
+    tale = Tale().whole().note("sample", pools={**WHOLE, "a/p0": [2, 0, 3, True, "ready"]})
+    assert tale.rules() == ["slots"]
+
+
+def test_another_body_under_a_key_is_refused() -> None:
+    for status, code, rules in ((422, "IDEMPOTENCY_MISMATCH", []), (200, None, ["mismatch"])):
+        events = log(3)
+        tale = begun(key="key").show(events[:2]).ask("mismatch", status, code).show(events[2:])
+        assert done(tale).rules() == rules
+
+
+# ---------------------------------------------------------------- what is left
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"pools": {**WHOLE, "a/p0": [2, 2, 1, True, "ready"]}},
+        {"pools": {**WHOLE, "a/p0": [2, 1, 0, True, "ready"]}},
+        {"pools": {**WHOLE, "b/p0": [2, 0, 0, False, "ready"]}},
+        {"pools": {pool: WHOLE[pool] for pool in POOLS if pool != "a/p0"}},
+        {"queued": 1},
+        {"tasks": ["id"]},
+        {"engines": {**dict.fromkeys(POOLS, 1), "a/p0": 2}},
+        {"strangers": [4711]},
+    ],
+)
+def test_what_is_left_over(left: dict[str, object]) -> None:
+    rules = Tale().whole().rules(**left)
+    assert set(rules) == {"left over"}
+
+
+def test_an_engine_that_runs_on_after_all_is_over() -> None:
+    assert begun().show(log(3)).closed().over().rules() == ["left over"]
+
+
+def test_a_task_that_does_not_end() -> None:
+    assert begun().show(log(3)[:2]).engine("finished").wait(40.0).closed("left").over("abandoned").rules() == ["stuck"]
+
+
+# ---------------------------------------------------------------- runs that show nothing
+
+
+def test_a_run_that_is_slow_or_was_not_brought_to_its_end_is_invalid() -> None:
+    tale = Tale().whole()
+    tale.entries[0]["promises"] = {**tale.entries[0]["promises"], "min_rate": 3.0}
+    assert [reason for reason in judge(tale.end().entries).invalid if "tasks/s" in reason]
+    assert judge(Tale().whole().entries).invalid == ["the run was not brought to its end"]
+
+
+def test_a_run_in_which_most_tasks_fail_is_invalid() -> None:
+    verdict = judge(failed("NODE_LOST").end().entries)
+    assert verdict.invalid
+    assert not verdict.passed

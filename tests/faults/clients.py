@@ -30,7 +30,7 @@ PAUSE_S = (0.05, 0.3)  # between two tries
 RECEIVE_BUFFER_BYTES = 16 * 1024  # small, so that a client that takes nothing is felt soon
 AGAIN = frozenset({"RECOVERING", "DRAINING"})
 BROKEN = (aiohttp.ClientError, OSError, TimeoutError, sse.SseError)
-FORGET_AFTER_S = 20.0  # a task that nobody knows for so long is not looked for any more
+FORGET_AFTER_S = 8.0  # a task that nobody knows for so long is not looked for any more
 
 
 def socket_factory(info: Any) -> socket.socket:

@@ -15,6 +15,7 @@ RETRIES_LOOK_BACK_S = 3.0  # an engine that was hit may still be failing tasks t
 MOST_LOSSES = 3
 MOST_ATTEMPTS = 3
 CANCEL_SLACK_S = 0.7
+NATIVE_TOKEN_BYTES, OPENAI_TOKEN_BYTES = 70, 250  # at most, in a log
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,12 @@ def _model_not_found(case: Case) -> bool:
 
 
 def _recovering(case: Case) -> bool:
-    return bool(case.facts.restarted(case.at - case.facts.promises["recovery_s"], case.at))
+    """A control has just started; or the node that ran this before is away, and may bring it back."""
+    if case.facts.restarted(case.at - case.facts.promises["recovery_s"], case.at):
+        return True
+    nodes = {run.node for run in case.facts.executions.get(case.story.marker, ()) if run.start < case.at}
+    offline_s = case.facts.promises["offline_s"]
+    return any(case.facts.hit(case.at - offline_s, case.at, parts=("node", "link"), node=node) for node in nodes)
 
 
 def _draining(case: Case) -> bool:
@@ -92,7 +98,8 @@ def _deadline(case: Case) -> bool:
 
 def _gap(case: Case) -> bool:
     """Only a log that outgrew what is kept of one has a gap."""
-    return bool(case.story.ask["tokens"] * 70 > case.facts.promises["log_limit"])
+    token_bytes = NATIVE_TOKEN_BYTES if case.story.native else OPENAI_TOKEN_BYTES
+    return bool(case.story.ask["tokens"] * token_bytes > case.facts.promises["log_limit"])
 
 
 def _canceled(case: Case) -> bool:

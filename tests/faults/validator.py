@@ -214,6 +214,8 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     seen = output is not None and output < at and story.pool_at(at) == first.pool and first.start < at
     ended = first.end <= at + LATE_S
     if not seen:
+        if story.ask.get("script") and facts.pools[first.pool]["obeys"]:
+            return True  # it failed because it was told to
         if lost or facts.hit(since, at, parts=("engine",), pool=first.pool):
             return True
         if ended and first.step in ("aborted", "killed"):

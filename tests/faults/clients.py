@@ -199,8 +199,8 @@ class RawClient:
 
     async def _answer(self, conn: int, op: str, response: aiohttp.ClientResponse) -> str:
         headers = response.headers
-        if response.status == 200 or self.task_id is None:
-            self.task_id = headers.get("X-Llorch-Task", self.task_id) if self.ask.native else None
+        if self.ask.native and op == "post" and response.status in (200, 202):
+            self.task_id, self.last_id = headers.get("X-Llorch-Task", self.task_id), None  # perhaps another log now
         said: dict[str, Any] = {
             "task_id": headers.get("X-Llorch-Task"),
             "node": headers.get("X-Llorch-Node"),
@@ -225,7 +225,6 @@ class RawClient:
         if op == "reread":
             return "terminal"
         if response.status == 202:
-            self.task_id = value.get("task_id", self.task_id)
             return "detached"
         if response.status == 200:
             self._note("body", conn=conn, **_whole_text(self.ask, value))
@@ -240,11 +239,10 @@ class RawClient:
         if code in AGAIN:
             await asyncio.sleep(min(1.0, float(response.headers.get("X-Backoff-Ms", "500")) / 1_000))
             return "again"
-        if response.status == 404 and op == "events":
+        if (response.status == 404 and op == "events") or (code == "NODE_LOST" and self.began):
+            # Nobody knows it, or its node is away: either may be back soon.
             self._unknown_since = self._unknown_since or now
             return "unknown" if now - self._unknown_since > FORGET_AFTER_S else "again"
-        if code == "NODE_LOST" and op == "events":
-            return "refused" if self.began else "again"
         return "refused"
 
     # ---- streams

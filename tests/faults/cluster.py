@@ -26,7 +26,7 @@ GRACE_S = 3.0  # of a native task whose reader left
 EARLY_GRACE_S = 10.0  # the same before its first byte, at the control
 RECOVERY_S = 4.0
 RECONNECT_S = 5.0
-OFFLINE_S = 2.0
+OFFLINE_S = 6.0  # longer than a lost connection is waited for, as by default
 LOG_LIMIT_BYTES = 64 * 1024
 TTFT_S = 3.0
 

@@ -64,7 +64,7 @@ def _engine_failed(case: Case) -> bool:
         return facts.bad(pool, since, case.at)
 
     pool = story.pool_at(case.at)
-    if case.output and pool in facts.pools:
+    if pool in facts.pools and (case.output or not story.streamed):  # an answer in one piece is begun before it is seen
         return failing(pool)
     return all(failing(pool) for pool in facts.pools_of(story.ask["model"]))
 

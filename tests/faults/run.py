@@ -1,6 +1,6 @@
 """`python -m tests.faults.run --seeds 20 --faults 50`: runs of the harness, seed after seed, each judged.
 
-Prints a line for each seed as it ends, then its violations. Exit code 0: every run passed; 1: a promise was broken; 2: a
+Prints a line for each seed as it ends, then what it broke. Exit code 0: every run passed; 1: a promise was broken; 2: a
 run was invalid, which shows nothing. What a failing seed left (its history and all logs) stays in its folder; the same
 seed has the same schedule again.
 """

@@ -55,6 +55,10 @@ class Story:
         return self.ask["form"] in NATIVE
 
     @property
+    def streamed(self) -> bool:
+        return self.ask["form"] not in ("native-json", "v1-json")
+
+    @property
     def since(self) -> float:
         return self.conns[0].sent if self.conns else float(self.ask["at"])
 

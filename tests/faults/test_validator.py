@@ -307,6 +307,13 @@ def test_a_retry_before_anything_was_shown_is_right_also_beside_a_node_that_is_a
     assert tale.rules() == ["one execution"]
 
 
+@pytest.mark.parametrize(("for_s", "rules"), [(3.0, []), (9.0, ["fence"])])
+def test_an_overtaken_attempt_ends_soon_after_its_node_is_back(for_s: float, rules: list[str]) -> None:
+    tale = Tale().task().send().engine("arrived").fault("link.half_open", "a", 1.0).wait(0.5).engine("arrived", "b/p0")
+    tale.answer().show(log(3, pool="b/p0", attempt=2)).engine("finished", "b/p0").closed().over()
+    assert tale.wait(for_s).engine("aborted").rules() == rules
+
+
 def test_more_requests_at_an_engine_than_it_has_slots() -> None:
     for for_s, rules in ((0.2, []), (4.0, ["slots"])):
         tale = Tale()

@@ -18,7 +18,7 @@ from tests.faults import story as stories
 from tests.faults import streams
 from tests.faults.excuses import Case, broken, explained, was_canceled
 from tests.faults.story import Conn, Story
-from tests.faults.timeline import FOREVER, LATE_S, Execution, Facts
+from tests.faults.timeline import FOREVER, LATE_S, REBIND_S, Execution, Facts, Hit
 from tests.faults.verdict import Verdict, Violation
 
 FREED_WITHIN_S = 1.0 + 0.75  # promised within 1 s; the rest is for two observers under load
@@ -198,6 +198,11 @@ def _executions(story: Story, facts: Facts) -> Iterator[Violation]:
     """A second execution only where the first has shown nothing, or can't be found any more."""
     runs = sorted(facts.executions.get(story.marker, ()), key=lambda run: run.start)
     for first, second in pairwise(runs):
+        back = max([second.start, *(hit.end for hit in _between(facts, first, second))])
+        fenced = back + REBIND_S + FREED_WITHIN_S
+        if first.end > fenced and not facts.touched(back + 2 * LATE_S, fenced, pool=first.pool):
+            what = f"{first.pool} runs an attempt until {first.end:.3f} that was overtaken at {second.start:.3f}"
+            yield Violation("fence", story.marker, fenced, what)
         if _may_run_again(story, facts, first, second):
             continue
         how = "beside" if first.end > second.start else "after"
@@ -205,6 +210,12 @@ def _executions(story: Story, facts: Facts) -> Iterator[Violation]:
             "one execution", story.marker, second.start,
             f"runs on {second.pool} {how} {first.pool} ({first.step}, {first.start:.3f} to {first.end:.3f})",
         )  # fmt: skip
+
+
+def _between(facts: Facts, first: Execution, second: Execution) -> list[Hit]:
+    """What kept an overtaken attempt from being told."""
+    until = second.start + REBIND_S
+    return facts.hit(first.start, until, parts=("control", "node", "link"), node=first.node)
 
 
 def _may_run_again(story: Story, facts: Facts, first: Execution, second: Execution) -> bool:

@@ -1,0 +1,36 @@
+"""The plans that runs are made from: what clients ask, what breaks, how long. Each is for one family of faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.cluster import simulated
+from tests.faults.harness import Plan
+from tests.faults.tasks import USUAL, Mix
+
+STEADY = ("--tokens", "100000", "--ttft-ms", "60", "--delay-ms", "15")
+QUIET = Mix({"native": 10}, cancel=0, vanish=0, leave=0, stall=0, mismatch=0, reread=0, script=0, keyed=0, deadline=0)
+
+PLANS: dict[str, Plan] = {
+    # Nothing breaks but what clients do themselves.
+    "calm": Plan(1, 0, calm_first_s=5.0, mix=replace(USUAL, cancel=0.25, mismatch=0.2, reread=0.3)),
+    "bulk": Plan(1, 0, calm_first_s=6.0, clients=6, min_rate=0.2, mix=replace(QUIET, stall=1.0, vanish=0.4)),
+    "leavers": Plan(1, 0, calm_first_s=5.0, clients=12, min_rate=0.5, mix=replace(USUAL, leave=0.5, vanish=0.2)),
+    "cuts": Plan(
+        1, 10, weights={"client.cut": 2, "client.reset": 1}, gap_s=(0.2, 0.5), mix=replace(USUAL, vanish=0.5, keyed=0.9)
+    ),
+    "restarts": Plan(1, 3, weights={"control.kill": 1}, gap_s=(1.0, 1.5), mix=replace(USUAL, keyed=0.9)),
+    "nodes": Plan(1, 4, weights={"node.kill": 1}, gap_s=(0.5, 1.0)),
+    "links": Plan(1, 12, weights={"link.cut": 1, "link.reset": 1}, gap_s=(0.2, 0.5)),
+    "partitions": Plan(1, 5, weights={"link.half_open": 1, "link.partition": 2}, gap_s=(0.5, 1.0)),
+    # One node with a slow start: where an attempt was lost, the next one goes to the same place.
+    "lonely": Plan(
+        1, 6, clients=8, weights={"link.cut": 1}, gap_s=(0.5, 0.8), min_rate=0.5,
+        mix=replace(QUIET, shortest=200, longest=400),
+        pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "700", "--delay-ms", "15")]},
+    ),
+    "crowd": Plan(
+        1, 0, calm_first_s=6.0, mix=replace(USUAL, cancel=0.4, vanish=0.3, leave=0.2, stall=0, script=0),
+        pools={"a": [simulated("p0", "sim", 2, *STEADY)], "b": [simulated("p0", "sim", 2, *STEADY)]},
+    ),
+}  # fmt: skip

@@ -15,6 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -357,7 +358,7 @@ class RawClient:
     async def _mismatch(self) -> None:
         """The same key with another body."""
         ask = self.ask
-        body = {**ask.body(), "max_tokens": ask.tokens + 1}
+        body = {**replace(ask, marker=f"{ask.marker}-x").body(), "max_tokens": ask.tokens + 1}
         if ask.task_id is not None:
             body["task_id"] = str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
         path = "/v2/tasks" if ask.native else ask.path

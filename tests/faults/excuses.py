@@ -80,7 +80,8 @@ def _model_not_found(case: Case) -> bool:
 
 def _recovering(case: Case) -> bool:
     """A control has just started; or the node that ran this before is away, and may bring it back."""
-    if case.facts.restarted(case.at - case.facts.promises["recovery_s"], case.at):
+    since = case.at - case.facts.promises["recovery_s"]
+    if case.facts.restarted(since, case.at) or case.facts.began >= since:
         return True
     nodes = {run.node for run in case.facts.executions.get(case.story.marker, ()) if run.start < case.at}
     offline_s = case.facts.promises["offline_s"]

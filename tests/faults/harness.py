@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import shutil
 import signal
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -326,7 +327,8 @@ async def _all_or_first_failure(main: Coroutine[Any, Any, None], *others: asynci
 
 async def run(plan: Plan, folder: Path) -> list[Entry]:
     """A run in `folder`, where its logs and its `history.jsonl` stay. Returns the history."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an older run's journals are none of this one's
+    folder.mkdir(parents=True)
     recorder = Recorder(folder / "history.jsonl")
     try:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:

@@ -26,8 +26,8 @@ PLANS: dict[str, Plan] = {
     # One node with a slow start: where an attempt was lost, the next one goes to the same place.
     "lonely": Plan(
         1, 6, clients=8, weights={"link.cut": 1}, gap_s=(0.5, 0.8), min_rate=0.5,
-        mix=replace(QUIET, shortest=200, longest=400),
-        pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "700", "--delay-ms", "15")]},
+        mix=replace(QUIET, shortest=10, longest=200),
+        pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "1500", "--delay-ms", "15")]},
     ),
     "crowd": Plan(
         1, 0, calm_first_s=6.0, mix=replace(USUAL, cancel=0.4, vanish=0.3, leave=0.2, stall=0, script=0),

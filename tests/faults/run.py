@@ -63,7 +63,6 @@ def main(argv: list[str]) -> int:
     for seed in range(given.first, given.first + given.seeds):
         started = time.monotonic()
         place = folder / f"seed-{seed}"
-        shutil.rmtree(place, ignore_errors=True)
         verdict = verdicts[seed] = one(Plan(seed, given.faults, given.clients), place)
         print(told(seed, verdict, time.monotonic() - started), flush=True)
         for reason in verdict.invalid:

@@ -54,6 +54,7 @@ class Facts:
         first = next((entry for entry in entries if entry["what"] == "run"), {})
         self.promises: dict[str, float] = first.get("promises", {})
         self.pools: dict[str, dict[str, Any]] = first.get("pools", {})
+        self.began = first.get("at", 0.0)  # the control has started just before
         self.hits = _hits(entries)
         self.samples = [(entry["at"], entry["pools"]) for entry in entries if entry["what"] == "sample"]
         self.executions: dict[str, list[Execution]] = defaultdict(list)

@@ -151,6 +151,8 @@ def _cancel(story: Story, facts: Facts) -> Iterator[Violation]:
     accepted = story.canceled_at()
     if accepted is None:
         return
+    if any(conn.op == "post" and conn.sent > accepted - LATE_S for conn in story.conns[1:]):
+        return  # it was asked for anew: a key is free when its task was canceled before it had shown anything
     until = accepted + FREED_WITHIN_S
     for run in facts.executions.get(story.marker, ()):
         if run.end > until and not facts.touched(accepted - LATE_S, until, pool=run.pool):

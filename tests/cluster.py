@@ -86,12 +86,14 @@ def lasting_port() -> int:
 class Running:
     """One llorch process. Its stderr goes to a file, where the ready line is looked for."""
 
-    def __init__(self, name: str, argv: Sequence[str], env: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self, name: str, argv: Sequence[str], env: dict[str, str], folder: Path, prefix: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}-{secrets.token_hex(2)}.log"
         with self.log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llorch", *argv],
+                [*prefix, sys.executable, "-m", "llorch", *argv],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
@@ -171,17 +173,18 @@ class Cluster:
     def client_env(self) -> dict[str, str]:
         return self.env(LLORCH_URL=self.url, LLORCH_TOKEN=self.token)
 
-    async def start_control(self, *argv: str, port: int = 0, **env: str) -> Running:
+    async def start_control(self, *argv: str, port: int = 0, host: str = "127.0.0.1", **env: str) -> Running:
         self.control = await self.start(
             "control",
-            ["control", "--bind", f"127.0.0.1:{port}", "--data-dir", str(self.folder / "control"), *argv],
+            ["control", "--bind", f"{host}:{port}", "--data-dir", str(self.folder / "control"), *argv],
             **self.tokens,
             **env,
         ).ready()
         return self.control
 
-    def start(self, name: str, argv: Sequence[str], **env: str) -> Running:
-        running = Running(name, argv, self.env(**env), self.folder)
+    def start(self, name: str, argv: Sequence[str], *, prefix: Sequence[str] = (), **env: str) -> Running:
+        """`prefix`: a command that becomes the process, as `ip netns exec NAME` does."""
+        running = Running(name, argv, self.env(**env), self.folder, prefix)
         self._all.append(running)
         return running
 
@@ -192,6 +195,7 @@ class Cluster:
         *argv: str,
         join: str | None = None,
         wait: bool = True,
+        prefix: Sequence[str] = (),
         **env: str,
     ) -> Running:
         """A node with `pools` (default: one simulated pool "p0" of model "sim" with 4 slots), and its pools ready.
@@ -208,6 +212,7 @@ class Cluster:
                 "node", "--join", join or self.url, "--node-id", name, "--bind", "127.0.0.1:0",
                 "--data-dir", str(self.folder / name), "--config", str(config), "--allow-cpu", *argv,
             ],
+            prefix=prefix,
             **self.tokens,
             **env,
         )  # fmt: skip

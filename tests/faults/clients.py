@@ -11,6 +11,7 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import time
 import uuid
 import zlib
@@ -41,10 +42,14 @@ def socket_factory(info: Any) -> socket.socket:
     return sock
 
 
+def trusting(tls_ca: str | None) -> ssl.SSLContext | bool:
+    return True if tls_ca is None else ssl.create_default_context(cafile=tls_ca)
+
+
 @contextlib.asynccontextmanager
-async def raw_session() -> AsyncIterator[aiohttp.ClientSession]:
+async def raw_session(tls_ca: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
     """A connection of its own for each request, and nothing done behind the client's back."""
-    connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=socket_factory)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=socket_factory, ssl=trusting(tls_ca))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session:
         yield session

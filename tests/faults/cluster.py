@@ -65,6 +65,7 @@ class Broken:
         self.recorder = recorder
         self.pools = pools
         self.port = lasting_port()
+        self.tls_ca: str | None = None
         self.clients = Proxy(lambda: self.port)
         self.links = {node: Proxy(lambda: self.port) for node in pools}
         self.journals = {f"{node}/{pool['id']}": folder / f"journal-{node}-{pool['id']}" for node, pool in self.each()}
@@ -84,6 +85,10 @@ class Broken:
             for node, pool in self.each()
         }  # fmt: skip
 
+    @property
+    def client_url(self) -> str:
+        return self.clients.url
+
     # ---- life
 
     async def start(self) -> None:
@@ -99,11 +104,14 @@ class Broken:
         await self.cluster.start_control(*CONTROL_FLAGS, port=self.port)
 
     async def start_node(self, node: str) -> None:
-        pools = [
+        await self.cluster.start_node(node, self.journaled(node), *NODE_FLAGS, join=self.links[node].url, wait=False)
+
+    def journaled(self, node: str) -> list[dict[str, Any]]:
+        """A node's pools, with engines that keep their journals."""
+        return [
             {**pool, "args": [*pool["args"], "--journal", str(self.journals[f"{node}/{pool['id']}"])]}
             for pool in self.pools[node]
         ]
-        await self.cluster.start_node(node, pools, *NODE_FLAGS, join=self.links[node].url, wait=False)
 
     async def close(self) -> None:
         await self.clients.close()

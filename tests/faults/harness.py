@@ -23,7 +23,7 @@ from llorch.client.api import LlorchClient
 from tests.faults import cluster as parts
 from tests.faults import schedule, tasks
 from tests.faults.client_llorch import run_llorch
-from tests.faults.clients import RawClient, raw_session
+from tests.faults.clients import RawClient, raw_session, trusting
 from tests.faults.cluster import Broken, Pools
 from tests.faults.history import Entry, Recorder
 from tests.faults.schedule import Step
@@ -86,7 +86,7 @@ class Run:
         plan = self.plan
         self.recorder.note("run", seed=plan.seed, pools=self.broken.facts(), promises=plan.promises())
         watch = [asyncio.ensure_future(work) for work in (self.broken.watch_journals(), self._sample())]
-        async with raw_session() as session:
+        async with raw_session(self.broken.tls_ca) as session:
             clients = [asyncio.ensure_future(self._client(number, session)) for number in range(plan.clients)]
             try:
                 await asyncio.sleep(plan.calm_first_s)
@@ -106,9 +106,9 @@ class Run:
     # ---- who asks
 
     async def _client(self, number: int, session: Any) -> None:
-        plan, url, token = self.plan, self.broken.clients.url, self.broken.cluster.token
+        plan, url, token = self.plan, self.broken.client_url, self.broken.cluster.token
         rng = random.Random(f"{plan.seed}/{number}")
-        async with LlorchClient(url, token) as llorch:
+        async with LlorchClient(url, token, tls_ca=self.broken.tls_ca) as llorch:
             while not self.stopped:
                 ask = tasks.draw(rng, plan.mix, f"k{next(self._numbers)}", parts.GRACE_S)
                 if ask.form == "llorch":
@@ -172,7 +172,7 @@ class Run:
         if part == "client":
             return ["clients"] if "clients" not in busy else []
         if part == "link":
-            return [node for node in nodes if f"link:{node}" not in busy and node not in busy]
+            return [node for node in self.broken.links if f"link:{node}" not in busy and node not in busy]
         if part == "node":
             return [] if any(node in busy for node in nodes) else nodes
         return [
@@ -246,8 +246,8 @@ class Run:
         if how in ("cut", "reset"):
             getattr(proxy, how)()
             return
-        if how in ("half_open", "partition"):
-            proxy.half_open(new_too=how == "partition")
+        if how in ("half_open", "partition", "blackout"):
+            proxy.half_open(new_too=how != "half_open")
         elif how == "delay":
             proxy.slow(delay_s=0.02 + 0.3 * step.degree)
         elif how == "throttle":
@@ -325,14 +325,19 @@ async def _all_or_first_failure(main: Coroutine[Any, Any, None], *others: asynci
         await _end([running])
 
 
-async def run(plan: Plan, folder: Path) -> list[Entry]:
-    """A run in `folder`, where its logs and its `history.jsonl` stay. Returns the history."""
+async def run(plan: Plan, folder: Path, make: type[Broken] = Broken, tls_ca: str | None = None) -> list[Entry]:
+    """A run in `folder`, where its logs and its `history.jsonl` stay. Returns the history.
+
+    `tls_ca`: the authority of a control that listens with TLS.
+    """
     shutil.rmtree(folder, ignore_errors=True)  # an older run's journals are none of this one's
     folder.mkdir(parents=True)
     recorder = Recorder(folder / "history.jsonl")
     try:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            broken = Broken(folder, session, recorder, plan.pools)
+        connector = aiohttp.TCPConnector(limit=0, ssl=trusting(tls_ca))
+        async with aiohttp.ClientSession(connector=connector) as session:
+            broken = make(folder, session, recorder, plan.pools)
+            broken.tls_ca = tls_ca
             try:
                 await broken.start()
                 await Run(plan, broken, recorder).run()

@@ -34,3 +34,13 @@ PLANS: dict[str, Plan] = {
         pools={"a": [simulated("p0", "sim", 2, *STEADY)], "b": [simulated("p0", "sim", 2, *STEADY)]},
     ),
 }  # fmt: skip
+
+# For a node in a network namespace: `a` is the one that can be cut off.
+TWO_NODES = {"a": [simulated("p0", "sim", 4, *STEADY)], "b": [simulated("p0", "sim", 4, *STEADY)]}
+PARTITIONED = {
+    how: Plan(
+        1, faults, clients=12, min_rate=1.0, weights={f"link.{how}": 1}, pools=TWO_NODES,
+        mix=replace(USUAL, stall=0, script=0),
+    )
+    for how, faults in (("partition", 3), ("blackout", 1))
+}  # fmt: skip

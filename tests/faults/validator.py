@@ -237,7 +237,9 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     gone = facts.hit(since, at, parts=("node",), hows=("kill", "term"), node=first.node)
     if gone or facts.away(first.node, first.start, at) >= facts.promises["reconnect_s"] - LATE_S:
         return True
-    if ended and first.step == "aborted" and was_canceled(story, facts, at):
+    # An engine may have said its last word just as the task was cancelled, for its reader had left.
+    left = not story.native and any(conn.how != "end" and conn.until <= first.end for conn in story.reading())
+    if ended and (first.step == "aborted" or left) and was_canceled(story, facts, at):
         return True
     return not story.native and first.end + V1_LOG_S <= at
 

@@ -1,0 +1,30 @@
+"""Runs over real processes, none of which breaks a promise. The long run is a command: `python -m tests.faults.run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Plan, run
+from tests.faults.run import told
+from tests.faults.validator import judge
+
+
+async def passes(plan: Plan, folder: Path) -> None:
+    verdict = judge(await run(plan, folder))
+    lines = [told(plan.seed, verdict, 0.0), *verdict.invalid, *map(str, verdict.violations[:20]), str(folder)]
+    assert verdict.passed, "\n".join(lines)
+    assert sum(verdict.faults.values()) >= plan.faults - 2  # some part may not have been whole in time to be hit
+
+
+@pytest.mark.timeout(120)
+async def test_eight_faults_break_no_promise(tmp_path: Path) -> None:
+    await passes(Plan(1, 8, clients=12, gap_s=(0.2, 0.4), calm_first_s=0.5, min_rate=1.0), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [101, 102])
+async def test_forty_faults_break_no_promise(seed: int, tmp_path: Path) -> None:
+    await passes(Plan(seed, 40), tmp_path / "run")

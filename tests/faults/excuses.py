@@ -157,11 +157,12 @@ def was_canceled(story: Story, facts: Facts, at: float) -> bool:
 
 def broken(conn: Conn, story: Story, facts: Facts) -> bool:
     """Whether a fault explains that a connection broke, could not be made, or fell silent."""
-    if conn.stalled:
-        return True
+    if conn.stalled and conn.how != "silent":
+        return True  # a client that takes nothing is let go; when it reads again, it is told so
     if facts.hit(conn.sent, conn.until, parts=("control", "client")):
         return True
-    if conn.how == "silent" and (conn.op != "post" or "hang" in (story.ask.get("script") or "")):
+    waiting = not any(event["id"] is not None for event in conn.events)  # of a task that has not begun there is no word
+    if conn.how == "silent" and ((conn.op != "post" and waiting) or "hang" in (story.ask.get("script") or "")):
         return True
     # A reader that came back is let go without a word when its node is lost: the task may live on.
     ways = ("node", "link", "engine") if conn.how == "silent" else ("node", "link")

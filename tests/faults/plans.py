@@ -14,7 +14,7 @@ QUIET = Mix({"native": 10}, cancel=0, vanish=0, leave=0, stall=0, mismatch=0, re
 PLANS: dict[str, Plan] = {
     # Nothing breaks but what clients do themselves.
     "calm": Plan(1, 0, calm_first_s=5.0, mix=replace(USUAL, cancel=0.25, mismatch=0.2, reread=0.3)),
-    "bulk": Plan(1, 0, calm_first_s=6.0, clients=6, min_rate=0.2, mix=replace(QUIET, stall=1.0, vanish=0.4)),
+    "bulk": Plan(1, 0, calm_first_s=6.0, clients=6, min_rate=0.2, mix=replace(QUIET, stall=0.6, vanish=0.4)),
     "leavers": Plan(1, 0, calm_first_s=5.0, clients=12, min_rate=0.5, mix=replace(USUAL, leave=0.5, vanish=0.2)),
     "cuts": Plan(
         1, 10, weights={"client.cut": 2, "client.reset": 1}, gap_s=(0.2, 0.5), mix=replace(USUAL, vanish=0.5, keyed=0.9)
@@ -25,8 +25,8 @@ PLANS: dict[str, Plan] = {
     "partitions": Plan(1, 5, weights={"link.half_open": 1, "link.partition": 2}, gap_s=(0.5, 1.0)),
     # One node with a slow start: where an attempt was lost, the next one goes to the same place.
     "lonely": Plan(
-        1, 6, clients=8, weights={"link.cut": 1}, gap_s=(0.5, 0.8), min_rate=0.5,
-        mix=replace(QUIET, shortest=10, longest=200),
+        1, 3, clients=8, weights={"link.cut": 1}, gap_s=(1.5, 2.0), min_rate=0.3,
+        mix=replace(QUIET, shortest=10, longest=700),
         pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "1500", "--delay-ms", "15")]},
     ),
     "crowd": Plan(

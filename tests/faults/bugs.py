@@ -45,8 +45,8 @@ BUGS = (
         "a canceled task keeps its slot on the node", "calm", "left over, slots, stuck",
         (
             "node/runner.py",
-            "        self.pools.release(_slot(entry.opening))\n",
-            "        if execution._stopped is None:\n            self.pools.release(_slot(entry.opening))\n",
+            "        self.pools.release(slot)\n",
+            "        if execution._stopped is None:\n            self.pools.release(slot)\n",
         ),
     ),
     # ---- cancels, readers that go
@@ -113,9 +113,8 @@ BUGS = (
         "a byte is lost where credit runs out", "bulk", "order",
         (
             "node/link.py",
-            "                data = source.take(self, count)\n",
-            "                data = source.take(self, count)\n                if count == self.credit.available:\n"
-            "                    source.take(self, 1)\n",
+            "                if not data:\n                    break\n",
+            "                if not data:\n                    source.take(self, 1, tear=True)\n                    break\n",
         ),
     ),
     bug(

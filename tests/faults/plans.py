@@ -26,7 +26,7 @@ PLANS: dict[str, Plan] = {
     # One node with a slow start: where an attempt was lost, the next one goes to the same place.
     "lonely": Plan(
         1, 3, clients=8, weights={"link.cut": 1}, gap_s=(1.5, 2.0), min_rate=0.3,
-        mix=replace(QUIET, shortest=10, longest=700),
+        mix=replace(QUIET, shortest=150, longest=400),
         pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "1500", "--delay-ms", "15")]},
     ),
     "crowd": Plan(

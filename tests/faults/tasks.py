@@ -85,7 +85,7 @@ class Ask:
 def draw(rng: Random, mix: Mix, marker: str, grace_s: float) -> Ask:
     form = rng.choices(list(mix.forms), list(mix.forms.values()))[0]
     native, streamed = form in ("native", "native-json", "detach", "llorch"), form not in ("native-json", "v1-json")
-    model, tokens, script = "sim", rng.randint(mix.shortest, rng.choice((10, 60, mix.longest))), None
+    model, tokens, script = "sim", rng.randint(mix.shortest, max(mix.shortest, rng.choice((10, 60, mix.longest)))), None
     deadline_s = rng.uniform(1.0, 6.0) if rng.random() < mix.deadline else None
     more: dict[str, Any] = {}
     chance = rng.random

@@ -314,6 +314,14 @@ def test_an_overtaken_attempt_ends_soon_after_its_node_is_back(for_s: float, rul
     assert tale.wait(for_s).engine("aborted").rules() == rules
 
 
+@pytest.mark.parametrize(("for_s", "rules"), [(0.5, []), (3.0, ["fence"])])
+def test_an_overtaken_attempt_ends_at_once_where_the_next_one_runs(for_s: float, rules: list[str]) -> None:
+    tale = Tale().task().send().engine("arrived").fault("link.cut", "a").wait(0.5).engine("arrived")
+    tale.wait(for_s).engine("aborted")
+    tale.answer().show(log(3, attempt=2)).engine("finished").closed().over()
+    assert tale.rules() == rules
+
+
 def test_more_requests_at_an_engine_than_it_has_slots() -> None:
     for for_s, rules in ((0.2, []), (4.0, ["slots"])):
         tale = Tale()

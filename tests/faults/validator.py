@@ -200,11 +200,7 @@ def _executions(story: Story, facts: Facts) -> Iterator[Violation]:
     """A second execution only where the first has shown nothing, or can't be found any more."""
     runs = sorted(facts.executions.get(story.marker, ()), key=lambda run: run.start)
     for first, second in pairwise(runs):
-        back = max([second.start, *(hit.end for hit in _between(facts, first, second))])
-        fenced = back + REBIND_S + FREED_WITHIN_S
-        if first.end > fenced and not facts.touched(back + 2 * LATE_S, fenced, pool=first.pool):
-            what = f"{first.pool} runs an attempt until {first.end:.3f} that was overtaken at {second.start:.3f}"
-            yield Violation("fence", story.marker, fenced, what)
+        yield from _fence(story, facts, first, second)
         if _may_run_again(story, facts, first, second):
             continue
         how = "beside" if first.end > second.start else "after"
@@ -212,6 +208,19 @@ def _executions(story: Story, facts: Facts) -> Iterator[Violation]:
             "one execution", story.marker, second.start,
             f"runs on {second.pool} {how} {first.pool} ({first.step}, {first.start:.3f} to {first.end:.3f})",
         )  # fmt: skip
+
+
+def _fence(story: Story, facts: Facts, first: Execution, second: Execution) -> Iterator[Violation]:
+    """An attempt that was overtaken is ended: at once where its own node was asked for the next one."""
+    back = second.start
+    if first.node != second.node:
+        back = max([back, *(hit.end for hit in _between(facts, first, second))]) + REBIND_S
+    until = back + FREED_WITHIN_S
+    parts = ("node", "engine") if first.node == second.node else ("node", "engine", "control", "link")
+    excused = facts.hit(back, until, parts=parts, node=first.node, pool=first.pool)
+    if first.end > until and not excused:
+        what = f"{first.pool} runs an attempt until {first.end:.3f} that was overtaken at {second.start:.3f}"
+        yield Violation("fence", story.marker, until, what)
 
 
 def _between(facts: Facts, first: Execution, second: Execution) -> list[Hit]:

@@ -83,9 +83,10 @@ def _recovering(case: Case) -> bool:
     since = case.at - case.facts.promises["recovery_s"]
     if case.facts.restarted(since, case.at) or case.facts.began >= since:
         return True
-    nodes = {run.node for run in case.facts.executions.get(case.story.marker, ()) if run.start < case.at}
-    offline_s = case.facts.promises["offline_s"]
-    return any(case.facts.hit(case.at - offline_s, case.at, parts=("node", "link"), node=node) for node in nodes)
+    facts, offline_s = case.facts, case.facts.promises["offline_s"]
+    nodes = {run.node for run in facts.executions.get(case.story.marker, ()) if run.start < case.at}
+    nodes = nodes or {pool["node"] for pool in facts.pools.values()}  # it may not have come as far as an engine
+    return any(facts.hit(case.at - offline_s, case.at, parts=("node", "link"), node=node) for node in nodes)
 
 
 def _draining(case: Case) -> bool:

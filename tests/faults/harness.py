@@ -16,9 +16,11 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import aiohttp
 
+from llorch.client import resume
 from llorch.client.api import LlorchClient
 from tests.faults import cluster as parts
 from tests.faults import schedule, tasks
@@ -36,6 +38,7 @@ WHOLE_WITHIN_S = 30.0
 AFTER_CALM_S = 1.0  # new tasks go on for so long when all is healed
 SETTLE_S = 30.0
 QUIET_WITHIN_S = 15.0
+CLIENT_LOOKS_S = 12.0  # how long a LlorchClient looks for its task; by itself it does for a minute
 LASTING_DEGREE = 0.85  # a half-open link this bad is left for its ends to find out, which takes pings 20 s
 MOST_ENGINE_KILLS = 3  # of one pool, per life of its node: its node gives an engine up after five
 
@@ -340,7 +343,8 @@ async def run(plan: Plan, folder: Path, make: type[Broken] = Broken, tls_ca: str
             broken.tls_ca = tls_ca
             try:
                 await broken.start()
-                await Run(plan, broken, recorder).run()
+                with mock.patch.multiple(resume, RESUME_FOR_S=CLIENT_LOOKS_S, FIND_FOR_S=CLIENT_LOOKS_S):
+                    await Run(plan, broken, recorder).run()
             finally:
                 await broken.close()
     finally:

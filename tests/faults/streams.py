@@ -75,7 +75,7 @@ class _Log:
     def _another(self, event: dict[str, Any]) -> Iterator[Violation]:
         """`started` again: the same, or a second execution, where the first can't have been found any more."""
         data = event["data"]
-        started = (data.get("node_id"), data.get("pool_id"), data.get("attempt"))
+        started = tuple(data.get(name) for name in ("node_id", "pool_id", "attempt", "task_id"))
         if self.started not in (None, started):
             node, story = str(self.started[0] if self.started else ""), self.story
             facts, at = self.facts, event["at"]

@@ -115,7 +115,7 @@ def draw(rng: Random, mix: Mix, marker: str, grace_s: float) -> Ask:
             more["reread"] = chance() < mix.reread
     keyed = form != "llorch" and chance() < mix.keyed
     if keyed and streamed and chance() < mix.mismatch:
-        more["mismatch_after"] = rng.randint(0, max(1, tokens))
+        more["mismatch_after"] = rng.randint(1, max(1, tokens))  # once the other body has been taken
     path = "native" if native else rng.choice((CHAT, COMPLETIONS))
     named = form == "llorch" or (native and chance() < 0.6)
     task_id = str(uuid.UUID(int=rng.getrandbits(128), version=4)) if named else None

@@ -37,8 +37,9 @@ LAST_WORD_S = 0.1  # for the TAIL, after a client has gone: many go once they ha
 DEADLINE_SLACK_S = 2.0  # the node ends a task at its deadline; the control does if the node has not
 PING_AFTER_S = 15.0
 
-# A refusal with one of these sends the task back to the front of the queue: nothing has gone wrong.
-_NOT_A_FAILURE = frozenset({Code.ALL_SLOTS_BUSY})
+# A refusal with one of these sends the task back to the front of the queue: nothing has gone wrong. The second one
+# means that an engine is being started, or was a moment ago: the node's next report says so, too.
+_NOT_A_FAILURE = frozenset({Code.ALL_SLOTS_BUSY, Code.MODEL_NOT_AVAILABLE})
 
 log = Log("control.dispatch")
 
@@ -186,11 +187,14 @@ class Dispatcher:
         """
         for report in self._registry.tasks_of(node_id):
             task = self.tasks.get(report.task_id)
-            if report.state == "sealed" or task is None or (task.abandoned and not link_is_new):
+            if report.state == "sealed" or task is None:
+                continue
+            left = task.abandoned and not task.cancel_wanted
+            if left and not link_is_new:
                 continue
             if task.ended or task.node_id != node_id:
                 upstream = self._opener.attach(node_id, report.task_id, report.offset, report.attempt, Feed())
-                if not task.abandoned:
+                if not left:
                     upstream.cancel()
                 upstream.detach("left")
                 log.info("task.surplus", task_id=report.task_id, node_id=node_id, attempt=report.attempt)
@@ -475,7 +479,7 @@ class Dispatcher:
 
 def _verdict(error: LlorchError, *, refused: bool = False) -> Exception:
     """What an error before the first byte means: the client's answer, or that another pool may do better."""
-    if error.code in _NOT_A_FAILURE:
+    if error.code is Code.ALL_SLOTS_BUSY or (refused and error.code in _NOT_A_FAILURE):
         return _GoElsewhere(error, busy=True)
     if error.code is Code.POOL_NOT_FOUND or (error.status >= 500 and error.code is not Code.DEADLINE_EXCEEDED):
         return _GoElsewhere(error, blamed=blames(error, refused=refused))

@@ -53,8 +53,9 @@ async def _follow(
         return await _last_word(mine, task, answer)
     known = control.registry.task(mine.task_id)
     mine.node_id, mine.pool_id, mine.attempt = _place_of(task, known)
-    if offset and attempt != mine.attempt:
-        _check_attempt(control, task, attempt)
+    beyond = known is not None and known[1].state == "sealed" and known[1].offset < offset
+    if offset and (attempt != mine.attempt or (task is None and beyond)):
+        _check_attempt(control, task, attempt, beyond)
     try:
         patience_s = 0.0 if task is not None and _failed_here(task) else None
         async with control.dispatcher.attached(
@@ -121,12 +122,12 @@ async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamRespon
     return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
 
 
-def _check_attempt(control: Control, task: Task | None, wanted: int | None) -> None:
+def _check_attempt(control: Control, task: Task | None, wanted: int | None, beyond: bool) -> None:
     """An offset is of one attempt's log. A control that has just started may know of an earlier one alone, whose bytes
     nobody saw: raises RECOVERING while a later one may turn up, NODE_LOST once the one that was read is gone."""
     if task is None:
         control.recovery.check(time.monotonic(), "its nodes may still bring the attempt that was read")
-    if wanted is not None:
+    if wanted is not None or (task is None and beyond):
         raise LlorchError(Code.NODE_LOST, "the node of the attempt that was read is gone")
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from llorch.control.node_client import NodeClient
 from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
+from llorch.control.task_reports import came_to_nothing
 from llorch.control.tasks import State, Task, TaskStore
 from llorch.errors import Code, LlorchError
 from llorch.messages import TaskReport, parse
@@ -26,7 +27,10 @@ ASK_S = 1.0  # one node that hangs must not hold up the answer for long
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What there is of an earlier task. `gone`: it came to nothing that anybody was shown, so that it may run anew."""
+    """What there is of an earlier task. `gone`: it came to nothing that anybody was shown, so that it may run anew.
+
+    `doubtful`: that is only what one node says; another may have taken the task on.
+    """
 
     task_id: str
     attempt: int
@@ -34,6 +38,7 @@ class _Known:
     path: str
     body_digest: str | None
     gone: bool
+    doubtful: bool = False
 
 
 @dataclass(slots=True)
@@ -77,12 +82,10 @@ class Replays:
             known = await self._by_key(task) if task.key_digest is not None else None
             if known is None and task.named:
                 known = await self._by_id(task)
-            if known is None:
-                if not task.first_try:
-                    self._recovery.check(time.monotonic(), "this request may be running already")
-                return None
-            if known.gone:
-                if known.task_id == task.task_id:
+            if (known is None or known.doubtful) and not task.first_try:
+                self._recovery.check(time.monotonic(), "this request may be running already")
+            if known is None or known.gone:
+                if known is not None and known.task_id == task.task_id:
                     task.attempt = known.attempt  # the next one fences it
                 return None
             return known.task_id
@@ -147,6 +150,7 @@ class Replays:
         remembers it."""
         if not task.ended:
             return False
+        left = task.abandoned and not task.cancel_wanted
         shown = task.offset > 0 or (task.tail is not None and task.tail.length > 0)
         if task.abandoned:
             if task.node_id is None:
@@ -171,7 +175,7 @@ class Replays:
         task.attempt = max(task.attempt, report.attempt)
         if report.state != "sealed":
             return False
-        return report.offset == 0 or (task.abandoned and report.finish_reason == "canceled")
+        return report.offset == 0 or (left and report.finish_reason == "canceled")
 
 
 def _as_it_is(task: Task, *, gone: bool) -> _Known:
@@ -180,5 +184,7 @@ def _as_it_is(task: Task, *, gone: bool) -> _Known:
 
 def _reported(report: TaskReport, *, keyed: bool) -> _Known:
     """Of a task from before this control's time. Why it was canceled is not known: mostly, its reader had left."""
-    nothing = report.state == "sealed" and (report.offset == 0 or report.finish_reason == "canceled")
-    return _Known(report.task_id, report.attempt, report.owner, report.path, report.body_digest, gone=keyed and nothing)
+    nothing = came_to_nothing(report)
+    return _Known(
+        report.task_id, report.attempt, report.owner, report.path, report.body_digest, keyed and nothing, nothing
+    )

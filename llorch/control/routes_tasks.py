@@ -22,6 +22,7 @@ from llorch.control.answers import (
 from llorch.control.audience import ShuttingDown
 from llorch.control.follow import follow
 from llorch.control.state import CONTROL, Control
+from llorch.control.task_reports import came_to_nothing
 from llorch.control.tasks import ENDED, State, Task, view_of_report
 from llorch.control.views import openai_models
 from llorch.errors import Code, LlorchError
@@ -129,7 +130,8 @@ async def _sought(control: Control, request: web.Request) -> str:
     """The task id of a request, after it was looked for wherever it may be. Raises RECOVERING while it may turn up."""
     task_id = intake.check_task_id(request.match_info["task_id"])
     await control.replays.seek(task_id)
-    if control.dispatcher.tasks.get(task_id) is None and control.registry.task(task_id) is None:
+    known = control.registry.task(task_id)
+    if control.dispatcher.tasks.get(task_id) is None and (known is None or came_to_nothing(known[1])):
         control.recovery.check(time.monotonic(), "its nodes may still bring this task")
     return task_id
 
@@ -182,7 +184,7 @@ async def cancel_task(request: web.Request) -> web.StreamResponse:
     elif view["state"] in (State.PLACED, State.STREAMING) or (task is not None and task.abandoned):
         node_id = view["node_id"]
         if task is not None and (view["state"] not in ENDED or control.registry.task(task_id) is None):
-            task.abandoned = False  # so that a node that is away now is told when it comes back
+            task.cancel_wanted = True  # so that a node that is away now is told when it comes back
         if isinstance(node_id, str):
             await _cancel_on_node(control, node_id, task_id, known=task is not None)
     return json_response({"task_id": task_id, "state": view["state"]}, status=202)

@@ -13,6 +13,12 @@ from llorch.messages import TaskReport
 MAX_TASKS_PER_NODE = 8_192
 
 
+def came_to_nothing(report: TaskReport) -> bool:
+    """Whether an attempt ended without anything that anybody may still have: it failed or was overtaken before its
+    first byte, or was canceled, mostly because its reader had left. Another attempt may have gone on elsewhere."""
+    return report.state == "sealed" and (report.offset == 0 or report.finish_reason == "canceled")
+
+
 class TaskReports:
     """The last report of each (task, attempt) on each node."""
 

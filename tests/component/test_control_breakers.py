@@ -112,10 +112,6 @@ def drains(attempt: Attempt) -> None:
     attempt.refuse(Code.DRAINING)
 
 
-def is_loading(attempt: Attempt) -> None:
-    attempt.refuse(Code.MODEL_NOT_AVAILABLE)
-
-
 def is_late(attempt: Attempt) -> None:
     attempt.accept().fail_early(Code.DEADLINE_EXCEEDED)
 
@@ -128,7 +124,7 @@ def node_stops(attempt: Attempt) -> None:
     attempt.begin().say("one").fail(Code.NODE_LOST)
 
 
-@pytest.mark.parametrize("how", [is_a_fault_of_the_client, drains, is_loading, is_late, is_canceled, node_stops])
+@pytest.mark.parametrize("how", [is_a_fault_of_the_client, drains, is_late, is_canceled, node_stops])
 async def test_what_is_no_fault_of_the_pool_does_not_count(how: Callable[[Attempt], None]) -> None:
     async with a_control() as control:
         node = await control.join("a", pool("p0"), pool("p1"))
@@ -144,7 +140,7 @@ async def test_full_pools_lost_links_and_clients_that_leave_do_not_count() -> No
         node = await control.join("a", pool("p0"), pool("p1"))
         for number in range(6):
             asking = pinned(control)
-            (await node.asked()).refuse(Code.ALL_SLOTS_BUSY)
+            (await node.asked()).refuse(Code.MODEL_NOT_AVAILABLE if number % 3 else Code.ALL_SLOTS_BUSY)
             await control.waiting(1)
             await node.beat(pools=[pool("p0"), pool("p1")])
             attempt = (await node.asked()).accept()

@@ -120,7 +120,6 @@ async def test_a_broken_connection_is_a_lost_node_and_one_that_is_back_serves_ag
 @pytest.mark.parametrize(
     ("code", "status", "expected", "attempts"),
     [
-        (Code.MODEL_NOT_AVAILABLE, 503, "MODEL_NOT_AVAILABLE", 1),
         (Code.INVALID_REQUEST, 400, "INVALID_REQUEST", 1),
         (Code.UNAUTHENTICATED, 401, "INTERNAL", 1),
         (Code.FORBIDDEN, 403, "INTERNAL", 1),

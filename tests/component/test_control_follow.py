@@ -320,3 +320,21 @@ async def test_a_node_that_sends_no_proper_events_is_a_failed_engine_not_a_fault
         (await node.asked()).begin().event("token", {"no": "text"})
         answer = await asking.answer()
         assert (answer.status, answer.code) == (502, "ENGINE_FAILED")
+
+
+async def test_a_canceled_task_whose_reader_had_left_is_read_as_its_log_has_it() -> None:
+    async with a_control() as control:
+        attempt = await a_streaming_task(control)
+        node = control._nodes[0]
+        asking = control.ask("DELETE", f"/v2/tasks/{attempt.task_id}")
+        await eventually(lambda: node.calls)  # type: ignore[union-attr]
+        node.calls[0].accept().head("application/json").data(b"{}").tail()  # type: ignore[union-attr]
+        assert (await asking.answer()).status == 202
+        later = control.events(attempt.task_id)
+        reader = await node.reader()  # type: ignore[union-attr]
+        reader.accept().head().data(attempt.log)
+        reader.tokens = list(attempt.tokens)
+        reader.end("canceled")
+        answer = await later.answer()
+        assert (answer.said, answer.terminals) == ("one", ["end"])
+        assert answer.events[-1][1]["tokens_out"] == 1

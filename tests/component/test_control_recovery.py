@@ -185,3 +185,27 @@ async def test_a_task_for_a_model_that_no_node_has_brought_yet_waits(tmp_path: P
             assert (await each.answer()).status == 200
         answer = await control.submit(model="nobodys").answer()
         assert (answer.status, answer.code) == (404, "MODEL_NOT_FOUND")
+
+
+async def test_an_attempt_that_came_to_nothing_is_not_the_task_while_others_may_turn_up(tmp_path: Path) -> None:
+    """The first attempt failed before its first byte; the second one was shown, and its node is not back yet."""
+    nothing = report(state="sealed", offset=0, code="ENGINE_FAILED", key_digest=DIGEST)
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        first = await control.join("a", tasks=[nothing])
+        assert set((await _answers(control)).values()) == {(503, "RECOVERING")}
+        second = await control.join("b", tasks=[report(attempt=2, key_digest=DIGEST)])
+        for asking in (control.events(TASK), keyed(control, "native")):
+            reader = await second.reader(len(second.attached))
+            reader.accept().head().say("shown").end()
+            assert (await asking.answer()).said == "shown"
+        assert first.attached == first.opened == []
+
+
+async def test_an_offset_beyond_a_sealed_log_is_of_another_log(tmp_path: Path) -> None:
+    sealed = report(state="sealed", finish_reason="stop")
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        await control.join("a", tasks=[sealed])
+        assert (await control.events(TASK, "b").answer()).code == "RECOVERING"
+        await control.join("b")
+        answer = await control.events(TASK, "b").answer()
+        assert (answer.status, answer.code) == (502, "NODE_LOST")

@@ -218,14 +218,15 @@ async def test_nothing_is_tried_again_after_data() -> None:
 # ---------------------------------------------------------------- full pools and lost nodes are no failures
 
 
-async def test_a_full_pool_sends_the_task_to_the_front_of_the_queue_outside_the_count() -> None:
+@pytest.mark.parametrize("code", [Code.ALL_SLOTS_BUSY, Code.MODEL_NOT_AVAILABLE])
+async def test_a_full_pool_sends_the_task_to_the_front_of_the_queue_outside_the_count(code: Code) -> None:
     async with a_control() as control:
         node = await control.join("a", pool(slots=1))
         asking = control.whole()
         for number in range(1, 5):  # more often than there are retries
             attempt = await node.asked()
             assert attempt.attempt == number
-            attempt.refuse(Code.ALL_SLOTS_BUSY)
+            attempt.refuse(code)
             await control.waiting(1)
             if number == 1:
                 later = control.whole(prompt="later")

@@ -178,6 +178,19 @@ class LlorchError(Exception):
     def envelope(self, *, request_id: str | None = None, task_id: str | None = None) -> dict[str, Any]:
         return {"error": self.to_wire(request_id=request_id, task_id=task_id)}
 
+    def copy(self) -> LlorchError:
+        """The same, to be raised: one that is kept must not hold the frames that it passes through."""
+        return LlorchError(
+            self.code,
+            self.message,
+            param=self.param,
+            hint=self.hint,
+            retriable=self.retriable,
+            retry_after_ms=self.retry_after_ms,
+            status=self.status,
+            details=self.details,
+        )
+
     @classmethod
     def from_wire(cls, wire: object, *, fallback: Code = Code.INTERNAL) -> LlorchError:
         """The error a peer of ours sent; anything malformed becomes `fallback` without quoting it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from typing import Protocol
 
 from llorch import records
@@ -63,6 +64,7 @@ class Link(asyncio.Protocol):
         self._decoder = records.Decoder()
         self._transport: asyncio.Transport | None = None
         self._reason = "connection closed by the peer"
+        self.heard_at = time.monotonic()  # when anything came last
         self._heard = False
         self._unanswered = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -116,6 +118,7 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        self.heard_at = time.monotonic()
         try:
             for record in self._decoder.feed(data):
                 if record.type == Type.PING:

@@ -68,7 +68,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
         offline_after_s=settings.offline_after,
     )
     roster = Roster(settings.data_dir)
-    recovery = Recovery(settings.recovery_window, roster.load(), time.monotonic())
+    recovery = Recovery(settings.recovery_window, roster.saved, time.monotonic())
     metrics, links, guard = ControlMetrics(), Links(), Guard("control")
     admission = Admission(settings.queue_limit, settings.queue_body_limit)
     async with NodeClient(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from llorch.control.tasks import State, Task
+from llorch.errors import LlorchError
 from llorch.messages import Head, Tail
 
 RECONNECT_GRACE_S = 10.0  # what a node gives a native task whose reader has left; here, one that no node has shown yet
@@ -63,6 +64,7 @@ class Audience:
         self.begun = asyncio.Event()  # it has shown its first byte, or has ended
         self.gone = asyncio.Event()  # it has ended
         self.accepted_by_node = False
+        self.trouble: LlorchError | None = None  # of the client that sent it alone; the others have been served
         self.running: asyncio.Task[Tail | Exception] | None = None
         self._alive = False
         self._client: Client | None = client
@@ -169,6 +171,10 @@ class Audience:
         """A client that breaks off within the block ends the task only if it was the last to listen."""
         try:
             yield
+        except LlorchError as error:
+            if not self._followers:
+                raise
+            self._client, self.trouble = None, error
         except ConnectionError:
             self._client = None
             if self.silent and not self._may_come_back:

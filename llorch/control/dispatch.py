@@ -23,6 +23,7 @@ from llorch.control.log_reader import LogReader, LogReaders, Opener
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
 from llorch.control.tasks import State, Task, TaskStore
+from llorch.control.verdicts import GoElsewhere, early_tail, verdict
 from llorch.control.waiting import WaitingRoom
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
@@ -31,26 +32,14 @@ from llorch.tasks import Guard
 
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
 ACCEPT_AT_LAST_S = 10.0  # the same where no other pool could take the task
+DOUBT_S = 5.0  # for a silent link to answer a PING: as long as TCP is given to notice a black hole
 MAX_RETRIES = 2
 MAX_LOSSES = 3  # the third node lost under a task ends it
 LAST_WORD_S = 0.1  # for the TAIL, after a client has gone: many go once they have read what they needed
 DEADLINE_SLACK_S = 2.0  # the node ends a task at its deadline; the control does if the node has not
 PING_AFTER_S = 15.0
 
-# A refusal with one of these sends the task back to the front of the queue: nothing has gone wrong. The second one
-# means that an engine is being started, or was a moment ago: the node's next report says so, too.
-_NOT_A_FAILURE = frozenset({Code.ALL_SLOTS_BUSY, Code.MODEL_NOT_AVAILABLE})
-
 log = Log("control.dispatch")
-
-
-class _GoElsewhere(Exception):
-    """This attempt showed nothing to the client; another may follow."""
-
-    def __init__(self, error: LlorchError, *, lost: bool = False, busy: bool = False, blamed: bool = False) -> None:
-        super().__init__(error.message)
-        self.error, self.lost, self.busy = error, lost, busy
-        self.blamed = blamed  # it counts against its pool
 
 
 def _farewell(error: BaseException) -> str:
@@ -151,8 +140,10 @@ class Dispatcher:
         except asyncio.CancelledError:
             audience.left()
             raise
+        if audience.trouble is not None:
+            raise audience.trouble
         if isinstance(outcome, Exception):
-            raise outcome
+            raise outcome.copy() if isinstance(outcome, LlorchError) else outcome
         return outcome
 
     def cancel(self, task: Task) -> None:
@@ -165,10 +156,12 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def attached(
-        self, node_id: str, task_id: str, offset: int, attempt: int, *, patience_s: float | None = None
+        self, node_id: str, mine: Task, offset: int, *, patience_s: float | None = None
     ) -> AsyncIterator[LogReader]:
         """A reader of a task's log, for one who came back. It is detached at the end."""
-        reader = await self.readers.attach(node_id, task_id, offset, attempt, patience_s=patience_s)
+        reader = await self.readers.attach(
+            node_id, mine.task_id, offset, mine.attempt, native=mine.native, patience_s=patience_s
+        )
         farewell = "left"
         try:
             yield reader
@@ -190,7 +183,7 @@ class Dispatcher:
             if report.state == "sealed" or task is None:
                 continue
             left = task.abandoned and not task.cancel_wanted
-            if left and not link_is_new:
+            if left and (not link_is_new or self.readers.reads(report.task_id)):
                 continue
             if task.ended or task.node_id != node_id:
                 upstream = self._opener.attach(node_id, report.task_id, report.offset, report.attempt, Feed())
@@ -264,13 +257,13 @@ class Dispatcher:
                 tail = await self._attempt(task, claim, audience)
                 self._judge(claim, tail)
                 return tail
-            except _GoElsewhere as gone:
+            except GoElsewhere as gone:
                 front = True
                 self._give_up(task, claim, gone)
             finally:
                 self._room.release(claim)
 
-    def _give_up(self, task: Task, claim: Claim, gone: _GoElsewhere) -> None:
+    def _give_up(self, task: Task, claim: Claim, gone: GoElsewhere) -> None:
         """After an attempt that showed nothing: raise its error, or leave the task ready for the next one."""
         now = self._clock()
         task.enter(State.QUEUED)
@@ -291,9 +284,8 @@ class Dispatcher:
                 task.wish = placement.excluding(task.wish, ((claim.node_id, claim.pool_id),))
             if task.losses >= MAX_LOSSES or task.retries > MAX_RETRIES:
                 raise gone.error
-            refusal = None if gone.lost else self._room.refusal(task.wish)
-            if refusal is not None:  # no other pool could do better
-                raise refusal if gone.error.code is Code.DRAINING else gone.error
+            if not gone.lost and self._room.refusal(task.wish) is not None:
+                raise gone.error  # no other pool could do better
             if not gone.lost and not self._budget.take(task.task_id, self.tasks.running):
                 raise gone.error  # too many try again already
         task.node_id = task.pool_id = None
@@ -321,12 +313,21 @@ class Dispatcher:
         try:
             upstream = self._opener.open(claim.node_id, self._open_header(task), task.body, feed)
         except LlorchError as error:
-            raise _GoElsewhere(error, lost=True) from None
+            raise GoElsewhere(error, lost=True) from None
         self._metrics.routed(self._clock() - task.received_at)
         log.debug(
             "task.routed", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, attempt=task.attempt
         )
-        reader = LogReader(self.readers, claim.node_id, task.task_id, task.attempt, feed, upstream, clock=self._clock)
+        reader = LogReader(
+            self.readers,
+            claim.node_id,
+            task.task_id,
+            task.attempt,
+            feed,
+            upstream,
+            native=task.native,
+            clock=self._clock,
+        )
         with self._read_through(task, reader):
             head = await self._first(task, claim, reader, audience)
             if isinstance(head, Tail):  # canceled before its first byte
@@ -385,9 +386,9 @@ class Dispatcher:
         return header
 
     async def _first(self, task: Task, claim: Claim, reader: LogReader, audience: Audience) -> Head | Tail:
-        """Everything up to HEAD. Raises _GoElsewhere while the task can still run somewhere else."""
+        """Everything up to HEAD. Raises GoElsewhere while the task can still run somewhere else."""
         accepted = False
-        now = self._clock()
+        sent_at = now = self._clock()
         until, patient_until = now + ACCEPT_TIMEOUT_S, now + ACCEPT_AT_LAST_S
         ping_at = now + PING_AFTER_S - (now - task.received_at) % PING_AFTER_S  # counted from the client's request
         while True:
@@ -396,14 +397,17 @@ class Dispatcher:
                 now = self._clock()
                 if now >= until:
                     task.check_deadline(now)
-                    if not accepted and now < patient_until and self._nowhere_else(task, claim):
+                    if accepted:
+                        error = LlorchError(Code.ENGINE_STALLED, "the node did not send a first byte in time")
+                        raise GoElsewhere(error, blamed=True)
+                    silent = self._opener.silent(claim.node_id, sent_at)
+                    if silent:
+                        self._doubt(claim.node_id)
+                    if now < patient_until and self._nowhere_else(task, claim):
                         until += ACCEPT_TIMEOUT_S
                         continue
-                    what = "did not send a first byte" if accepted else "did not answer"
-                    raise _GoElsewhere(
-                        LlorchError(Code.ENGINE_STALLED if accepted else Code.NODE_LOST, f"the node {what} in time"),
-                        blamed=True,
-                    )
+                    error = LlorchError(Code.NODE_LOST, "the node did not answer in time")
+                    raise GoElsewhere(error, lost=silent, blamed=not silent)
                 if now >= ping_at:
                     ping_at += PING_AFTER_S
                     await audience.idle()
@@ -414,11 +418,11 @@ class Dispatcher:
             elif isinstance(item, Head):
                 return item
             elif isinstance(item, Refused):
-                raise _verdict(item.error, refused=True)
+                raise verdict(item.error, refused=True)
             elif isinstance(item, Tail):
-                return _early_tail(item)
+                return early_tail(item)
             elif isinstance(item, Lost):
-                raise _GoElsewhere(LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}"), lost=True)
+                raise GoElsewhere(LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}"), lost=True)
             elif isinstance(item, Stopped):
                 raise ShuttingDown
 
@@ -426,6 +430,17 @@ class Dispatcher:
         """A node that is slow to answer is better than none; one that is gone tells by the end of its link."""
         tried = ((claim.node_id, claim.pool_id),)
         return self._room.refusal(placement.excluding(task.wish, tried)) is not None
+
+    def _doubt(self, node_id: str) -> None:
+        """Nothing has come over a node's link since an OPEN went out: until it answers, nothing more goes there."""
+        if self._registry.doubt(node_id, True):
+            self._guard.spawn(self._ask(node_id), f"doubt.{node_id}")
+
+    async def _ask(self, node_id: str) -> None:
+        answered = await self._opener.answers(node_id, DOUBT_S)
+        log.info("link.doubted", node_id=node_id, answered=answered)
+        self._registry.doubt(node_id, False)
+        self.registry_changed()
 
     def _patience_s(self, task: Task, claim: Claim) -> float:
         """How long HEAD may take. An answer that isn't streamed comes whole, so only its deadline bounds it."""
@@ -475,25 +490,3 @@ class Dispatcher:
             attempts=task.attempt,
             tokens_out=tail.tokens_out if tail is not None else None,
         )
-
-
-def _verdict(error: LlorchError, *, refused: bool = False) -> Exception:
-    """What an error before the first byte means: the client's answer, or that another pool may do better."""
-    if error.code is Code.ALL_SLOTS_BUSY or (refused and error.code in _NOT_A_FAILURE):
-        return _GoElsewhere(error, busy=True)
-    if error.code is Code.POOL_NOT_FOUND or (error.status >= 500 and error.code is not Code.DEADLINE_EXCEEDED):
-        return _GoElsewhere(error, blamed=blames(error, refused=refused))
-    return error
-
-
-def _early_tail(tail: Tail) -> Tail:
-    """A TAIL with no HEAD: nothing was shown. Returned if the task was canceled, raised as `_verdict` says if not."""
-    if tail.error is None:
-        if tail.finish_reason == "canceled":
-            return tail
-        raise _GoElsewhere(LlorchError(Code.ENGINE_FAILED, "the answer ended before it began"), blamed=True)
-    clients = tail.status is not None and 400 <= tail.status < 500
-    error = LlorchError.from_wire(tail.error, fallback=Code.INVALID_REQUEST if clients else Code.ENGINE_FAILED)
-    if error.code is Code.CANCELED:
-        return tail
-    raise _verdict(error)

@@ -41,6 +41,10 @@ async def follow(
             return await _follow(control, mine, answer, offset, attempt, audience)
     except ShuttingDown:
         return await answer.stopped(mine.request_id)
+    except LlorchError as error:
+        if not answer.committed:
+            raise
+        return await answer.failed(error, mine.request_id)
 
 
 async def _follow(
@@ -49,6 +53,8 @@ async def _follow(
     if audience is not None:
         await _begun(control, audience, answer)
     task = control.dispatcher.tasks.get(mine.task_id)
+    if task is not None and task.owner != mine.owner:
+        task = None  # another's, under an id that both chose
     if task is not None and _control_ended(task, offset):
         return await _last_word(mine, task, answer)
     known = control.registry.task(mine.task_id)
@@ -58,14 +64,10 @@ async def _follow(
         _check_attempt(control, task, attempt, beyond)
     try:
         patience_s = 0.0 if task is not None and _failed_here(task) else None
-        async with control.dispatcher.attached(
-            mine.node_id, mine.task_id, offset, mine.attempt, patience_s=patience_s
-        ) as reader:
+        async with control.dispatcher.attached(mine.node_id, mine, offset, patience_s=patience_s) as reader:
             return await _relay(mine, reader, answer, offset)
     except LlorchError as error:
         if error.code is not Code.NODE_LOST:
-            if answer.committed:
-                return await answer.failed(error, mine.request_id)
             raise
         if audience is not None:
             with contextlib.suppress(TimeoutError):
@@ -74,8 +76,6 @@ async def _follow(
             return await _last_word(mine, task, answer)  # what is missing went with its node
         if answer.committed and isinstance(answer, NativeStream):
             return answer.broken_off()
-        if answer.committed:
-            return await answer.failed(error, mine.request_id)
         raise
     finally:
         if task is None and known is not None and mine.tail is not None:

@@ -22,6 +22,8 @@ RECONNECT_S = 5.0  # a link that broke is back within 2 s if its node lives; a c
 ANSWER_S = 1.0  # for a node to answer an ATTACH
 LOOK_EVERY_S = 0.25  # how often a node without a link is tried again
 
+# What a node says of a log. Any other refusal is of the way to it: a proxy's, or of a token that a link does not need.
+_FINAL = frozenset({Code.TASK_NOT_FOUND, Code.GAP, Code.INVALID_REQUEST, Code.CONFLICT})
 NOWHERE = Upstream(passed_on=lambda _count: None, detach=lambda _reason: None, cancel=lambda: None)
 
 log = Log("control.log_reader")
@@ -33,8 +35,16 @@ class Opener(Protocol):
     def open(self, node_id: str, header: dict[str, Any], body: bytes, feed: Feed) -> Upstream:
         """Raises LlorchError NODE_LOST when there is no way to the node."""
 
-    def attach(self, node_id: str, task_id: str, offset: int, attempt: int, feed: Feed) -> Upstream:
+    def attach(
+        self, node_id: str, task_id: str, offset: int, attempt: int, feed: Feed, *, native: bool = True
+    ) -> Upstream:
         """As `open`. Of another attempt than this one the node knows no such task."""
+
+    def silent(self, node_id: str, since: float) -> bool:
+        """Whether its link is up, and has brought nothing since then (monotonic seconds)."""
+
+    async def answers(self, node_id: str, within_s: float) -> bool:
+        """Ask over its link; one that does not answer in time is ended, so that a new one comes."""
 
 
 class News:
@@ -70,12 +80,24 @@ class LogReaders:
         self._readers: set[LogReader] = set()
 
     async def attach(
-        self, node_id: str, task_id: str, offset: int, attempt: int, *, patience_s: float | None = None
+        self,
+        node_id: str,
+        task_id: str,
+        offset: int,
+        attempt: int,
+        *,
+        native: bool = True,
+        patience_s: float | None = None,
     ) -> LogReader:
         """A reader of a task's log, for one who came back. Raises NODE_LOST, or what the node refuses."""
-        reader = LogReader(self, node_id, task_id, attempt, Feed(), NOWHERE, offset, patience_s=patience_s)
+        reader = LogReader(
+            self, node_id, task_id, attempt, Feed(), NOWHERE, offset, native=native, patience_s=patience_s
+        )
         await reader.open()
         return self.add(reader)
+
+    def reads(self, task_id: str) -> bool:
+        return any(reader.task_id == task_id for reader in self._readers)
 
     def add(self, reader: LogReader) -> LogReader:
         self._readers.add(reader)
@@ -105,12 +127,14 @@ class LogReader:
         upstream: Upstream,
         offset: int = 0,
         *,
+        native: bool = True,
         patience_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.node_id = node_id
         self.task_id = task_id
         self.attempt = attempt
+        self.native = native
         self.offset = offset  # of the next byte; what came before was given to `next`'s caller
         self._readers = readers
         self._feed = feed
@@ -214,12 +238,14 @@ class LogReader:
         """Try once. Raises what the node refuses."""
         feed = Feed()
         try:
-            upstream = self._readers.opener.attach(self.node_id, self.task_id, self.offset, self.attempt, feed)
+            upstream = self._readers.opener.attach(
+                self.node_id, self.task_id, self.offset, self.attempt, feed, native=self.native
+            )
         except LlorchError:
             return False  # there is no way to it now
         try:
             item = await feed.next(ANSWER_S)
-            if isinstance(item, Refused) and item.error.code is not Code.NODE_LOST:
+            if isinstance(item, Refused) and item.error.code in _FINAL:
                 raise item.error
             if not isinstance(item, Accepted):
                 return False  # lost again, stopped, or no answer in time
@@ -227,6 +253,10 @@ class LogReader:
             if self._canceled:
                 upstream.cancel()
             return True
+        except asyncio.CancelledError:
+            self._upstream = upstream
+            upstream.detach("left")
+            raise
         finally:
             if self._upstream is not upstream and not feed.ended:
                 upstream.detach("lost")

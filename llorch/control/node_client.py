@@ -75,12 +75,38 @@ class NodeClient:
             upstream.detach = _cancel_first(upstream)
         return upstream
 
-    def attach(self, node_id: str, task_id: str, offset: int, attempt: int, feed: Feed) -> Upstream:
+    def attach(
+        self, node_id: str, task_id: str, offset: int, attempt: int, feed: Feed, *, native: bool = True
+    ) -> Upstream:
         link = self._links.get(node_id)
         if link is not None:
             return link.attach(task_id, offset, attempt, feed)
         path = f"/v2/tasks/{task_id}/log?offset={offset}&attempt={attempt}"
-        return self._stream(node_id, "GET", path, {}, b"", feed, task_id)
+        upstream = self._stream(node_id, "GET", path, {}, b"", feed, task_id)
+        close, cancels = upstream.detach, upstream.detach if native else _cancel_first(upstream)
+
+        def detach(reason: str) -> None:
+            """Say why where there is a link by now; where there is none, an answer for its client alone is canceled."""
+            link = self._links.get(node_id)
+            if link is None:
+                cancels(reason)
+                return
+            close(reason)
+            link.attach(task_id, offset, attempt, Feed()).detach(reason)
+
+        upstream.detach = detach
+        return upstream
+
+    def silent(self, node_id: str, since: float) -> bool:
+        link = self._links.get(node_id)
+        return link is not None and link.connection is not None and link.connection.heard_at < since
+
+    async def answers(self, node_id: str, within_s: float) -> bool:
+        link = self._links.get(node_id)
+        if link is None or await link.answers(within_s):
+            return link is not None
+        link.abort("no answer to a ping")
+        return False
 
     async def call(
         self, node_id: str, method: str, path: str, body: bytes = b"", *, timeout_s: float = CALL_TIMEOUT_S

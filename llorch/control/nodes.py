@@ -206,6 +206,7 @@ class Node:
     online: bool = True
     offline_since: float | None = None
     linked: bool = False
+    doubted: bool = False  # its link is up and silent, and was asked whether it lives
     probe_ok: bool | None = None
     held: bool = False  # a storm: beats that it misses are the control's own fault
     beats: int = 0
@@ -252,7 +253,7 @@ class Node:
     @property
     def reachable(self) -> bool:
         """Its link is up; for want of one, the last probe was answered."""
-        return self.linked or self.probe_ok is True
+        return (self.linked and not self.doubted) or self.probe_ok is True
 
     def overdue(self, now: float, after_s: float) -> bool:
         """No beat for `after_s`: its lease has run out."""

@@ -25,6 +25,10 @@ class Recovery:
         """The remembered nodes that are not back."""
         return frozenset(self._missing or ())
 
+    def blind(self, now: float) -> bool:
+        """Nobody knows yet who was here before: whoever is here now is not all of them."""
+        return self._missing is None and self.on(now)
+
     def returned(self, node_id: str) -> None:
         """A node has registered, with all that it runs."""
         if self._missing is not None:

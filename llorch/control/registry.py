@@ -20,17 +20,7 @@ from llorch.control.task_reports import TaskReports
 from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
 
-__all__ = [
-    "BeatResult",
-    "Claim",
-    "Event",
-    "Node",
-    "Pool",
-    "Registration",
-    "Registry",
-    "check_address",
-    "check_ip",
-]
+__all__ = ["BeatResult", "Claim", "Event", "Node", "Pool", "Registration", "Registry", "check_address", "check_ip"]
 
 LISTED_OFFLINE_S = 24 * 3600.0
 MAX_NODES = 1_000  # twenty times what one control is for; a registration may be 1 MB of state
@@ -232,7 +222,7 @@ class Registry:
     def link_up(self, node_id: str, lease_id: str, now: float) -> Node:
         """Its link is open. Raises as `check_lease`."""
         node = self.check_lease(node_id, lease_id)
-        node.linked = True
+        node.linked, node.doubted = True, False
         self._reached(node, now)
         return node
 
@@ -243,6 +233,15 @@ class Registry:
             return False
         node.linked, node.probe_ok = False, None
         self._reached(node, now)
+        return True
+
+    def doubt(self, node_id: str, doubted: bool) -> bool:
+        """Its link brings nothing: not reachable until it is believed again. True if that is new."""
+        node = self._nodes.get(node_id)
+        if node is None or node.doubted == doubted:
+            return False
+        node.doubted = doubted
+        self._forget_facts(node)
         return True
 
     def probed(self, node_id: str, ok: bool, now: float) -> bool:

@@ -110,7 +110,8 @@ class Replays:
         earlier = self._tasks.get(task.task_id)
         known: _Known | None
         if earlier is not None:
-            known = _as_it_is(earlier, gone=task.key_digest is not None and await self._came_to_nothing(earlier))
+            keyed, never_ran = task.key_digest is not None, earlier.ended and not earlier.attempt
+            known = _as_it_is(earlier, gone=never_ran or (keyed and await self._came_to_nothing(earlier)))
         else:
             found = self._registry.task(task.task_id)
             known = None if found is None else _reported(*found[1:], keyed=task.key_digest is not None)
@@ -164,14 +165,14 @@ class Replays:
         try:
             report = parse(TaskReport, await self._nodes.call(task.node_id, "GET", path, timeout_s=ASK_S))
         except LlorchError as error:
-            if error.code is not Code.NODE_LOST:
-                return True  # forgotten
-            node = self._registry.nodes.get(task.node_id)
+            if error.code is Code.TASK_NOT_FOUND:
+                return True
+            report = None
+        node = self._registry.nodes.get(task.node_id)
+        if report is None or report.task_id != task.task_id:
             if node is None or not node.online:
                 return True
-            raise LlorchError(
-                Code.RECOVERING, "the node that ran this request does not answer", retry_after_ms=1_000
-            ) from None
+            raise LlorchError(Code.RECOVERING, "the node that ran this request does not answer", retry_after_ms=1_000)
         task.attempt = max(task.attempt, report.attempt)
         if report.state != "sealed":
             return False

@@ -24,7 +24,7 @@ class Roster:
     def __init__(self, data_dir: str) -> None:
         self._path = Path(data_dir).expanduser() / FILE_NAME
         self._failed = False
-        self._saved = self.load()
+        self.saved = self._load()  # None where nothing can be told
 
     def prepare(self) -> None:
         """Make the directory, private if it is new. Raises ConfigError if it can't be used."""
@@ -35,8 +35,7 @@ class Roster:
                 f"the directory {self._path.parent} can't be used: {error.strerror}", hint="give another --data-dir"
             ) from None
 
-    def load(self) -> frozenset[str] | None:
-        """The ids as they were saved last; None where nothing can be told."""
+    def _load(self) -> frozenset[str] | None:
         try:
             with self._path.open("rb") as file:
                 value = json.loads(file.read(MAX_FILE_BYTES))
@@ -50,7 +49,7 @@ class Roster:
     def save(self, node_ids: Iterable[str]) -> None:
         """Write them if they have changed. Blocking. A disk that is full costs the hint, and is told once."""
         wanted = frozenset(node_ids)
-        if wanted == self._saved:
+        if wanted == self.saved:
             return
         temporary = self._path.with_suffix(".tmp")
         try:
@@ -61,4 +60,4 @@ class Roster:
                 log.warning("roster.unsaved", path=self._path, reason=error.strerror)
             self._failed = True
             return
-        self._saved, self._failed = wanted, False
+        self.saved, self._failed = wanted, False

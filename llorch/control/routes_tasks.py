@@ -19,7 +19,7 @@ from llorch.control.answers import (
     stopping,
     task_headers,
 )
-from llorch.control.audience import ShuttingDown
+from llorch.control.audience import Audience, ShuttingDown
 from llorch.control.follow import follow
 from llorch.control.state import CONTROL, Control
 from llorch.control.task_reports import came_to_nothing
@@ -33,16 +33,8 @@ MAX_LISTED_TASKS = 1_000
 
 
 async def submit(request: web.Request) -> web.StreamResponse:
-    control, request_id = request.app[CONTROL], request[REQUEST_ID]
-    raw = await read_body(request, most_bytes=control.max_body_bytes)
-    task = intake.native_task(
-        raw,
-        request.headers,
-        owner=request[PRINCIPAL].name,
-        request_id=request_id,
-        task_id=str(uuid.uuid4()),
-        now=time.monotonic(),
-    )
+    control = request.app[CONTROL]
+    task = await _native_task(request)
     earlier = await control.replays.earlier(task)
     if task.detach:
         return await (_detach(control, task) if earlier is None else _taken_before(control, task, earlier))
@@ -55,12 +47,23 @@ async def submit(request: web.Request) -> web.StreamResponse:
     return await _serve(control, task, answer, earlier)
 
 
+async def _native_task(request: web.Request) -> Task:
+    """The task of a request. Its body is the task's alone: no frame keeps it for as long as the answer takes."""
+    return intake.native_task(
+        await read_body(request, most_bytes=request.app[CONTROL].max_body_bytes),
+        request.headers,
+        owner=request[PRINCIPAL].name,
+        request_id=request[REQUEST_ID],
+        task_id=str(uuid.uuid4()),
+        now=time.monotonic(),
+    )
+
+
 async def openai(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
-    raw = await read_body(request, most_bytes=control.max_body_bytes)
     task = intake.openai_task(
         request.path,
-        raw,
+        await read_body(request, most_bytes=control.max_body_bytes),
         request.headers,
         owner=request[PRINCIPAL].name,
         request_id=request[REQUEST_ID],
@@ -74,8 +77,7 @@ async def openai(request: web.Request) -> web.StreamResponse:
 async def _serve(control: Control, task: Task, answer: Answer, earlier: str | None) -> web.StreamResponse:
     """Run the task, or read the `earlier` one that it repeats."""
     if earlier is not None:
-        task.task_id, task.replayed = earlier, True
-        control.metrics.resumed("key")
+        _repeats(control, task, earlier)
         return await follow(control, task, answer)
     try:
         tail = await control.dispatcher.serve(task, answer)
@@ -86,6 +88,11 @@ async def _serve(control: Control, task: Task, answer: Answer, earlier: str | No
         return await answer.failed(error, task.request_id)
 
 
+def _repeats(control: Control, task: Task, earlier: str) -> None:
+    task.task_id, task.replayed, task.body = earlier, True, b""
+    control.metrics.resumed("key")
+
+
 async def _detach(control: Control, task: Task) -> web.StreamResponse:
     audience = control.dispatcher.start(task, Detached())
     try:
@@ -93,18 +100,24 @@ async def _detach(control: Control, task: Task) -> web.StreamResponse:
     except asyncio.CancelledError:
         audience.left()  # nobody was told that it was taken
         raise
-    if task.error is not None and not audience.accepted_by_node:
-        raise stopping() if task.stopped else task.error
+    _check_taken(audience)
     return _taken(task.task_id, task.state.value, task_headers(task))
 
 
+def _check_taken(audience: Audience) -> None:
+    """Raises why a task was not taken by any node."""
+    task = audience.task
+    if task.error is not None and not audience.accepted_by_node:
+        raise stopping() if task.stopped else task.error.copy()
+
+
 async def _taken_before(control: Control, task: Task, earlier: str) -> web.StreamResponse:
-    task.task_id, task.replayed = earlier, True
-    control.metrics.resumed("key")
+    _repeats(control, task, earlier)
     audience = control.dispatcher.audience(earlier)
     if audience is not None:
         with audience.listening():
             await audience.taken.wait()
+        _check_taken(audience)
     there, known = control.dispatcher.tasks.get(earlier), control.registry.task(earlier)
     state = there.state.value if there is not None else view_of_report(*known)["state"] if known is not None else None
     return _taken(earlier, state, task_headers(task))
@@ -235,7 +248,8 @@ async def follow_events(request: web.Request) -> web.StreamResponse:
         )
     offset = intake.event_offset(request.headers, request.query)
     attempt = intake.event_attempt(request.headers, request.query)
-    mine = Task.read_again(task_id, owner=principal.name, request_id=request[REQUEST_ID], now=time.monotonic())
+    owner = task.owner if task is not None else known[1].owner if known is not None else principal.name
+    mine = Task.read_again(task_id, owner=owner, request_id=request[REQUEST_ID], now=time.monotonic())
     if offset:
         control.metrics.resumed("client")
     answer = NativeStream(request, mine, control.slow_reader_timeout_s, again=True)

@@ -28,9 +28,11 @@ async def expire_step(control: Control) -> float:
 
 async def roster_step(control: Control) -> float:
     """Remember who is here. Those of before that are not back yet stay remembered."""
-    known = set(control.registry.nodes)
-    if control.recovery.on(time.monotonic()):
+    now, known = time.monotonic(), set(control.registry.nodes)
+    if control.recovery.on(now):
         known |= control.recovery.missing
+    if control.recovery.blind(now):
+        return ROSTER_EVERY_S
     await asyncio.to_thread(control.roster.save, known)
     return ROSTER_EVERY_S
 

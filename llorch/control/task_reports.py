@@ -25,7 +25,7 @@ class TaskReports:
     def __init__(self) -> None:
         self._by_node: dict[str, dict[tuple[str, int], TaskReport]] = {}
         self._by_task: dict[str, dict[tuple[str, int], TaskReport]] = {}  # task_id → (node_id, attempt) → report
-        self._by_key: dict[str, str] = {}  # key_digest → the task that was heard of last with it
+        self._by_key: dict[str, dict[str, None]] = {}  # key_digest → the tasks that came with it
 
     def __len__(self) -> int:
         return sum(map(len, self._by_node.values()))
@@ -49,9 +49,9 @@ class TaskReports:
         return node_id, reports[node_id, attempt]
 
     def find_key(self, key_digest: str, online: Callable[[str], bool]) -> tuple[str, TaskReport] | None:
-        """As `find`, for the task that came with this key."""
-        task_id = self._by_key.get(key_digest)
-        return None if task_id is None else self.find(task_id, online)
+        """As `find`, for the task that came with this key: of several, the newest one that came to something."""
+        found = [at for task_id in self._by_key.get(key_digest, ()) if (at := self.find(task_id, online)) is not None]
+        return max(found, key=lambda at: (not came_to_nothing(at[1]), at[1].started_at or ""), default=None)
 
     def take(self, node_id: str, reports: list[TaskReport], *, whole: bool) -> tuple[TaskReport, ...]:
         """A node's report; `whole`: what it does not list is gone. Returns the tasks newly known as sealed."""
@@ -69,8 +69,8 @@ class TaskReports:
                 ended.append(report)
             known[key] = report
             self._by_task.setdefault(report.task_id, {})[node_id, report.attempt] = report
-            if report.key_digest is not None and before is None:
-                self._by_key[report.key_digest] = report.task_id
+            if report.key_digest is not None:
+                self._by_key.setdefault(report.key_digest, {})[report.task_id] = None
         for key in gone & set(known):
             self._drop(node_id, key)
         surplus = len(known) - MAX_TASKS_PER_NODE
@@ -91,5 +91,7 @@ class TaskReports:
         del reports[node_id, attempt]
         if not reports:
             del self._by_task[task_id]
-            if report.key_digest is not None and self._by_key.get(report.key_digest) == task_id:
-                del self._by_key[report.key_digest]
+            same_key = self._by_key.get(report.key_digest or "", {})
+            same_key.pop(task_id, None)
+            if report.key_digest is not None and not same_key:
+                self._by_key.pop(report.key_digest, None)

@@ -228,7 +228,10 @@ class TaskStore:
     def remember(self, task: Task) -> None:
         """An ended task that this control has not run, but has read to its end."""
         if self.get(task.task_id) is None:
+            newer = self._by_key.get(task.key_digest or "")
             self.add(task)
+            if newer is not None:
+                self._by_key[task.key_digest or ""] = newer
             self.ended(task)
 
     def ended(self, task: Task) -> None:

@@ -87,7 +87,9 @@ async def follow(request: web.Request) -> web.StreamResponse:
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise invalid("`offset` is a number of bytes", param="offset")
     attempt = request.query.get("attempt", "")
-    entry = node.runner.logs.get(request.match_info["task"], int(attempt[:9]) if attempt.isdecimal() else None)
+    if attempt and not (attempt.isascii() and attempt.isdecimal() and len(attempt) < 10):
+        raise invalid("`attempt` is a number", param="attempt")
+    entry = node.runner.logs.get(request.match_info["task"], int(attempt) if attempt else None)
     entry.log.check(int(text))
     serve = _serve_records if _wants_records(request) else _serve_plain
     return await serve(request, node, entry, int(text))

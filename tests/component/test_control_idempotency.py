@@ -4,7 +4,6 @@ nothing.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import uuid
@@ -253,7 +252,7 @@ async def test_a_client_that_went_does_not_take_the_task_from_one_that_sent_the_
         second = keyed(control, "v1")
         await eventually(lambda: _followed(control))
         await first.leave()
-        await asyncio.sleep(0)
+        await eventually(lambda: all(a._client is None for a in control.control.dispatcher._audiences.values()))
         attempt.head().data(b"data: 1\n\n")
         reader = await node.reader()
         reader.accept().head().data(attempt.log)

@@ -270,6 +270,10 @@ class LinkedNode:
             elif kind == Type.DETACH:
                 stream.detached = payload.decode()
 
+    def lives(self) -> None:
+        """Something comes over the link, that answers nothing."""
+        self.send(records.encode(0, Type.PONG))
+
     def send(self, encoded: bytes) -> None:
         assert self._writer is not None
         self._writer.write(encoded)

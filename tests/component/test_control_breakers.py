@@ -12,7 +12,16 @@ import pytest
 from llorch import breaker
 from llorch.control import dispatch, routes_health, routes_nodes, sweep
 from llorch.errors import Code
-from tests.component.control_harness import Asking, Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
+from tests.component.control_harness import (
+    Asking,
+    Attempt,
+    ControlUnderTest,
+    LinkedNode,
+    Stream,
+    a_control,
+    eventually,
+    pool,
+)
 
 
 async def shown(control: ControlUnderTest, name: str) -> dict[str, Any]:
@@ -54,7 +63,8 @@ def engine_is_overloaded(attempt: Attempt) -> None:
 
 
 def says_nothing(attempt: Attempt) -> None:
-    pass
+    assert isinstance(attempt, Stream)
+    attempt._node.lives()  # it is the task that gets no answer, not the link that is silent
 
 
 def sends_no_first_byte(attempt: Attempt) -> None:
@@ -108,10 +118,6 @@ def is_full(attempt: Attempt) -> None:
     attempt.refuse(Code.ALL_SLOTS_BUSY)
 
 
-def drains(attempt: Attempt) -> None:
-    attempt.refuse(Code.DRAINING)
-
-
 def is_late(attempt: Attempt) -> None:
     attempt.accept().fail_early(Code.DEADLINE_EXCEEDED)
 
@@ -124,7 +130,7 @@ def node_stops(attempt: Attempt) -> None:
     attempt.begin().say("one").fail(Code.NODE_LOST)
 
 
-@pytest.mark.parametrize("how", [is_a_fault_of_the_client, drains, is_late, is_canceled, node_stops])
+@pytest.mark.parametrize("how", [is_a_fault_of_the_client, is_late, is_canceled, node_stops])
 async def test_what_is_no_fault_of_the_pool_does_not_count(how: Callable[[Attempt], None]) -> None:
     async with a_control() as control:
         node = await control.join("a", pool("p0"), pool("p1"))

@@ -11,9 +11,20 @@ from typing import Any
 
 import pytest
 
-from llorch.control import audience
+from llorch.control import answers, audience
 from llorch.errors import Code
-from tests.component.control_harness import MODEL, Asking, ControlUnderTest, Stream, a_control, eventually, pool
+from llorch.records import Type
+from tests.component.control_harness import (
+    MODEL,
+    Asking,
+    ControlUnderTest,
+    Stream,
+    a_control,
+    error_wire,
+    eventually,
+    pool,
+)
+from tests.component.test_control_reconnect import back
 
 KEY = "key-1"
 DIGEST = hashlib.sha256(b"alice\0" + KEY.encode()).hexdigest()
@@ -283,3 +294,153 @@ async def test_of_two_that_ask_at_once_for_what_has_to_run_anew_one_runs_it() ->
         assert len({answer.headers["X-Llorch-Task"] for answer in answers}) == 1
         assert len(node.opened) == 2
         await control.idle()
+
+
+async def test_a_refused_task_keeps_no_body_however_it_was_asked_for() -> None:
+    async with a_control(queue_limit=0) as control:
+        node = await control.join("a", pool(slots=1))
+        control.chat()
+        await node.asked()
+        for more in ({"detach": True}, {}):
+            assert (await control.submit(prompt="x" * 1_000_000, **more).answer()).code == "QUEUE_FULL"
+        refused = [task for task in control.control.dispatcher.tasks if task.error is not None]
+        assert [(task.body, task.error.__traceback__) for task in refused if task.error is not None] == [
+            (b"", None)
+        ] * 2
+
+
+async def test_no_frame_keeps_a_body_while_its_answer_comes() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit(prompt="x" * 1_000_000)
+        attempt = (await node.asked()).begin().say("one ")
+        await asking.has(b"one")
+        kept = []
+        for task in asyncio.all_tasks():
+            frame: Any = task.get_coro()
+            while frame is not None and hasattr(frame, "cr_frame"):
+                local = frame.cr_frame.f_locals.items() if frame.cr_frame is not None else ()
+                kept += [name for name, value in local if isinstance(value, bytes) and len(value) > 900_000]
+                frame = frame.cr_await
+        attempt.end()
+        await asking.answer()
+        assert kept == []
+
+
+@pytest.mark.parametrize("says", ["a fault", "another task"])
+async def test_an_odd_answer_of_a_node_is_no_word_that_a_task_is_forgotten(says: str) -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        first = keyed(control, "native")
+        (await node.asked()).begin().say("one ").end()
+        await first.answer()
+        second = keyed(control, "native")
+        await eventually(lambda: node.calls)
+        call = node.calls[0].accept()
+        if says == "a fault":
+            call.emit_json(Type.HEAD, {"status": 500, "headers": {"content-type": "application/json"}})
+            call.data(json.dumps({"error": error_wire("INTERNAL")}).encode()).tail()
+        else:
+            call.head("application/json").data(json.dumps({"task_id": str(uuid.uuid4())}).encode()).tail()
+        answer = await second.answer()
+        assert (answer.status, answer.code) == (503, "RECOVERING")
+        assert len(node.opened) == 1
+
+
+async def test_an_answer_too_large_for_one_client_is_not_the_end_of_it_for_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers, "MAX_COLLECTED_BYTES", 2_000)
+    async with a_control() as control:
+        node = await control.join("a")
+        first = keyed(control, "json")
+        attempt = (await node.asked()).begin().say("one ")
+        await control.state(attempt.task_id, "streaming")
+        second = keyed(control, "native")
+        reader = await node.reader()
+        reader.accept().head().data(attempt.log)
+        await second.has(b"one")
+        for each in (attempt, reader):
+            each.say("x" * 3_000)
+            each.tokens = ["one ", "x" * 3_000]
+            each.end()
+        assert (await first.answer()).code == "PAYLOAD_TOO_LARGE"
+        assert (await second.answer()).terminals == ["end"]
+        assert not attempt.canceled
+        await control.idle()
+
+
+async def test_a_named_task_that_was_refused_may_be_sent_again() -> None:
+    async with a_control(queue_limit=0) as control:
+        node = await control.join("a", pool(slots=1))
+        chat, task_id = control.chat(), str(uuid.uuid4())
+        holding = await node.asked()
+        assert (await control.submit(task_id=task_id).answer()).code == "QUEUE_FULL"
+        holding.accept().head().data(b"data: 1\n\n").tail(finish_reason="stop")
+        await chat.answer()
+        again = control.submit(task_id=task_id)
+        (await node.asked()).begin().say("hi").end()
+        assert (await again.answer()).said == "hi"
+
+
+async def test_a_detached_task_that_no_node_took_is_refused_to_all_who_sent_it() -> None:
+    async with a_control(queue_timeout=0.5) as control:
+        node = await control.join("a", pool(slots=1))
+        control.chat()
+        await node.asked()
+        first = keyed(control, "detached")
+        await control.waiting(1)
+        second = keyed(control, "detached")
+        assert [(await each.answer()).code for each in (first, second)] == ["QUEUE_TIMEOUT"] * 2
+
+
+@pytest.mark.parametrize("attempt", ["1", "9"])
+async def test_a_reader_of_another_attempt_gets_one_end_in_its_own_stream(attempt: str) -> None:
+    """It was told its place in the queue, so it can't be answered with a status any more."""
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=1))
+        control.chat()
+        holding = await node.asked()
+        asking = control.submit()
+        await asking.has(b"queued")
+        task_id = asking.headers["X-Llorch-Task"]
+        other = control.events(task_id, "1", **{"X-Llorch-Attempt": attempt})
+        await other.has(b"queued")
+        holding.accept().tail(finish_reason="stop")
+        fresh = (await node.asked()).begin().say("x")
+        if attempt == "1":
+            reader = await node.reader()
+            reader.accept().head().data(fresh.log[1:])
+            reader.log = fresh.log
+            reader.tail()
+        answer = await other.answer()
+        assert (answer.status, b"HTTP/1.1" in answer.raw, answer.cut) == (200, False, False)
+        assert ("error" in answer.names) == (attempt == "9")
+        fresh.end()
+        await asking.answer()
+        await control.idle()
+
+
+async def test_whoever_reads_an_abandoned_v1_answer_is_not_left_when_the_link_is_new() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        first = keyed(control, "v1")
+        attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
+        await first.has(b"data: 1")
+        await first.leave()
+        await eventually(lambda: attempt.detached == "left")
+        second = keyed(control, "v1")
+        await _told(node, attempt, "running")  # type: ignore[arg-type]
+        reader = await node.reader()
+        reader.accept().head().data(attempt.log)
+        await second.has(b"data: 1")
+        await node.cut()
+        running = {"task_id": attempt.task_id, "attempt": 1, "path": "/v1/completions", "state": "running"}
+        await node.beat(tasks=[running | {"owner": "alice", "offset": 9}])
+        await back(control, node)
+        again = await node.reader(1)
+        again.accept().head()
+        again.log = attempt.log
+        again.tail(finish_reason="stop")
+        assert (await second.answer()).raw == attempt.log
+        assert len(node.attached) == 2

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
 
+import pytest
+from aiohttp import web as aioweb
+
+from llorch import records
 from llorch.control import audience
 from llorch.errors import Code
+from llorch.records import Type
 from tests.component.control_harness import (
     ControlUnderTest,
     LinkedNode,
     a_control,
+    error_wire,
     eventually,
     lost_soon,
     pool,
@@ -257,3 +263,105 @@ async def test_a_client_that_goes_while_the_node_is_away_is_told_of_when_the_nod
         await node.beat(tasks=[running])  # once is enough: a beat must not start the node's grace anew
         await node.settled()
         assert len(node.attached) == 1
+
+
+# ---------------------------------------------------------------- nodes that have a link and an address
+
+
+class Addressed:
+    """What answers at the address that a node with a link advertises: a proxy that refuses, or the node itself."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        self.gone = asyncio.Event()
+        self.asked = asyncio.Event()
+        self.deleted: list[str] = []
+
+    async def __aenter__(self) -> Addressed:
+        server = aioweb.Application()
+        server.router.add_get("/v2/tasks/{task}/log", self._log)
+        server.router.add_delete("/v2/tasks/{task}", self._delete)
+        self._runner = aioweb.AppRunner(server, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await aioweb.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.address = f"127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _delete(self, request: aioweb.Request) -> aioweb.Response:
+        self.deleted.append(request.match_info["task"])
+        return aioweb.json_response({}, status=202)
+
+    async def _log(self, request: aioweb.Request) -> aioweb.StreamResponse:
+        self.asked.set()
+        if self.status != 200:
+            return aioweb.json_response({"error": error_wire("UNAUTHENTICATED")}, status=self.status)
+        response = aioweb.StreamResponse(headers={"Content-Type": records.CONTENT_TYPE})
+        await response.prepare(request)
+        await response.write(records.encode(0, Type.ACCEPT))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.gone.set()
+        raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("status", [401, 404, 503])
+async def test_an_address_that_refuses_is_no_word_about_the_log(status: int) -> None:
+    async with a_control() as control, Addressed(status) as http:
+        node = control.node("a")
+        await node.join(address=http.address)
+        asking = control.submit()
+        attempt = (await node.asked()).begin().say("one ")
+        await asking.has(b"one")
+        await node.cut()
+        await asyncio.wait_for(http.asked.wait(), 5)
+        await back(control, node)
+        reader = await node.reader()
+        reader.accept().head()
+        reader.log, reader.tokens = attempt.log, list(attempt.tokens)
+        reader.end()
+        assert (await asking.answer()).terminals == ["end"]
+        await control.idle()
+
+
+@pytest.mark.parametrize("form", ["native", "v1"])
+@pytest.mark.parametrize("link", ["is back", "stays away"])
+async def test_a_client_that_leaves_after_its_answer_went_on_by_http_is_told_of(form: str, link: str) -> None:
+    async with a_control() as control, Addressed(200) as http:
+        node = control.node("a")
+        await node.join(address=http.address)
+        asking = control.submit() if form == "native" else control.chat()
+        attempt = await node.asked()
+        attempt.accept().head().data(b"data: 1\n\n")
+        await asking.has(b"data: 1")
+        await node.cut()
+        await asyncio.wait_for(http.asked.wait(), 5)
+        await eventually(lambda: any(r._begun and r._feed._waiter for r in control.control.dispatcher.readers._readers))
+        if link == "is back":
+            await back(control, node)
+        await asking.leave()
+        await asyncio.wait_for(http.gone.wait(), 5)
+        if link == "is back":
+            assert (await node.reader()).header["task_id"] == attempt.task_id
+            await eventually(lambda: node.attached[0].detached == "left")
+        elif form == "v1":
+            await eventually(lambda: http.deleted == [attempt.task_id])
+        await control.idle()
+
+
+async def test_a_client_that_leaves_while_its_place_is_asked_for_has_left() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        (await node.asked()).begin().say("one ")
+        await asking.has(b"one")
+        await node.cut()
+        await back(control, node)
+        reader = await node.reader()
+        await asking.leave()
+        await eventually(lambda: reader.detached is not None)
+        assert reader.detached == "left"
+        await control.idle()

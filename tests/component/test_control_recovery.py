@@ -67,14 +67,14 @@ async def test_a_first_try_is_no_replay_and_runs_at_once(tmp_path: Path) -> None
 
 
 async def test_the_window_ends_by_itself(tmp_path: Path) -> None:
-    settings = remembering(tmp_path, "gone") | {"recovery_window": 0.3}
+    settings = remembering(tmp_path, "gone") | {"recovery_window": 1.5}
     async with a_control(**settings) as control:
         assert (await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == "RECOVERING"
 
         async def over() -> bool:
             return bool((await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == "TASK_NOT_FOUND")
 
-        await eventually(over, within_s=2)
+        await eventually(over, within_s=5)
 
 
 @pytest.mark.parametrize(("nodes", "code"), [((), "TASK_NOT_FOUND"), (None, "RECOVERING"), ("torn", "RECOVERING")])
@@ -209,3 +209,44 @@ async def test_an_offset_beyond_a_sealed_log_is_of_another_log(tmp_path: Path) -
         await control.join("b")
         answer = await control.events(TASK, "b").answer()
         assert (answer.status, answer.code) == (502, "NODE_LOST")
+
+
+async def test_of_several_tasks_with_one_key_the_one_that_came_to_something_is_meant(tmp_path: Path) -> None:
+    body = json.dumps({"model": "m", "prompt": "Hello"})
+    same = {"key_digest": DIGEST, "body_digest": hashlib.sha256(body.encode()).hexdigest()}
+    nothing = report(**same, task_id=str(uuid.uuid4()), state="sealed", offset=0, code="ENGINE_FAILED")
+    for tasks in ([report(**same), nothing], [nothing, report(**same)]):
+        async with a_control(**remembering(tmp_path, "a")) as control:
+            node = await control.join("a", tasks=tasks)
+            asking = control.ask("POST", "/v2/tasks", data=body, headers={"Idempotency-Key": KEY})
+            reader = await node.reader()
+            assert (reader.task_id, node.opened) == (TASK, [])
+            await asking.leave()
+
+
+async def test_a_task_that_is_read_again_does_not_take_the_key_of_one_that_runs(tmp_path: Path) -> None:
+    body = json.dumps({"model": "m", "prompt": "Hello"})
+    same = {"key_digest": DIGEST, "body_digest": hashlib.sha256(body.encode()).hexdigest()}
+    async with a_control(**remembering(tmp_path, "a")) as control:
+        node = await control.join("a", tasks=[report(**same, state="sealed", finish_reason="canceled")])
+        one = control.ask("POST", "/v2/tasks", data=body, headers={"Idempotency-Key": KEY})
+        attempt = (await node.asked()).begin().say("new ")
+        await one.has(b"new")
+        look = control.events(TASK)
+        (await node.reader()).accept().head().say("old").end("canceled")
+        await look.answer()
+        two = control.ask("POST", "/v2/tasks", data=body, headers={"Idempotency-Key": KEY})
+        assert (await node.reader(1)).task_id == attempt.task_id
+        for each in (one, two):
+            await each.leave()
+
+
+async def test_who_is_not_all_of_those_of_before_is_not_remembered_as_such(tmp_path: Path) -> None:
+    settings = remembering(tmp_path)
+    (tmp_path / "nodes.json").write_text('{"nodes": ["a"')
+    for _ in range(2):  # killed again before its nodes were back
+        async with a_control(**settings) as control:
+            await control.join("b")
+            assert (await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == "RECOVERING"
+            await control.waiting(0)
+    assert (tmp_path / "nodes.json").read_text() == '{"nodes": ["a"'

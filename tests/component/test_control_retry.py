@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llorch.control import dispatch
+from llorch.control import dispatch, waiting
 from llorch.errors import Code
 from tests.component.control_harness import Attempt, a_control, eventually, pool
 
@@ -66,16 +66,68 @@ async def test_the_only_node_that_could_take_it_is_given_longer_to_answer(monkey
         await control.idle()
 
 
-async def test_a_node_that_drains_before_it_was_known_is_no_capacity() -> None:
+async def test_a_node_that_drains_before_it_was_known_is_no_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "WAIT_TICK_S", 0.05)
+    monkeypatch.setattr(waiting, "REFUSE_AFTER_S", 0.2)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.submit()
         attempt = await node.asked()
         attempt.refuse(Code.DRAINING)
+        await control.waiting(1)
+        await node.beat(draining=True, pools=[pool()])
         answer = await asking.answer()
-        assert (answer.status, answer.code) == (503, "NO_CAPACITY")
+        assert (answer.terminals, answer.events[-1][1]["code"]) == (["error"], "NO_CAPACITY")
         later = await control.events(attempt.task_id).answer()
         assert (later.status, later.events[0][1]["code"]) == (200, "NO_CAPACITY")
+
+
+async def test_a_link_that_has_gone_silent_is_doubted_and_its_tasks_go_elsewhere_outside_the_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(dispatch, "DOUBT_S", 0.5)
+    async with a_control() as control:
+        a, b = await control.join("a", pool(slots=8)), await control.join("b", pool(slots=8, slots_free=0))
+        a.answer_pings = False
+        asking = [control.whole() for _ in range(8)]  # more than may try again at a time
+        opened = [await a.asked() for _ in asking]
+        await b.beat(pools=[pool(slots=8)])
+        for _ in asking:
+            attempt = await b.asked()
+            assert attempt.attempt == 2
+            attempt.begin().say("hi").end()
+        assert not (await control.get("/v2/nodes/a"))["reachable"]
+        await control.whole(placement={"prefer": ["a"]}).leave()
+        for each in asking:
+            assert (await each.answer()).json["text"] == "hi"
+        assert {attempt.detached for attempt in opened} == {"left"}
+        await a.link_ended()  # nobody answered
+        pools = {(p["node_id"], p["breaker"]["failures"]) for p in (await control.get("/v2/pools"))["pools"]}
+        assert pools == {("a", 0), ("b", 0)}
+        await a.join(pool(slots=8))
+        last = control.whole(placement={"pin": "a"})
+        (await a.asked()).begin().end()
+        await last.answer()
+        await control.idle()
+
+
+async def test_a_silent_link_whose_node_answers_is_believed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.2)
+    async with a_control() as control:
+        a, b = await control.join("a"), await control.join("b", pool(slots_free=0))
+        asking = control.whole()
+        await a.asked()
+        await b.beat(pools=[pool()])
+        (await b.asked()).begin().end()
+        await asking.answer()
+
+        async def believed() -> bool:
+            return bool((await control.get("/v2/nodes/a"))["reachable"])
+
+        await eventually(believed, within_s=2)
+        assert a.up
+        await control.idle()
 
 
 async def test_a_node_that_does_not_answer_an_open_within_a_second_loses_it() -> None:
@@ -84,6 +136,7 @@ async def test_a_node_that_does_not_answer_an_open_within_a_second_loses_it() ->
         asking = control.whole()
         first = await node.asked()
         started = time.monotonic()
+        node.lives()
         second = await node.asked()
         assert time.monotonic() - started < 2.0
         await eventually(lambda: first.detached is not None)

@@ -1,0 +1,326 @@
+"""Time and wires that a test turns by hand, for running llorch's own parts with neither clock nor network.
+
+    VirtualLoop    an event loop whose time passes only when `advance` says so
+    Wire           a connection of two `llorch.link.Link`s: bytes in flight until they are delivered, cut or lost
+    Engine         every engine of a node: what Runner asks over HTTP is answered by whoever turns the test
+    Answer         one answer of an engine, chunk by chunk
+
+Everything is deterministic: the same calls in the same order give the same run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from asyncio import base_events, events
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+
+from llorch.link import Link
+
+MAX_TURNS = 20_000  # of the loop, until nothing is left to do: more is a loop that never comes to rest
+WIRE_HIGH_BYTES = 2_000  # unsent bytes at which a writer is told to wait; small, so that it happens
+
+
+class VirtualLoop(base_events.BaseEventLoop):
+    """asyncio without a selector: callbacks run in `settle`, timers when `advance` has reached them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self._selector = SimpleNamespace(select=lambda timeout: ())
+        self.set_exception_handler(self._failed)
+        self.failures: list[str] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def ticking(self) -> float:
+        """A clock that never shows the same time twice, as a real one does."""
+        self.now += 1e-9
+        return self.now
+
+    def _process_events(self, event_list: object) -> None:
+        """There are none."""
+
+    def _write_to_self(self) -> None:
+        """Nobody sleeps."""
+
+    def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.failures.append(f"{context.get('message')}: {context.get('exception')!r}")
+
+    def _next_timer(self) -> float | None:
+        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        return scheduled[0]._when if scheduled else None  # type: ignore[attr-defined]
+
+    def settle(self) -> None:
+        """Run all that can run now."""
+        for _ in range(MAX_TURNS):
+            timer = self._next_timer()
+            if not self._ready and (timer is None or timer > self.now):  # type: ignore[attr-defined]
+                break
+            self._run_once()  # type: ignore[attr-defined]
+        else:
+            raise AssertionError("the loop never comes to rest")
+        assert not self.failures, self.failures
+
+    def advance(self, seconds: float) -> None:
+        until = self.now + seconds
+        self.settle()
+        while (timer := self._next_timer()) is not None and timer <= until:
+            self.now = max(self.now, timer)
+            self.settle()
+        self.now = until
+        self.settle()
+
+    def __enter__(self) -> VirtualLoop:
+        """As the running loop."""
+        events._set_running_loop(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        events._set_running_loop(None)
+
+    def end(self) -> None:
+        """Cancel whatever still runs, and close."""
+        with self:
+            for task in asyncio.all_tasks(self):
+                task.cancel()
+            for _ in range(10):  # whatever comes of it: what was tested is over
+                self._run_once()  # type: ignore[attr-defined]
+        self.close()
+
+
+# ---------------------------------------------------------------- wires
+
+
+class End:
+    """One end's transport: what it has written is in flight until the wire delivers it."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.peer: End = self  # set by the wire
+        self.protocol: Link | None = None
+        self.flying = bytearray()
+        self.closing = self.ended = self._full = False
+
+    def set_protocol(self, protocol: Link) -> None:
+        self.protocol = protocol
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        """The wire has its own limit."""
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def write(self, data: bytes) -> None:
+        assert not self.closing
+        self.wire.written(self, data)
+        self.flying += data
+        if not self._full and len(self.flying) > WIRE_HIGH_BYTES:
+            self._full = True
+            assert self.protocol is not None
+            self.protocol.pause_writing()
+        if self.wire.flows:
+            self.wire.loop.call_soon(self.deliver)
+
+    def deliver(self, count: int = 1 << 30) -> bool:
+        """Hand up to `count` of the bytes in flight to the other end. False if there were none."""
+        if not self.flying or self.wire.dead or self.ended:
+            return False
+        data = bytes(self.flying[:count])
+        del self.flying[:count]
+        if not self.peer.ended and self.peer.protocol is not None and not self.peer.closing:
+            self.peer.protocol.data_received(data)
+        if self._full and not self.closing and len(self.flying) <= WIRE_HIGH_BYTES // 4:
+            self._full = False
+            assert self.protocol is not None
+            self.protocol.resume_writing()
+        if self.closing and not self.flying:
+            self.wire.loop.call_soon(self.wire.cut)
+        return True
+
+    def close(self) -> None:
+        self.closing = True
+        if not self.flying or self.wire.dead:
+            self.wire.loop.call_soon(self.wire.cut)
+
+    def abort(self) -> None:
+        self.closing = True
+        self.flying.clear()
+        self.wire.loop.call_soon(self.wire.cut)
+
+    def lose(self) -> None:
+        """This end learns that the connection has gone."""
+        if not self.ended and self.protocol is not None:
+            self.ended = self.closing = True
+            self.protocol.connection_lost(None)
+
+
+class Wire:
+    """A connection. `flows`: what is written arrives by itself. `dead`: nothing arrives any more, nobody knows yet.
+
+    `written` is told what an end writes, as it writes it.
+    """
+
+    def __init__(self, loop: VirtualLoop, written: Callable[[End, bytes], None] = lambda end, data: None) -> None:
+        self.loop = loop
+        self.written = written
+        self.flows = self.dead = False
+        self.end_of: object = None  # whose node's end it is
+        self.node, self.control = End(self), End(self)
+        self.node.peer, self.control.peer = self.control, self.node
+
+    def start(self, node: Link, control: Link) -> None:
+        node.start(self.node)  # type: ignore[arg-type]
+        control.start(self.control)  # type: ignore[arg-type]
+
+    @property
+    def ended(self) -> bool:
+        return self.node.ended and self.control.ended
+
+    def flow(self, flows: bool) -> None:
+        """Whether bytes arrive by themselves from now on; those in flight do at once."""
+        self.flows = flows
+        if flows:
+            self.deliver_all()
+
+    def deliver_all(self) -> None:
+        self.node.deliver()
+        self.control.deliver()
+
+    def die(self) -> None:
+        """What is in flight is lost, and neither end knows."""
+        self.dead = True
+
+    def cut(self) -> None:
+        """What is in flight is lost, and both ends know."""
+        self.dead = True
+        self.node.lose()
+        self.control.lose()
+
+
+# ---------------------------------------------------------------- engines
+
+
+class Answer:
+    """One answer of an engine (an aiohttp.ClientResponse as Runner sees it). `label` is the prompt it was asked with."""
+
+    connection = None
+    content_length = None
+
+    def __init__(self, label: str, streamed: bool) -> None:
+        self.label = label
+        self.streamed = streamed
+        self.headers: dict[str, str] = {}
+        self.status = 0  # not answered yet
+        self.sent = 0  # tokens
+        self.open = True  # the engine may still send; the node still reads
+        self.content = self
+        self._chunks: deque[bytes | Exception | None] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+
+    # ---- the engine's side
+
+    def begin(self, status: int = 200) -> None:
+        if self.status == 0:
+            self.status = status
+            self._wake()
+
+    def token(self, text: str) -> None:
+        self._send({"choices": [{"text": text, "index": 0, "finish_reason": None}]})
+        self.sent += 1
+
+    def end(self) -> None:
+        """The last chunk, usage, and the end of the answer."""
+        self._send({"choices": [{"text": "", "index": 0, "finish_reason": "stop"}]})
+        self._send({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": self.sent}})
+        self._put(b"data: [DONE]\n\n")
+        self.stop(None)
+
+    def stop(self, how: Exception | None) -> None:
+        """The connection ends: in order, or with an error."""
+        self.begin()
+        self._put(how)
+        self.open = False
+
+    def _send(self, value: dict[str, Any]) -> None:
+        self.begin()
+        self._put(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+    def _put(self, chunk: bytes | Exception | None) -> None:
+        if self.open:
+            self._chunks.append(chunk)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    # ---- the node's side
+
+    async def ready(self) -> None:
+        while self.status == 0:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiting = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiting
+        finally:
+            self._waiting = None
+
+    async def iter_any(self) -> AsyncIterator[bytes]:
+        while True:
+            while not self._chunks:
+                await self._wait()
+            chunk = self._chunks.popleft()
+            if chunk is None:
+                return
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    def close(self) -> None:
+        """The node reads no further: an engine stops generating."""
+        self.open = False
+
+
+class Engine:
+    """The aiohttp.ClientSession of a Runner. Answers that are begun and not over are in `answers`."""
+
+    def __init__(self) -> None:
+        self.all: list[Answer] = []
+        self.down = False
+
+    @property
+    def answers(self) -> list[Answer]:
+        self.all = [answer for answer in self.all if answer.open]
+        return self.all
+
+    async def post(self, url: str, *, data: bytes, headers: dict[str, str], allow_redirects: bool) -> Answer:
+        if self.down:
+            raise aiohttp.ClientConnectionError("nothing listens")
+        body = json.loads(data)
+        answer = Answer(body["prompt"], body["stream"])
+        self.all.append(answer)
+        try:
+            await answer.ready()
+        except BaseException:
+            answer.open = False
+            raise
+        return answer
+
+
+class Uncounted:
+    """A node's metrics, for nobody."""
+
+    def began(self, model: str) -> None: ...
+    def ended(self, model: str, outcome: str, code: str, tail: object) -> None: ...

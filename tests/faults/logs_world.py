@@ -170,6 +170,7 @@ class Reading:
     wire: Wire
     stream: int
     offset: int
+    header: dict[str, Any] | None  # of its OPEN; None: an ATTACH
     story: Story | None = None
     owed: int = 0
     accepted: bool = False
@@ -220,6 +221,9 @@ class LogsWorld(World):
         for reading in self.readings:
             if reading.key == key:
                 reading.story = story
+                wish, opening = reading.header, story.entry.opening
+                assert opening.task_id == reading.task_id
+                assert wish is None or (wish["attempt"], wish["owner"]) == (opening.attempt, opening.owner)
 
     def left(self, story: Story, reader: Any, why: Gone) -> None:
         wire = next(wire for wire, stream in story.readers if stream == reader.id and wire.end_of is reader._link)
@@ -355,7 +359,7 @@ class LogsWorld(World):
             return False
         feed = Feed()
         stream = link._last_id + 2
-        reading = Reading(task_id, control, feed, Upstream(*[lambda *_: None] * 3), wire, stream, offset)
+        reading = Reading(task_id, control, feed, Upstream(*[lambda *_: None] * 3), wire, stream, offset, header)
         self.readings.append(reading)
         if header is None:
             reading.upstream = link.attach(task_id, offset, feed)
@@ -641,6 +645,9 @@ class LogsWorld(World):
         story.sealed_at = entry.sealed_at
         tail = entry.log.tail
         assert tail is not None and tail.length == len(story.truth)
+        if tail.finish_reason == "canceled":
+            due = story.due is not None and story.due <= self.loop.now + SLACK_S
+            assert story.may_end or due, "cancelled, and nobody said so"
         if entry.native and story.truth:
             ends = story.truth.count(b"\nevent: end\n") + story.truth.count(b"\nevent: error\n")
             assert ends == 1 and story.truth.count(b"\nevent: started\n") == 1

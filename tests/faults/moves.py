@@ -133,7 +133,7 @@ class Broken(AssertionError):
     """A world did not hold; says which moves lead there."""
 
 
-def mileage(world: type[World], steps: int, seed: int) -> int:
+def mileage(world: type[World], steps: int, seed: int, *, shrink: bool = True) -> int:
     """At least `steps` steps from `seed`. Raises Broken with the fewest moves that were found to do it."""
     done = episode = 0
     while done < steps:
@@ -142,7 +142,7 @@ def mileage(world: type[World], steps: int, seed: int) -> int:
         try:
             done += play(world, moves)
         except Exception as error:
-            fewest = fewer(world, moves, _kind(error))
+            fewest = fewer(world, moves, _kind(error)) if shrink else moves
             lines = "\n".join(f"    {each!r}," for each in fewest)
             raise Broken(
                 f"{world.__name__}, seed {seed}, episode {episode}, after {done} steps: {error!r}\n"

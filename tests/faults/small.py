@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from llorch import records
+from llorch import logs, records
 from llorch.node import link, tasklog
+from tests.faults.virtual import FAULTS
 
 CREDIT_BYTES = 600
 MOST_REPORTED = 3
@@ -23,4 +25,9 @@ def small_limits() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(link, "TURN_BYTES", 250)
         patch.setattr(tasklog, "MOST_REPORTED_SEALED", MOST_REPORTED)
         patch.setattr(tasklog, "MOST_EPOCHS", 3)
+        patch.setattr(logs.Log, "fault", _fault)
         yield patch
+
+
+def _fault(log: logs.Log, event: str, **fields: object) -> None:
+    FAULTS.append(f"{event} {fields}: {traceback.format_exc()}")

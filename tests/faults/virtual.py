@@ -26,6 +26,9 @@ MAX_TURNS = 20_000  # of the loop, until nothing is left to do: more is a loop t
 WIRE_HIGH_BYTES = 2_000  # unsent bytes at which a writer is told to wait; small, so that it happens
 
 
+FAULTS: list[str] = []  # what llorch logged as a fault of its own, since the newest loop began
+
+
 class VirtualLoop(base_events.BaseEventLoop):
     """asyncio without a selector: callbacks run in `settle`, timers when `advance` has reached them."""
 
@@ -35,6 +38,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         self._selector = SimpleNamespace(select=lambda timeout: ())
         self.set_exception_handler(self._failed)
         self.failures: list[str] = []
+        FAULTS.clear()
 
     def time(self) -> float:
         return self.now
@@ -66,7 +70,7 @@ class VirtualLoop(base_events.BaseEventLoop):
             self._run_once()  # type: ignore[attr-defined]
         else:
             raise AssertionError("the loop never comes to rest")
-        assert not self.failures, self.failures
+        assert not self.failures and not FAULTS, [*self.failures, *FAULTS]
 
     def advance(self, seconds: float) -> None:
         until = self.now + seconds
@@ -153,6 +157,9 @@ class End:
             self.wire.loop.call_soon(self.wire.cut)
 
     def abort(self) -> None:
+        assert self.protocol is not None
+        reason = self.protocol._reason
+        assert not reason.startswith("protocol error"), reason  # both ends are ours
         self.closing = True
         self.flying.clear()
         self.wire.loop.call_soon(self.wire.cut)
@@ -287,6 +294,12 @@ class Answer:
             if isinstance(chunk, Exception):
                 raise chunk
             yield chunk
+
+    async def read(self, limit: int) -> bytes:
+        """Of an error's body, which nobody here looks into."""
+        async for chunk in self.iter_any():
+            return chunk
+        return b""
 
     def close(self) -> None:
         """The node reads no further: an engine stops generating."""

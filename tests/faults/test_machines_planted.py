@@ -1,0 +1,133 @@
+"""The machines find bugs: each of these is planted alone, and has to be found within a few thousand steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from llorch import records
+from llorch.node import link, tasklog
+from llorch.node.pools import Pools
+from llorch.node.runner import Runner
+from llorch.node.tasklog import Gone, TaskLog, TaskLogs
+from tests.faults.logs_world import LogsWorld
+from tests.faults.moves import Broken, mileage
+from tests.faults.small import small_limits
+
+Patch = pytest.MonkeyPatch
+Plant = Callable[[Patch], None]
+
+SEED = 7
+MOST_STEPS = 8_000
+
+
+def planted(target: object, name: str, make: Callable[[Any], Any]) -> Plant:
+    """Instead of `target.name`, what `make` makes of it."""
+    return lambda patch: patch.setattr(target, name, make(getattr(target, name)))
+
+
+def _read_skips_a_byte(old: Any) -> Any:
+    def read(self: TaskLog, offset: int, limit: int) -> bytes:
+        self.check(offset)
+        at = offset - self.start
+        return bytes(self._buffer[at + 1 if at else 0 :][:limit]) or old(self, offset, limit)
+
+    return read
+
+
+def _take_skips_the_gap(old: Any) -> Any:
+    def take(self: TaskLog, reader: Any, limit: int) -> bytes:
+        reader.offset = max(reader.offset, self.start)
+        return old(self, reader, limit)  # type: ignore[no-any-return]
+
+    return take
+
+
+def _last_reader_sleeps(old: Any) -> Any:
+    def wake(self: TaskLog) -> None:
+        for reader in self._readers[:1]:
+            reader.wake()
+
+    return wake
+
+
+def _others_do_not_count(old: Any) -> Any:
+    def leave(self: TaskLogs, entry: Any, reader: Any, why: Gone, now: float) -> bool:
+        native = entry.native or entry.opening.detach
+        return entry.log.detach(reader) and not native and why is Gone.LEFT and not entry.log.sealed
+
+    return leave
+
+
+def _comes_back_and_is_still_an_orphan(old: Any) -> Any:
+    return lambda self, entry, reader: entry.log.attach(reader)
+
+
+def _told_to_all(old: Any) -> Any:
+    def tell(self: TaskLogs, entry: Any, epoch: str) -> None:
+        for other in [epoch, *self._untold]:
+            old(self, entry, other)
+
+    return tell
+
+
+def _newest_go_first(old: Any) -> Any:
+    def forget(self: TaskLogs, queue: Any) -> None:
+        queue.rotate(1)
+        old(self, queue)
+
+    return forget
+
+
+def _loses_what_is_torn(old: Any) -> Any:
+    def feed(self: records.Decoder, data: bytes) -> Any:
+        found = old(self, data)
+        if 0 < len(self._rest) < records.HEADER.size:
+            self._rest = b""
+        return found
+
+    return feed
+
+
+def _conflict_is_none(old: Any) -> Any:
+    def known(self: TaskLogs, opening: Any) -> Any:
+        return self._entries.get(opening.task_id) if opening.attempt == 1 else old(self, opening)
+
+    return known
+
+
+LOG_BUGS: dict[str, Plant] = {
+    "a read that does not begin at the oldest byte is off by one": planted(TaskLog, "read", _read_skips_a_byte),
+    "a reader that was overtaken goes on where the log begins": planted(TaskLog, "take", _take_skips_the_gap),
+    "only the first reader is woken": planted(TaskLog, "_wake", _last_reader_sleeps),
+    "a writer that waits is not told of room": planted(TaskLog, "_unblock", lambda old: lambda self: None),
+    "no grace for a client that comes back": planted(
+        tasklog, "orphan_until", lambda old: lambda **given: None if given["detach"] else given["left_at"]
+    ),
+    "a task that nobody reads runs to its end": planted(TaskLogs, "orphaned", lambda old: lambda self, now: []),
+    "lost readers count as gone": planted(link, "_LEFT_WORDS", lambda old: old | {b"lost"}),
+    "the last one to leave counts, whoever else reads": planted(TaskLogs, "leave", _others_do_not_count),
+    "who comes back is still an orphan": planted(TaskLogs, "attach", _comes_back_and_is_still_an_orphan),
+    "what one control was told, all were": planted(TaskLogs, "tell", _told_to_all),
+    "nobody is told of what was": planted(TaskLogs, "tell", lambda old: lambda self, entry, epoch: None),
+    "the newest logs are forgotten first": planted(TaskLogs, "_forget", _newest_go_first),
+    "a record torn in its head is lost": planted(records.Decoder, "feed", _loses_what_is_torn),
+    "credit is granted twice": planted(
+        records.SendCredit, "grant", lambda old: lambda self, granted: old(self, 2 * granted)
+    ),
+    "credit is not granted": planted(records.ReceiveCredit, "passed_on", lambda old: lambda self, count: 0),
+    "a later attempt lets the earlier one run": planted(Runner, "_fence", lambda old: lambda self, opening: None),
+    "a stale attempt is shown the later one": planted(TaskLogs, "known", _conflict_is_none),
+    "a slot is not given back": planted(Pools, "release", lambda old: lambda self, task_id: None),
+}
+
+
+@pytest.mark.parametrize("bug", LOG_BUGS)
+def test_a_bug_in_the_logs_is_found(bug: str) -> None:
+    with small_limits() as patch:
+        LOG_BUGS[bug](patch)
+        with pytest.raises(Broken) as found:
+            mileage(LogsWorld, MOST_STEPS, SEED, shrink=False)
+    print(found.value.args[0].partition("\n")[0])

@@ -1,0 +1,279 @@
+"""Clients in virtual time: each sends one task and brings it to its end, whatever happens on the way.
+
+They do what LlorchClient does: a key with every task, the same key again as long as nothing was seen, the stream at the
+last whole event after that. What they read is held against the promises as it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from llorch.control import intake, routes_tasks
+from llorch.control.answers import NativeStream, OpenAiAnswer, Stream
+from llorch.control.follow import follow
+from llorch.control.tasks import Task
+from llorch.errors import Code, LlorchError
+from tests.faults.cluster_parts import MODEL, Network, SimControl
+
+RETRY_S = 0.3
+_NOTHING: Any = None
+
+
+class Connection:
+    """One request of a client: what the control writes, and whether either side has gone."""
+
+    def __init__(self, client: SimClient, control: SimControl) -> None:
+        self.client = client
+        self.control = control
+        self.open = True
+        self.transport = SimpleNamespace(abort=self.close)
+        self.handler: asyncio.Task[Any] | None = None
+
+    def close(self) -> None:
+        """Nothing passes any more; the control's handler is told as a server tells it."""
+        self.open = False
+
+    async def write(self, data: bytes) -> None:
+        while self.client.stalled and self.open:
+            await self.client.reads_on.wait()
+        if not self.open or not self.control.alive:
+            raise ConnectionResetError("the client has gone")
+        try:
+            self.client.receive(data)
+        except Exception as error:  # the control would take it for a fault of its own
+            self.client.failure = error
+            raise
+
+
+class SimStream(Stream):
+    """The control's response to a Connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection, 30.0)  # type: ignore[arg-type]
+        self.connection = connection
+
+    async def commit(self, status: int, headers: Any) -> None:
+        if self._response is None:
+            self._response = self.connection  # type: ignore[assignment]
+            self.connection.client.committed(status, headers)
+
+
+class SimClient:
+    """One task. `want` tokens; `end` is how it went for the client: a finish reason or an error's code."""
+
+    def __init__(self, network: Network, number: int, *, want: int, native: bool, by_key: bool) -> None:
+        self.network = network
+        self.loop = network.loop
+        self.label = f"c{number}"
+        self.want = want
+        self.native = native
+        self.by_key = by_key
+        self.task_id: str | None = None  # once it is known
+        self.offset = 0  # of the log, after the last whole event
+        self.tokens: list[str] = []
+        self.end: str | None = None
+        self.away = self.stalled = False
+        self.reads_on = asyncio.Event()
+        self.came_at = self.loop.now
+        self.cancelled = False
+        self.failure: Exception | None = None
+        self.sends = 0
+        self._rest = b""
+        self._connection: Connection | None = None
+        self._status = 0
+        self.running = self.loop.create_task(self.run())
+
+    # ---- what happens to it
+
+    def leave(self) -> None:
+        """It vanishes, with no word."""
+        self.away = True
+        self.running.cancel()
+        self.hang_up()
+
+    def come_back(self) -> None:
+        self.away = self.stalled = False
+        self.running = self.loop.create_task(self.run())
+
+    def stall(self, stalled: bool) -> None:
+        self.stalled = stalled
+        self.reads_on.set()
+        self.reads_on = asyncio.Event()
+
+    def hang_up(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+            self.reads_on.set()
+            self.reads_on = asyncio.Event()
+            if connection.handler is not None:
+                connection.handler.cancel()
+
+    def cut_off(self) -> None:
+        """The control has died under it."""
+        if self._connection is not None:
+            self.hang_up()
+
+    # ---- what it does
+
+    async def run(self) -> None:
+        while self.end is None:
+            control = self.network.control
+            if control is not None:
+                await self.ask(control)
+            if self.end is None:
+                if not self.native and self.offset:
+                    self.end = "broken"  # a /v1 answer can't be resumed
+                    return
+                await asyncio.sleep(RETRY_S)
+
+    async def ask(self, control: SimControl) -> None:
+        self._rest, self._status = b"", 0
+        connection = self._connection = Connection(self, control)
+        again = self.native and self.task_id is not None and (self.offset > 0 or not self.by_key)
+        work = self.resume(control, connection) if again else self.submit(control, connection)
+        connection.handler = self.loop.create_task(work)
+        await asyncio.wait((connection.handler,))
+        if connection is not self._connection:
+            return  # it was cut off
+        self._connection = None
+        connection.close()
+        if connection.handler.cancelled():
+            return
+        error = connection.handler.exception()
+        if isinstance(error, LlorchError):
+            self.refused(error)
+        elif error is not None and not isinstance(error, ConnectionError | routes_tasks.ShuttingDown):
+            raise error
+        elif error is None:
+            self.answered(connection.handler.result())
+
+    async def submit(self, control: SimControl, connection: Connection) -> Any:
+        """As routes_tasks.submit and .openai do."""
+        self.sends += 1
+        body = {"model": MODEL, "prompt": self.label} | ({} if self.native else {"stream": True})
+        headers = {"Idempotency-Key": self.label, "X-Llorch-Try": str(self.sends), "Content-Type": "application/json"}
+        common: Any = {
+            "owner": "me", "request_id": "r",
+            "task_id": f"{int(self.label[1:]):08x}-{self.sends:04x}-0000-0000-{self.network.leases:012x}",
+            "now": self.loop.time(),
+        }  # fmt: skip
+        self.network.leases += 1
+        raw = json.dumps(body).encode()
+        if self.native:
+            task = intake.native_task(raw, headers, **common)
+        else:
+            task = intake.openai_task("/v1/completions", raw, headers, **common)
+        earlier = await control.state.replays.earlier(task)
+        answer: NativeStream | OpenAiAnswer
+        if self.native:
+            answer = NativeStream(_NOTHING, task, 30.0, again=earlier is not None)
+        else:
+            answer = OpenAiAnswer(_NOTHING, task, 30.0)
+        answer._stream = SimStream(connection)
+        self.task_id = earlier or task.task_id
+        return await routes_tasks._serve(control.state, task, answer, earlier)
+
+    async def resume(self, control: SimControl, connection: Connection) -> Any:
+        """As routes_tasks.follow_events does."""
+        state, task_id = control.state, self.task_id
+        assert task_id is not None
+        await state.replays.seek(task_id)
+        if state.dispatcher.tasks.get(task_id) is None and state.registry.task(task_id) is None:
+            state.recovery.check(self.loop.time(), "its nodes may still bring this task")
+            raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
+        mine = Task.read_again(task_id, owner="me", request_id="r", now=self.loop.time())
+        answer = NativeStream(_NOTHING, mine, 30.0, again=True)
+        answer._stream = SimStream(connection)
+        return await follow(state, mine, answer, self.offset)
+
+    # ---- what it reads
+
+    def committed(self, status: int, headers: Any) -> None:
+        self._status = status
+        told = headers["X-Llorch-Task"]
+        if self.offset:
+            assert told == self.task_id, "another task than the one it has begun to read"
+        self.task_id = told
+
+    def answered(self, response: Any) -> None:
+        """The response has ended in order."""
+        if self._status:
+            return
+        if response.status == 204:
+            assert self.offset, "nothing was seen, and nothing is said to be left"
+            self.ended("sealed")
+            return
+        error = json.loads(response.body)["error"]
+        self.refused(LlorchError.from_wire(error))
+
+    def refused(self, error: LlorchError) -> None:
+        code = error.code
+        if not self._status and not self.offset:
+            self.task_id = None  # it was told of no task: it sends its own again
+        if code in (Code.RECOVERING, Code.DRAINING, Code.QUEUE_FULL) or (code is Code.NODE_LOST and self.offset):
+            return  # it asks again
+        if code is Code.TASK_NOT_FOUND and not self.offset:
+            return
+        self.ended(code.value)
+
+    def ended(self, how: str) -> None:
+        assert self.end is None, "a second end"
+        self.end = how
+        self.check_end()
+
+    def receive(self, data: bytes) -> None:
+        assert self.end is None, "something after the end"
+        *blocks, self._rest = (self._rest + data).split(b"\n\n")
+        for block in blocks:
+            if not block.startswith(b":"):
+                self.event(block)
+
+    def event(self, block: bytes) -> None:
+        assert self.end is None, "something after the end"
+        lines = dict(line.split(b": ", 1) for line in block.split(b"\n"))
+        if not self.native:
+            self.frame(lines[b"data"], len(block) + 2)
+            return
+        name = lines[b"event"].decode()
+        value = json.loads(lines[b"data"])
+        if b"id" in lines:
+            self.offset += len(block) + 2
+            assert int(lines[b"id"], 16) == self.offset, "bytes were lost or came twice"
+        if name == "started":
+            assert not self.tokens and value["task_id"] == self.task_id
+        elif name == "token":
+            assert value["i"] == len(self.tokens)
+            self.token(value["t"])
+        elif name in ("end", "error"):
+            self.ended(value["finish_reason"] if name == "end" else value["code"])
+        else:
+            assert name == "queued" and b"id" not in lines and not self.tokens, name
+
+    def frame(self, data: bytes, size: int) -> None:
+        if data == b"[DONE]":
+            self.ended("stop")
+            return
+        value = json.loads(data)
+        self.offset += size
+        if "error" in value:
+            self.ended(value["error"]["code"])
+        elif value["choices"] and value["choices"][0]["text"]:
+            self.token(value["choices"][0]["text"])
+
+    def token(self, text: str) -> None:
+        """Its own text, of one execution, each token in its place."""
+        label, run, index = text.split(":")
+        assert label == self.label, "somebody else's text"
+        assert int(index) == len(self.tokens), "tokens were lost or came twice"
+        assert not self.tokens or self.tokens[0].split(":")[1] == run, "the text of two executions"
+        self.tokens.append(text)
+
+    def check_end(self) -> None:
+        if self.end == "stop":
+            assert len(self.tokens) == self.want, "an end that is not the end"
+        if self.end == "sealed":
+            self.end = "stop" if len(self.tokens) == self.want else "canceled"

@@ -19,6 +19,7 @@ from llorch.errors import Code, LlorchError
 from tests.faults.cluster_parts import MODEL, Network, SimControl
 
 RETRY_S = 0.3
+PATIENCE_S = 20.0  # with a node that has what it was reading, and is lost
 _NOTHING: Any = None
 
 
@@ -64,6 +65,8 @@ class SimStream(Stream):
 class SimClient:
     """One task. `want` tokens; `end` is how it went for the client: a finish reason or an error's code."""
 
+    keeps_to_its_attempt = True  # what a resuming client would have to say, and a control to heed
+
     def __init__(self, network: Network, number: int, *, want: int, native: bool, by_key: bool) -> None:
         self.network = network
         self.loop = network.loop
@@ -74,11 +77,13 @@ class SimClient:
         self.task_id: str | None = None  # once it is known
         self.offset = 0  # of the log, after the last whole event
         self.tokens: list[str] = []
+        self.attempt = 0  # of which it has read
+        self.lost_since: float | None = None
         self.end: str | None = None
         self.away = self.stalled = False
         self.reads_on = asyncio.Event()
         self.came_at = self.loop.now
-        self.cancelled = False
+        self.cancelled = self.torn = False
         self.failure: Exception | None = None
         self.sends = 0
         self._rest = b""
@@ -131,7 +136,7 @@ class SimClient:
                 await asyncio.sleep(RETRY_S)
 
     async def ask(self, control: SimControl) -> None:
-        self._rest, self._status = b"", 0
+        self._rest, self._status, self.torn = b"", 0, False
         connection = self._connection = Connection(self, control)
         again = self.native and self.task_id is not None and (self.offset > 0 or not self.by_key)
         work = self.resume(control, connection) if again else self.submit(control, connection)
@@ -185,6 +190,12 @@ class SimClient:
         if state.dispatcher.tasks.get(task_id) is None and state.registry.task(task_id) is None:
             state.recovery.check(self.loop.time(), "its nodes may still bring this task")
             raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
+        if self.keeps_to_its_attempt and self.offset:
+            there, known = state.dispatcher.tasks.get(task_id), state.registry.task(task_id)
+            attempt = there.attempt if there is not None else known[1].attempt if known is not None else None
+            if attempt != self.attempt:
+                state.recovery.check(self.loop.time(), "its nodes may still bring this task")
+                raise LlorchError(Code.NODE_LOST, "another attempt is known")
         mine = Task.read_again(task_id, owner="me", request_id="r", now=self.loop.time())
         answer = NativeStream(_NOTHING, mine, 30.0, again=True)
         answer._stream = SimStream(connection)
@@ -214,8 +225,12 @@ class SimClient:
         code = error.code
         if not self._status and not self.offset:
             self.task_id = None  # it was told of no task: it sends its own again
-        if code in (Code.RECOVERING, Code.DRAINING, Code.QUEUE_FULL) or (code is Code.NODE_LOST and self.offset):
+        if code in (Code.RECOVERING, Code.DRAINING, Code.QUEUE_FULL):
             return  # it asks again
+        if code is Code.NODE_LOST and self.offset:
+            self.lost_since = self.loop.now if self.lost_since is None else self.lost_since
+            if self.loop.now < self.lost_since + PATIENCE_S:
+                return
         if code is Code.TASK_NOT_FOUND and not self.offset:
             return
         self.ended(code.value)
@@ -226,6 +241,7 @@ class SimClient:
         self.check_end()
 
     def receive(self, data: bytes) -> None:
+        self.lost_since = None
         assert self.end is None, "something after the end"
         *blocks, self._rest = (self._rest + data).split(b"\n\n")
         for block in blocks:
@@ -234,17 +250,21 @@ class SimClient:
 
     def event(self, block: bytes) -> None:
         assert self.end is None, "something after the end"
-        lines = dict(line.split(b": ", 1) for line in block.split(b"\n"))
+        lines = {name: value for name, _, value in (line.partition(b": ") for line in block.split(b"\n"))}
         if not self.native:
             self.frame(lines[b"data"], len(block) + 2)
             return
+        if b"id" in lines and int(lines[b"id"], 16) != self.offset + len(block) + 2:
+            self.torn = True  # its node was lost within an event: then the control's end has to be what follows
+            return
         name = lines[b"event"].decode()
         value = json.loads(lines[b"data"])
+        assert not self.torn or (name == "error" and b"id" not in lines), "bytes were lost or came twice"
         if b"id" in lines:
             self.offset += len(block) + 2
-            assert int(lines[b"id"], 16) == self.offset, "bytes were lost or came twice"
         if name == "started":
             assert not self.tokens and value["task_id"] == self.task_id
+            self.attempt = value["attempt"]
         elif name == "token":
             assert value["i"] == len(self.tokens)
             self.token(value["t"])
@@ -257,7 +277,12 @@ class SimClient:
         if data == b"[DONE]":
             self.ended("stop")
             return
-        value = json.loads(data)
+        try:
+            value = json.loads(data)
+        except ValueError:
+            self.torn = True
+            return
+        assert not self.torn or "error" in value
         self.offset += size
         if "error" in value:
             self.ended(value["error"]["code"])

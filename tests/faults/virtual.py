@@ -67,6 +67,7 @@ class VirtualLoop(base_events.BaseEventLoop):
             timer = self._next_timer()
             if not self._ready and (timer is None or timer > self.now):  # type: ignore[attr-defined]
                 break
+            self.now += 1e-9  # nothing takes no time: waits for what is left of a wait come to an end
             self._run_once()  # type: ignore[attr-defined]
         else:
             raise AssertionError("the loop never comes to rest")
@@ -78,7 +79,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         while (timer := self._next_timer()) is not None and timer <= until:
             self.now = max(self.now, timer)
             self.settle()
-        self.now = until
+        self.now = max(self.now, until)
         self.settle()
 
     def __enter__(self) -> VirtualLoop:

@@ -83,7 +83,7 @@ class SimClient:
         self.away = self.stalled = False
         self.reads_on = asyncio.Event()
         self.came_at = self.loop.now
-        self.cancelled = self.torn = False
+        self.cancelled = self.torn = self.was_away = False
         self.failure: Exception | None = None
         self.sends = 0
         self._rest = b""
@@ -95,7 +95,7 @@ class SimClient:
 
     def leave(self) -> None:
         """It vanishes, with no word."""
-        self.away = True
+        self.away = self.was_away = True
         self.running.cancel()
         self.hang_up()
 
@@ -159,7 +159,7 @@ class SimClient:
     async def submit(self, control: SimControl, connection: Connection) -> Any:
         """As routes_tasks.submit and .openai do."""
         self.sends += 1
-        body = {"model": MODEL, "prompt": self.label} | ({} if self.native else {"stream": True})
+        body = {"model": MODEL, "prompt": self.label} | ({"seed": 1} if self.native else {"stream": True})
         headers = {"Idempotency-Key": self.label, "X-Llorch-Try": str(self.sends), "Content-Type": "application/json"}
         common: Any = {
             "owner": "me", "request_id": "r",

@@ -24,6 +24,7 @@ from llorch.control.links import Links
 from llorch.control.links import NodeLink as ControlEnd
 from llorch.control.log_reader import LogReader
 from llorch.control.node_client import NodeClient
+from llorch.control.placement import pick
 from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
@@ -109,6 +110,7 @@ class SimControl:
         )  # fmt: skip
         self.state.guard.loop(lambda: sweep.expire_step(self.state), "expire")
         self.wires: list[Wire] = []
+        self.could_go: dict[str, float] = {}  # tasks that wait though a pool has room, and since when
         self._watch_claims()
         self._watch_ends()
 
@@ -120,6 +122,7 @@ class SimControl:
         def claim(node_id: str, pool_id: str, task_id: str, attempt: int) -> Any:
             node = registry.nodes[node_id]
             pool = node.pools[pool_id]
+            assert self.state.links.get(node_id) is not None
             assert node.online and node.reachable and not node.suspect(self.loop.time()) and not node.draining
             assert pool.bound and pool.report.ready and not pool.report.draining and pool.report.model == MODEL
             taken = take(node_id, pool_id, task_id, attempt)
@@ -167,6 +170,18 @@ class SimControl:
         assert set(dispatcher._audiences) == {task.task_id for task in dispatcher.tasks.running_tasks()}
         assert set(dispatcher._room._waiting) >= set(admission._waiters)
         assert set(dispatcher._reading) <= {claim.task_id for claim in claims}
+        self._check_queue()
+
+    def _check_queue(self) -> None:
+        """Nobody waits beside a free slot. What time alone frees is seen by the sweep."""
+        now, registry = self.loop.now, self.state.registry
+        could = [
+            waiter.task_id
+            for waiter in self.admission._waiters.values()
+            if pick(waiter.wish, registry.pool_facts(now, waiter.wish.model)) is not None
+        ]
+        self.could_go = {task_id: self.could_go.get(task_id, now) for task_id in could}
+        assert all(now < since + 2 * sweep.EXPIRE_EVERY_S for since in self.could_go.values()), "waits beside a free slot"
 
 
 # ---------------------------------------------------------------- nodes

@@ -22,14 +22,23 @@ CALM_S = 400.0  # longer than any timeout there is
 
 
 class ClusterWorld(World):
+    FAULTS = frozenset(
+        {
+            "an_engine_fails", "an_engine_goes_or_comes", "a_node_dies", "a_link_is_cut", "a_link_is_held_or_flows",
+            "a_network_is_cut", "a_beat_will_go_astray", "a_pool_drains",
+        }
+    )  # fmt: skip
+
     def __init__(self) -> None:
         super().__init__()
         self.network = Network(self.loop)
         self.engines = {node_id: Engine() for node_id in SLOTS}
         self.nodes: dict[str, SimNode] = {}
         self.clients: list[SimClient] = []
+        self.left: dict[str, float] = {}  # when clients of /v1 left that nobody waits for
+        self.died_at = -1.0
         self.came = self.boots = self.controls = self.runs = 0
-        self.faults = 0  # of nodes, links and engines: without any, every task ends well
+        self.faults = 0  # of nodes, links, beats, pools and engines: without any, every native task ends well
         with self.loop:
             self.start_control()
             for node_id in SLOTS:
@@ -69,6 +78,8 @@ class ClusterWorld(World):
         if client is None:
             return False
         client.leave()
+        if not client.native and client.came_at > self.died_at:  # a control that died can't say that its clients left
+            self.left[client.label] = self.loop.now
         return True
 
     @move(3, which=7)
@@ -109,7 +120,7 @@ class ClusterWorld(World):
 
     def say(self, answer: Answer, count: int) -> None:
         """Token i of a run says whose it is, which run, and which token."""
-        if not hasattr(answer, "run"):
+        if not answer.run:
             self.runs += 1
             answer.run = self.runs
         want = next((each.want for each in self.clients if each.label == answer.label), answer.sent)
@@ -221,6 +232,7 @@ class ClusterWorld(World):
 
     @move(1, which=1, on=1)
     def a_pool_drains(self, which: int, on: int) -> None:
+        self.faults += 1
         node = self.node(which)
         node.pools.handle(ev.Drain("p") if on else ev.Undrain("p"), self.loop.now)
 
@@ -231,9 +243,10 @@ class ClusterWorld(World):
         control = self.network.control
         if control is None:
             return False
-        self.faults += 1
         control.kill()
         self.network.control = None
+        self.left.clear()
+        self.died_at = self.loop.now
         for client in self.clients:
             client.cut_off()
         return True
@@ -257,6 +270,11 @@ class ClusterWorld(World):
         for node in self.nodes.values():
             if node.alive:
                 node.check()
+        if not self.faults:
+            labels = [answer.label for answer in self.answers()]
+            assert len(labels) == len(set(labels)), "one task is run twice at a time"
+            for label in labels:
+                assert self.loop.now < self.left.get(label, self.loop.now) + 1.0, "its client has left, and it runs on"
         for client in self.clients:
             if client.failure is not None:
                 raise client.failure
@@ -286,6 +304,10 @@ class ClusterWorld(World):
 
     def finish(self) -> None:
         self.heal()
+        self.loop.advance(45.0)
+        here = {each.label for each in self.clients}
+        for answer in self.answers():
+            assert answer.label in here or answer.native, "nobody reads it, and it runs on"
         until = self.loop.now + CALM_S
         while self.loop.now < until and any(each.end is None for each in self.clients):
             self.loop.advance(0.5)
@@ -294,8 +316,8 @@ class ClusterWorld(World):
             self.check()
         for client in self.clients:
             assert client.end is not None, "a client whose task never ends"
-            if not self.faults and not client.cancelled:
-                assert client.end in ("stop", "canceled"), client.end
+            if not self.faults and not client.cancelled and client.native:
+                assert client.end == "stop" or client.was_away, client.end
         for _ in range(8):  # tasks whose clients have left for good
             self.loop.advance(10.0)
             for answer in self.answers():

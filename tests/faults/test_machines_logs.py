@@ -13,8 +13,6 @@ from tests.faults.logs_world import LogsWorld
 from tests.faults.moves import machine, mileage
 from tests.faults.small import small_limits
 
-STEPS = 1_000_000
-
 
 @pytest.fixture(autouse=True)
 def limits() -> Iterator[pytest.MonkeyPatch]:
@@ -25,15 +23,9 @@ def limits() -> Iterator[pytest.MonkeyPatch]:
 def test_logs_and_their_readers_hold_in_any_order() -> None:
     run_state_machine_as_test(
         machine(LogsWorld, LogsWorld.moves()),
-        settings=settings(max_examples=40, stateful_step_count=50, deadline=None, print_blob=True),
+        settings=settings(max_examples=30, stateful_step_count=50, deadline=None, print_blob=True),
     )
 
 
 def test_logs_and_their_readers_hold_over_a_distance() -> None:
-    assert mileage(LogsWorld, 5_000, random.randrange(1 << 32)) >= 5_000
-
-
-@pytest.mark.steps
-@pytest.mark.timeout(1_800)
-def test_logs_and_their_readers_hold_for_a_million_steps() -> None:
-    assert mileage(LogsWorld, STEPS, random.randrange(1 << 32)) >= STEPS
+    assert mileage(LogsWorld, 4_000, random.randrange(1 << 32)) >= 4_000

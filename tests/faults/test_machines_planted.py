@@ -8,10 +8,25 @@ from typing import Any
 import pytest
 
 from llorch import records
+from llorch.control import dispatch
+from llorch.control.answers import NativeStream, empty_end
+from llorch.control.audience import Audience
+from llorch.control.dispatch import Dispatcher
+from llorch.control.feed import Feed
+from llorch.control.log_reader import LogReader
+from llorch.control.node_client import NodeClient
+from llorch.control.recovery import Recovery
+from llorch.control.registry import Registry
+from llorch.control.replay import Replays
+from llorch.control.waiting import WaitingRoom
+from llorch.errors import LlorchError
 from llorch.node import link, tasklog
+from llorch.node import replicas as nodes_replicas
 from llorch.node.pools import Pools
 from llorch.node.runner import Runner
 from llorch.node.tasklog import Gone, TaskLog, TaskLogs
+from tests.faults.cluster_parts import virtual_time
+from tests.faults.cluster_world import ClusterWorld
 from tests.faults.logs_world import LogsWorld
 from tests.faults.moves import Broken, mileage
 from tests.faults.small import small_limits
@@ -122,6 +137,79 @@ LOG_BUGS: dict[str, Plant] = {
     "a stale attempt is shown the later one": planted(TaskLogs, "known", _conflict_is_none),
     "a slot is not given back": planted(Pools, "release", lambda old: lambda self, task_id: None),
 }
+
+
+# ---------------------------------------------------------------- in the whole
+
+
+def _shows_more_elsewhere(old: Any) -> Any:
+    async def relay(self: Dispatcher, *given: Any) -> Any:
+        try:
+            return await old(self, *given)
+        except LlorchError as error:
+            raise dispatch._GoElsewhere(error, lost=True) from None
+
+    return relay
+
+
+def _attaches_one_byte_late(old: Any) -> Any:
+    return lambda self, node_id, task_id, offset, feed: old(self, node_id, task_id, offset + (offset > 0), feed)
+
+
+def _reconnects_at_the_start(old: Any) -> Any:
+    async def attached(self: LogReader) -> bool:
+        at, self.offset = self.offset, 0
+        try:
+            return bool(await old(self))
+        finally:
+            self.offset = at
+
+    return attached
+
+
+def _ends_twice(old: Any) -> Any:
+    async def ended(self: NativeStream, tail: Any) -> Any:
+        await self._commit()
+        await self._stream.write(empty_end(tail, "r", "t"))
+        return self._stream.finished()
+
+    return ended
+
+
+async def _nothing_came_before(self: Replays, task: Any) -> None:
+    return None
+
+
+CLUSTER_BUGS: dict[str, Plant] = {
+    "a claim is not released": planted(WaitingRoom, "release", lambda old: lambda self, claim: None),
+    "a slot is handed to nobody": planted(WaitingRoom, "pump", lambda old: lambda self, *more: None),
+    "a node that is full is asked again at once": planted(
+        Registry, "busy", lambda old: lambda self, node_id, pool_id, now: None
+    ),
+    "a lost node is as good as before": planted(Registry, "link_lost", lambda old: lambda self, node_id, now: False),
+    "what has shown bytes is tried elsewhere": planted(Dispatcher, "_relay", _shows_more_elsewhere),
+    "a reader comes back one byte late": planted(NodeClient, "attach", _attaches_one_byte_late),
+    "a connection is made again at the start": planted(LogReader, "_attached", _reconnects_at_the_start),
+    "an end comes twice": planted(NativeStream, "ended", _ends_twice),
+    "what is repeated is run again": planted(Replays, "earlier", lambda old: _nothing_came_before),
+    "a control that has just started knows all": planted(Recovery, "on", lambda old: lambda self, now: False),
+    "who leaves is not missed": planted(Audience, "left", lambda old: lambda self: None),
+    "nobody is woken for what a node sends": planted(Feed, "put", lambda old: lambda self, item: self._items.append(item)),
+    "what runs is not reported": planted(
+        TaskLogs, "reports", lambda old: lambda self, epoch: [r for r in old(self, epoch) if r["state"] == "sealed"]
+    ),
+    "a node takes more than it has slots": planted(nodes_replicas.Replica, "free", lambda old: property(lambda self: 1)),
+}
+
+
+@pytest.mark.parametrize("bug", CLUSTER_BUGS)
+def test_a_bug_in_the_whole_is_found(bug: str) -> None:
+    with small_limits() as patch:
+        virtual_time(patch)
+        CLUSTER_BUGS[bug](patch)
+        with pytest.raises(Broken) as found:
+            mileage(ClusterWorld, MOST_STEPS, SEED, shrink=False)
+    print(found.value.args[0].partition("\n")[0])
 
 
 @pytest.mark.parametrize("bug", LOG_BUGS)

@@ -224,9 +224,10 @@ class Answer:
     connection = None
     content_length = None
 
-    def __init__(self, label: str, streamed: bool) -> None:
-        self.label = label
-        self.streamed = streamed
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.label = str(body["prompt"])
+        self.native = "seed" in body  # as the cluster's native clients send it
+        self.run = 0
         self.headers: dict[str, str] = {}
         self.status = 0  # not answered yet
         self.sent = 0  # tokens
@@ -323,7 +324,7 @@ class Engine:
         if self.down:
             raise aiohttp.ClientConnectionError("nothing listens")
         body = json.loads(data)
-        answer = Answer(body["prompt"], body["stream"])
+        answer = Answer(body)
         self.all.append(answer)
         try:
             await answer.ready()

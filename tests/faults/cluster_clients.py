@@ -66,6 +66,7 @@ class SimClient:
     """One task. `want` tokens; `end` is how it went for the client: a finish reason or an error's code."""
 
     keeps_to_its_attempt = True  # what a resuming client would have to say, and a control to heed
+    asks_again_for_a_model = True  # that a control does not know which has just started
 
     def __init__(self, network: Network, number: int, *, want: int, native: bool, by_key: bool) -> None:
         self.network = network
@@ -82,7 +83,7 @@ class SimClient:
         self.end: str | None = None
         self.away = self.stalled = False
         self.reads_on = asyncio.Event()
-        self.came_at = self.loop.now
+        self.came_at = self.ended_at = self.loop.now
         self.cancelled = self.torn = self.was_away = False
         self.failure: Exception | None = None
         self.sends = 0
@@ -227,6 +228,8 @@ class SimClient:
             self.task_id = None  # it was told of no task: it sends its own again
         if code in (Code.RECOVERING, Code.DRAINING, Code.QUEUE_FULL):
             return  # it asks again
+        if code is Code.MODEL_NOT_FOUND and self.asks_again_for_a_model:
+            return
         if code is Code.NODE_LOST and self.offset:
             self.lost_since = self.loop.now if self.lost_since is None else self.lost_since
             if self.loop.now < self.lost_since + PATIENCE_S:
@@ -237,7 +240,7 @@ class SimClient:
 
     def ended(self, how: str) -> None:
         assert self.end is None, "a second end"
-        self.end = how
+        self.end, self.ended_at = how, self.loop.now
         self.check_end()
 
     def receive(self, data: bytes) -> None:

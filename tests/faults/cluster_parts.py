@@ -1,14 +1,15 @@
 """A control and nodes as they are, in virtual time: what runs in their processes, without the processes.
 
-Real are the control's registry, queue, placement, dispatch, audiences, log readers, replays, links and routes for nodes,
-and the node's membership, reports, pools, runner, logs and link. Between them, HTTP is a call that may be lost, late or
-made twice, and a link is a Wire.
+Real are the control's registry, queue, placement, dispatch, audiences, log readers, replays, links, and routes for
+nodes, and the node's membership, reports, pools, runner, logs and link. Between them, HTTP is a call that may be lost,
+late or made twice, and a link is a Wire.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -97,11 +98,14 @@ class SimControl:
         nodes = NodeClient(links, registry.address_of, lambda: "", None)
         metrics: Any = Quiet()
         self.admission = Admission()
-        dispatcher = Dispatcher(
-            registry, self.admission, nodes, metrics,
-            queue_timeout_s=120.0, ttft_timeout_s=120.0, clock=loop.time,
-        )  # fmt: skip
         recovery = Recovery(RECOVERY_WINDOW_S if number > 1 else 0.0, known_nodes, loop.time())
+        timing: dict[str, Any] = {
+            "queue_timeout_s": 120.0, "queue_timeout_batch_s": 300.0, "ttft_timeout_s": 120.0, "clock": loop.time,
+            "hold_refusals": lambda: recovery.on(loop.time()),
+        }  # fmt: skip
+        known = inspect.signature(Dispatcher).parameters
+        timing = {name: value for name, value in timing.items() if name in known}
+        dispatcher = Dispatcher(registry, self.admission, nodes, metrics, **timing)
         self.state = Control(
             registry=registry, dispatcher=dispatcher, links=links, nodes=nodes, metrics=metrics,
             guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(),  # type: ignore[arg-type]
@@ -181,7 +185,9 @@ class SimControl:
             if pick(waiter.wish, registry.pool_facts(now, waiter.wish.model)) is not None
         ]
         self.could_go = {task_id: self.could_go.get(task_id, now) for task_id in could}
-        assert all(now < since + 2 * sweep.EXPIRE_EVERY_S for since in self.could_go.values()), "waits beside a free slot"
+        assert all(now < since + 2 * sweep.EXPIRE_EVERY_S for since in self.could_go.values()), (
+            "waits beside a free slot"
+        )
 
 
 # ---------------------------------------------------------------- nodes
@@ -258,9 +264,7 @@ class Network:
             raise aiohttp.ClientConnectionError("lost")
         return answer
 
-    async def handle(
-        self, control: SimControl, node: SimNode, method: str, path: str, value: Any
-    ) -> tuple[int, bytes]:
+    async def handle(self, control: SimControl, node: SimNode, method: str, path: str, value: Any) -> tuple[int, bytes]:
         request: Any = SimpleNamespace(
             app={CONTROL: control.state}, value=value, remote=node.node_id, match_info={"node_id": node.node_id}
         )

@@ -1,7 +1,7 @@
 """One node, two controls, their clients: the logs of tasks and everybody who reads them, beside a model of both.
 
-Real are the node's Runner, Pools, TaskLogs and its end of each link, the control's end, the records between them and the
-credit of each stream. Moved by hand are the engine's chunks, the wires, the clients, the controls' lives, and time.
+Real are the node's Runner, Pools, TaskLogs and its end of each link, the control's end, the records between them and
+the credit of each stream. Moved by hand are the engine's chunks, the wires, the clients, the controls' lives, and time.
 """
 
 from __future__ import annotations
@@ -191,7 +191,9 @@ class LogsWorld(World):
         with self.loop:
             self.engine = Engine()
             self.pools = Pools((), {})
-            handoff = Handoff(pool_id="p", replica_id="r0", engine="e", url="http://127.0.0.1:1", model="m", slots=SLOTS)
+            handoff = Handoff(
+                pool_id="p", replica_id="r0", engine="e", url="http://127.0.0.1:1", model="m", slots=SLOTS
+            )
             (probe,) = [act for act in self.pools.handle(ev.HandoffSeen(handoff), 0) if isinstance(act, ev.Probe)]
             self.pools.handle(ev.ProbeOk("p", "r0", probe.probe), 0)
             self.runner = WatchedRunner(

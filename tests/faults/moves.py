@@ -1,10 +1,10 @@
 """Machines of moves: one description of what can happen, played by hypothesis and by a plain random driver.
 
-    World        what is tested, with its model; its methods marked `@move` are what may happen to it
-    machine      the hypothesis state machine over a world: it finds, shrinks and repeats
-    mileage      the same moves from a seed, without what hypothesis costs: it covers distance. A failure is cut down to
-                 the moves that it needs and printed as a list that `play` repeats
-    steps        how many moves were made that changed anything
+World        what is tested, with its model; its methods marked `@move` are what may happen to it
+machine      the hypothesis state machine over a world: it finds, shrinks and repeats
+mileage      the same moves from a seed, without what hypothesis costs: it covers distance. A failure is cut down to
+             the moves that it needs and printed as a list that `play` repeats
+steps        how many moves were made that changed anything
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def move(weight: int = 1, **most: int) -> Callable[[F], F]:
 
 
 class World(ABC):
-    """What happens in it is deterministic. `check` holds after every move, `finish` once everything may come to rest."""
+    """What happens is deterministic. `check` holds after every move, `finish` once everything may come to rest."""
 
     FAULTS: frozenset[str] = frozenset()  # moves after which less is promised
 

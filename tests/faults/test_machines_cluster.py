@@ -65,3 +65,16 @@ def test_a_client_is_never_shown_the_rest_of_another_attempt(monkeypatch: pytest
     """Its task ran twice because a link was lost; the control that knew has died; the wrong one is found first."""
     monkeypatch.setattr(SimClient, "keeps_to_its_attempt", False)
     play(ClusterWorld, ANOTHER_ATTEMPT)
+
+
+UNKNOWN_MODEL: list[Move] = [
+    ("the_control_dies", {}),
+    ("a_client_comes", {"want": 4, "kind": 0, "by_key": 1}),
+    ("time_passes", {"seconds": 3}),
+]
+
+
+@pytest.mark.xfail(reason="models that are on their way back are unknown", raises=AssertionError, strict=True)
+def test_a_model_is_not_unknown_because_a_control_has_just_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimClient, "asks_again_for_a_model", False)
+    play(ClusterWorld, UNKNOWN_MODEL)

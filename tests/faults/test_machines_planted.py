@@ -28,7 +28,7 @@ from llorch.node.tasklog import Gone, TaskLog, TaskLogs
 from tests.faults.cluster_parts import virtual_time
 from tests.faults.cluster_world import ClusterWorld
 from tests.faults.logs_world import LogsWorld
-from tests.faults.moves import Broken, mileage
+from tests.faults.moves import Broken, World, mileage
 from tests.faults.small import small_limits
 
 Patch = pytest.MonkeyPatch
@@ -194,28 +194,32 @@ CLUSTER_BUGS: dict[str, Plant] = {
     "what is repeated is run again": planted(Replays, "earlier", lambda old: _nothing_came_before),
     "a control that has just started knows all": planted(Recovery, "on", lambda old: lambda self, now: False),
     "who leaves is not missed": planted(Audience, "left", lambda old: lambda self: None),
-    "nobody is woken for what a node sends": planted(Feed, "put", lambda old: lambda self, item: self._items.append(item)),
+    "nobody is woken for what a node sends": planted(
+        Feed, "put", lambda old: lambda self, item: self._items.append(item)
+    ),
     "what runs is not reported": planted(
         TaskLogs, "reports", lambda old: lambda self, epoch: [r for r in old(self, epoch) if r["state"] == "sealed"]
     ),
-    "a node takes more than it has slots": planted(nodes_replicas.Replica, "free", lambda old: property(lambda self: 1)),
+    "a node takes more than it has slots": planted(
+        nodes_replicas.Replica, "free", lambda old: property(lambda self: 1)
+    ),
 }
 
 
 @pytest.mark.parametrize("bug", CLUSTER_BUGS)
 def test_a_bug_in_the_whole_is_found(bug: str) -> None:
-    with small_limits() as patch:
-        virtual_time(patch)
-        CLUSTER_BUGS[bug](patch)
-        with pytest.raises(Broken) as found:
-            mileage(ClusterWorld, MOST_STEPS, SEED, shrink=False)
-    print(found.value.args[0].partition("\n")[0])
+    found(ClusterWorld, CLUSTER_BUGS[bug])
 
 
 @pytest.mark.parametrize("bug", LOG_BUGS)
 def test_a_bug_in_the_logs_is_found(bug: str) -> None:
+    found(LogsWorld, LOG_BUGS[bug])
+
+
+def found(world: type[World], plant: Plant) -> None:
     with small_limits() as patch:
-        LOG_BUGS[bug](patch)
-        with pytest.raises(Broken) as found:
-            mileage(LogsWorld, MOST_STEPS, SEED, shrink=False)
-    print(found.value.args[0].partition("\n")[0])
+        virtual_time(patch)
+        plant(patch)
+        with pytest.raises(Broken) as broken:
+            mileage(world, MOST_STEPS, SEED, shrink=False)
+    print(broken.value.args[0].partition("\n")[0])

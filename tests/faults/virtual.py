@@ -22,7 +22,7 @@ import aiohttp
 
 from llorch.link import Link
 
-MAX_TURNS = 20_000  # of the loop, until nothing is left to do: more is a loop that never comes to rest
+MAX_TURNS = 3_000  # of the loop, until nothing is left to do: more is a loop that never comes to rest
 WIRE_HIGH_BYTES = 2_000  # unsent bytes at which a writer is told to wait; small, so that it happens
 
 
@@ -219,7 +219,7 @@ class Wire:
 
 
 class Answer:
-    """One answer of an engine (an aiohttp.ClientResponse as Runner sees it). `label` is the prompt it was asked with."""
+    """One answer of an engine, an aiohttp.ClientResponse for Runner. `label` is the prompt it was asked with."""
 
     connection = None
     content_length = None

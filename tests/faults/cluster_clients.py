@@ -65,9 +65,6 @@ class SimStream(Stream):
 class SimClient:
     """One task. `want` tokens; `end` is how it went for the client: a finish reason or an error's code."""
 
-    keeps_to_its_attempt = True  # what a resuming client would have to say, and a control to heed
-    asks_again_for_a_model = True  # that a control does not know which has just started
-
     def __init__(self, network: Network, number: int, *, want: int, native: bool, by_key: bool) -> None:
         self.network = network
         self.loop = network.loop
@@ -191,16 +188,10 @@ class SimClient:
         if state.dispatcher.tasks.get(task_id) is None and state.registry.task(task_id) is None:
             state.recovery.check(self.loop.time(), "its nodes may still bring this task")
             raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
-        if self.keeps_to_its_attempt and self.offset:
-            there, known = state.dispatcher.tasks.get(task_id), state.registry.task(task_id)
-            attempt = there.attempt if there is not None else known[1].attempt if known is not None else None
-            if attempt != self.attempt:
-                state.recovery.check(self.loop.time(), "its nodes may still bring this task")
-                raise LlorchError(Code.NODE_LOST, "another attempt is known")
         mine = Task.read_again(task_id, owner="me", request_id="r", now=self.loop.time())
         answer = NativeStream(_NOTHING, mine, 30.0, again=True)
         answer._stream = SimStream(connection)
-        return await follow(state, mine, answer, self.offset)
+        return await follow(state, mine, answer, self.offset, attempt=self.attempt or None)
 
     # ---- what it reads
 
@@ -228,8 +219,6 @@ class SimClient:
             self.task_id = None  # it was told of no task: it sends its own again
         if code in (Code.RECOVERING, Code.DRAINING, Code.QUEUE_FULL):
             return  # it asks again
-        if code is Code.MODEL_NOT_FOUND and self.asks_again_for_a_model:
-            return
         if code is Code.NODE_LOST and self.offset:
             self.lost_since = self.loop.now if self.lost_since is None else self.lost_since
             if self.loop.now < self.lost_since + PATIENCE_S:

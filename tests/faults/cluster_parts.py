@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -99,13 +98,11 @@ class SimControl:
         metrics: Any = Quiet()
         self.admission = Admission()
         recovery = Recovery(RECOVERY_WINDOW_S if number > 1 else 0.0, known_nodes, loop.time())
-        timing: dict[str, Any] = {
-            "queue_timeout_s": 120.0, "queue_timeout_batch_s": 300.0, "ttft_timeout_s": 120.0, "clock": loop.time,
-            "hold_refusals": lambda: recovery.on(loop.time()),
-        }  # fmt: skip
-        known = inspect.signature(Dispatcher).parameters
-        timing = {name: value for name, value in timing.items() if name in known}
-        dispatcher = Dispatcher(registry, self.admission, nodes, metrics, **timing)
+        dispatcher = Dispatcher(
+            registry, self.admission, nodes, metrics,
+            queue_timeout_s=120.0, queue_timeout_batch_s=300.0, ttft_timeout_s=120.0,
+            recovering=lambda: recovery.on(loop.time()), clock=loop.time,
+        )  # fmt: skip
         self.state = Control(
             registry=registry, dispatcher=dispatcher, links=links, nodes=nodes, metrics=metrics,
             guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(),  # type: ignore[arg-type]
@@ -177,12 +174,13 @@ class SimControl:
         self._check_queue()
 
     def _check_queue(self) -> None:
-        """Nobody waits beside a free slot. What time alone frees is seen by the sweep."""
+        """Nobody who is heard waits beside a free slot. What time alone frees is seen by the sweep."""
         now, registry = self.loop.now, self.state.registry
         could = [
             waiter.task_id
             for waiter in self.admission._waiters.values()
-            if pick(waiter.wish, registry.pool_facts(now, waiter.wish.model)) is not None
+            if self.state.dispatcher._heard(waiter.task_id)
+            and pick(waiter.wish, registry.pool_facts(now, waiter.wish.model)) is not None
         ]
         self.could_go = {task_id: self.could_go.get(task_id, now) for task_id in could}
         assert all(now < since + 2 * sweep.EXPIRE_EVERY_S for since in self.could_go.values()), (

@@ -171,6 +171,7 @@ class Reading:
     stream: int
     offset: int
     header: dict[str, Any] | None  # of its OPEN; None: an ATTACH
+    attempt: int
     story: Story | None = None
     owed: int = 0
     accepted: bool = False
@@ -224,8 +225,8 @@ class LogsWorld(World):
             if reading.key == key:
                 reading.story = story
                 wish, opening = reading.header, story.entry.opening
-                assert opening.task_id == reading.task_id
-                assert wish is None or (wish["attempt"], wish["owner"]) == (opening.attempt, opening.owner)
+                assert (opening.task_id, opening.attempt) == (reading.task_id, reading.attempt)
+                assert wish is None or wish["owner"] == opening.owner
 
     def left(self, story: Story, reader: Any, why: Gone) -> None:
         wire = next(wire for wire, stream in story.readers if stream == reader.id and wire.end_of is reader._link)
@@ -352,7 +353,9 @@ class LogsWorld(World):
 
     # ---- clients
 
-    def begin(self, control: Ctl, task_id: str, header: dict[str, Any] | None, body: bytes, offset: int) -> bool:
+    def begin(
+        self, control: Ctl, task_id: str, header: dict[str, Any] | None, body: bytes, offset: int, attempt: int = 1
+    ) -> bool:
         link, wire = control.link, control.wire
         self.readings = [reading for reading in self.readings if not reading.over or reading.tail is None]
         if len(self.readings) >= MOST_READINGS:
@@ -361,10 +364,12 @@ class LogsWorld(World):
             return False
         feed = Feed()
         stream = link._last_id + 2
-        reading = Reading(task_id, control, feed, Upstream(*[lambda *_: None] * 3), wire, stream, offset, header)
+        attempt = attempt if header is None else header["attempt"]
+        nowhere = Upstream(*[lambda *_: None] * 3)
+        reading = Reading(task_id, control, feed, nowhere, wire, stream, offset, header, attempt)
         self.readings.append(reading)
         if header is None:
-            reading.upstream = link.attach(task_id, offset, feed)
+            reading.upstream = link.attach(task_id, offset, attempt, feed)
         else:
             reading.upstream = link.open(header, body, feed)
         return True
@@ -425,18 +430,19 @@ class LogsWorld(World):
         entry = self.logs._entries.get(was.task_id)
         if entry is None or was.story is None or self.stories[entry] is not was.story:
             return False  # another attempt's bytes: a control never shows those to one who has seen the first one's
-        return self.begin(self.control(which), was.task_id, None, b"", was.offset)
+        return self.begin(self.control(which), was.task_id, None, b"", was.offset, entry.opening.attempt)
 
-    @move(2, which=1, task=11, offset=20)
-    def somebody_looks_in(self, which: int, task: int, offset: int) -> bool:
-        """At any offset, kept or not, there or not."""
+    @move(2, which=1, task=11, offset=20, other=5)
+    def somebody_looks_in(self, which: int, task: int, offset: int, other: int) -> bool:
+        """At any offset, kept or not, there or not; or into another attempt than the node has."""
         if not self.bodies:
             return False
         task_id = list(self.bodies)[task % len(self.bodies)]
         entry = self.logs._entries.get(task_id)
         end = 0 if entry is None else entry.log.end
         at = end + 2 if offset == 20 else end if offset == 19 else end * offset // 18
-        return self.begin(self.control(which), task_id, None, b"", at)
+        attempt = (1 if entry is None else entry.opening.attempt) + (other == 0)
+        return self.begin(self.control(which), task_id, None, b"", at, attempt)
 
     @move(8, reading=11)
     def a_client_takes(self, reading: int) -> bool:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.faults.cluster_clients import SimClient
 from tests.faults.cluster_parts import virtual_time
 from tests.faults.cluster_world import ClusterWorld
 from tests.faults.logs_world import LogsWorld
@@ -60,10 +59,8 @@ ANOTHER_ATTEMPT: list[Move] = [
 ]
 
 
-@pytest.mark.xfail(reason="a resume does not name its attempt", raises=AssertionError, strict=True)
-def test_a_client_is_never_shown_the_rest_of_another_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_is_never_shown_the_rest_of_another_attempt() -> None:
     """Its task ran twice because a link was lost; the control that knew has died; the wrong one is found first."""
-    monkeypatch.setattr(SimClient, "keeps_to_its_attempt", False)
     play(ClusterWorld, ANOTHER_ATTEMPT)
 
 
@@ -74,7 +71,5 @@ UNKNOWN_MODEL: list[Move] = [
 ]
 
 
-@pytest.mark.xfail(reason="models that are on their way back are unknown", raises=AssertionError, strict=True)
-def test_a_model_is_not_unknown_because_a_control_has_just_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimClient, "asks_again_for_a_model", False)
+def test_a_model_is_not_unknown_because_a_control_has_just_started() -> None:
     play(ClusterWorld, UNKNOWN_MODEL)

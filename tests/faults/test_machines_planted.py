@@ -153,7 +153,9 @@ def _shows_more_elsewhere(old: Any) -> Any:
 
 
 def _attaches_one_byte_late(old: Any) -> Any:
-    return lambda self, node_id, task_id, offset, feed: old(self, node_id, task_id, offset + (offset > 0), feed)
+    return lambda self, node_id, task_id, offset, attempt, feed: old(
+        self, node_id, task_id, offset + (offset > 0), attempt, feed
+    )
 
 
 def _reconnects_at_the_start(old: Any) -> Any:

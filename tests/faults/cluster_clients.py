@@ -103,6 +103,7 @@ class SimClient:
 
     def stall(self, stalled: bool) -> None:
         self.stalled = stalled
+        self.was_away = True  # so slow, it may be taken for gone
         self.reads_on.set()
         self.reads_on = asyncio.Event()
 

@@ -128,6 +128,7 @@ class SimControl:
             assert pool.bound and pool.report.ready and not pool.report.draining and pool.report.model == MODEL
             taken = take(node_id, pool_id, task_id, attempt)
             assert pool.claimed <= pool.slots_total
+            self.could_go.clear()  # should the node refuse it, the slot was none
             return taken
 
         registry.claim = claim  # type: ignore[method-assign]

@@ -78,6 +78,8 @@ class Story:
             self.due = None if self.lost_at is not None else now + LIMITS.reconnect_grace_s
         else:
             self.due = now if self.lost_at is None else max(now, self.lost_at + LOST_GRACE_S)
+        if self.due is not None and self.due <= now:
+            self.may_end = self.must_end = True  # at once: who comes after this comes too late
 
     def attach(self, reader: tuple[Wire, int]) -> None:
         if not self.readers:

@@ -307,6 +307,26 @@ def test_a_retry_before_anything_was_shown_is_right_also_beside_a_node_that_is_a
     assert tale.rules() == ["one execution"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "step", "rules"),
+    [
+        (("engine.stop", "a/p0", 2.0), "aborted", []),
+        (("node.stop", "a", 2.0), "aborted", []),
+        (("link.throttle", "a", 2.0), "aborted", []),
+        (("engine.stop", "a/p0", 2.0), "finished", ["one execution"]),  # it was not ended when it was overtaken
+        (("engine.stop", "b/p0", 2.0), "aborted", ["one execution"]),
+        (("client.delay", "clients", 2.0), "aborted", ["one execution"]),
+    ],
+)
+def test_an_overtaken_attempt_that_was_held_up_is_seen_after_the_next_one(
+    fault: tuple[str, str, float], step: str, rules: list[str]
+) -> None:
+    tale = Tale().fault(*fault).task().send().wait(1.0).engine("arrived", "b/p0").answer()
+    tale.show(log(3, pool="b/p0", attempt=2)[:2]).wait(1.0).engine("arrived").engine(step)
+    tale.show(log(3, pool="b/p0", attempt=2)[2:]).engine("finished", "b/p0").closed().over()
+    assert tale.rules() == rules
+
+
 @pytest.mark.parametrize(("for_s", "rules"), [(3.0, []), (9.0, ["fence"])])
 def test_an_overtaken_attempt_ends_soon_after_its_node_is_back(for_s: float, rules: list[str]) -> None:
     tale = Tale().task().send().engine("arrived").fault("link.half_open", "a", 1.0).wait(0.5).engine("arrived", "b/p0")

@@ -14,6 +14,7 @@ FOREVER = float("inf")
 REBIND_S = 2.5  # a node's way back after its link was cut: it beats at once, then every 0.2 to 2 s
 LATE_S = 1.0  # what two observers of one machine under load may differ by
 TROUBLE = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut", "reset", "delay", "throttle")
+HOLDING, HOLDS = ("engine", "node", "link"), ("stop", "delay", "throttle")  # what is on its way then comes later
 AWAY = ("kill", "term", "stop", "half_open", "partition", "blackout")
 
 
@@ -35,7 +36,10 @@ class Hit:
 
 @dataclass(slots=True)
 class Execution:
-    """One request as an engine saw it. `end` is when it stopped, also by its engine's death."""
+    """One request as an engine saw it. `end` is when it stopped, also by its engine's death.
+
+    `asked`: since when it may have been on its way, where something held it up.
+    """
 
     pool: str
     pid: int
@@ -43,6 +47,7 @@ class Execution:
     end: float = FOREVER
     step: str = "running"
     tokens: int = 0
+    asked: float = 0.0
 
     @property
     def node(self) -> str:
@@ -59,6 +64,9 @@ class Facts:
         self.samples = [(entry["at"], entry["pools"]) for entry in entries if entry["what"] == "sample"]
         self.executions: dict[str, list[Execution]] = defaultdict(list)
         self._read_journals(entries)
+        for runs in self.executions.values():
+            for run in runs:
+                run.asked = self._asked(run)
 
     def _read_journals(self, entries: Iterable[dict[str, Any]]) -> None:
         open_: dict[tuple[str, int], list[tuple[str, Execution]]] = defaultdict(list)
@@ -91,6 +99,14 @@ class Facts:
             and execution.start <= hit.start <= found
         ]
         return min(killed, default=found)
+
+    def _asked(self, run: Execution) -> float:
+        """A request that found its engine or its node stopped, or was slow on its link, is seen later than one that was
+        sent after it. Only of those that came to nothing: whatever was shown was not held up like this."""
+        if run.tokens or run.step not in ("aborted", "killed"):
+            return run.start
+        holds = self.hit(run.start, run.start, parts=HOLDING, hows=HOLDS, node=run.node, pool=run.pool)
+        return min([run.start, *(hit.start for hit in holds if hit.start <= run.start)])
 
     # ---- hits
 

@@ -198,7 +198,7 @@ def _left(story: Story, facts: Facts) -> Iterator[Violation]:
 
 def _executions(story: Story, facts: Facts) -> Iterator[Violation]:
     """A second execution only where the first has shown nothing, or can't be found any more."""
-    runs = sorted(facts.executions.get(story.marker, ()), key=lambda run: run.start)
+    runs = sorted(facts.executions.get(story.marker, ()), key=lambda run: run.asked)
     for first, second in pairwise(runs):
         yield from _fence(story, facts, first, second)
         if _may_run_again(story, facts, first, second):
@@ -226,11 +226,11 @@ def _fence(story: Story, facts: Facts, first: Execution, second: Execution) -> I
 def _between(facts: Facts, first: Execution, second: Execution) -> list[Hit]:
     """What kept an overtaken attempt from being told."""
     until = second.start + REBIND_S
-    return facts.hit(first.start, until, parts=("control", "node", "link"), node=first.node)
+    return facts.hit(first.asked, until, parts=("control", "node", "link"), node=first.node)
 
 
 def _may_run_again(story: Story, facts: Facts, first: Execution, second: Execution) -> bool:
-    since, at = first.start - LATE_S, second.start
+    since, at = first.asked - LATE_S, second.start
     lost = facts.hit(since, at, parts=("node", "link"), node=first.node)
     output = story.output_at()
     seen = output is not None and output < at and story.pool_at(at) == first.pool and first.start < at

@@ -49,6 +49,19 @@ BUGS = (
             "        if execution._stopped is None:\n            self.pools.release(slot)\n",
         ),
     ),
+    bug(
+        "a slot is given to a waiter that has left, and stays with it", "crowd", "left over, slots, stuck",
+        ("control/waiting.py", "            self._admission.remove(task.task_id, self._clock())\n", ""),
+        (
+            "control/waiting.py",
+            "            if future is None or future.done():\n                self._registry.release(claim)\n",
+            "            if future is None or future.done():\n                continue\n",
+        ),
+    ),
+    bug(
+        "the slot of a trial is not given back", "ejections", "left over, slots, stuck",
+        ("control/registry.py", "            pool.claimed -= 1\n", "            pool.claimed -= not claim.trial\n"),
+    ),
     # ---- cancels, readers that go
     bug(
         "a cancel does not reach the engine", "calm", "cancel",
@@ -184,6 +197,19 @@ BUGS = (
     bug(
         "a replayed key runs a second time", "cuts", "one execution",
         ("control/replay.py", "            return known.task_id\n", "            return known.task_id if task.key_digest is None else None\n"),
+    ),
+    bug(
+        "a resume is shown the log of another attempt", "attempts", "order, bytes, text, one execution, unexplained error",
+        ("control/follow.py", "    if offset and (attempt != mine.attempt or (task is None and beyond)):\n", "    if False:\n"),
+        ("node/tasklog.py", "if entry is None or attempt not in (None, entry.opening.attempt):", "if entry is None:"),
+    ),
+    bug(
+        "a new control learns of tasks, but not of their keys", "restarts", "one execution",
+        ("control/task_reports.py", "                self._by_key[report.key_digest] = report.task_id\n", "                pass\n"),
+    ),
+    bug(
+        "a task that was read to its end is forgotten", "restarts", "one execution, unexplained error, lost task",
+        ("control/follow.py", "            control.dispatcher.tasks.remember(read)\n", ""),
     ),
     bug(
         "another body under a key is served", "calm", "mismatch",

@@ -29,6 +29,17 @@ PLANS: dict[str, Plan] = {
         mix=replace(QUIET, shortest=150, longest=400),
         pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "1500", "--delay-ms", "15")]},
     ),
+    # First attempts that come to nothing on `a`, and controls that hear of those before they hear of the second.
+    "attempts": Plan(
+        1, 4, clients=12, weights={"control.kill": 1}, gap_s=(1.5, 2.0), min_rate=0.5,
+        mix=replace(USUAL, forms={"native": 10}, script=0.35, deadline=0, stall=0, longest=500),
+        pools={
+            "a": [simulated("p0", "sim", 8, *STEADY), simulated("p1", "odd", 2, *STEADY, "--obey")],
+            "b": [simulated("p0", "sim", 8, *STEADY), simulated("p1", "odd", 12, *STEADY)],
+        },
+    ),
+    # Long enough for a pool that was ejected to be tried again.
+    "ejections": Plan(1, 0, clients=12, calm_first_s=19.0, mix=replace(USUAL, script=0.6, deadline=0, stall=0)),
     "crowd": Plan(
         1, 0, calm_first_s=6.0, mix=replace(USUAL, cancel=0.4, vanish=0.3, leave=0.2, stall=0, script=0),
         pools={"a": [simulated("p0", "sim", 2, *STEADY)], "b": [simulated("p0", "sim", 2, *STEADY)]},

@@ -253,6 +253,24 @@ def test_tokens_long_after_a_cancel() -> None:
     assert tale.rules() == ["cancel"]
 
 
+@pytest.mark.parametrize(
+    ("end", "step", "wait_s", "rules"),
+    [
+        ("canceled", "aborted", 0.1, []),
+        ("length", "finished", 0.1, []),  # it had ended when it was canceled
+        ("length", "aborted", 0.1, ["cancel"]),
+        ("length", "finished", 3.0, ["cancel", "cancel"]),
+    ],
+)
+def test_who_comes_back_to_a_canceled_task_reads_what_came_before(
+    end: str, step: str, wait_s: float, rules: list[str]
+) -> None:
+    events = log(3, end=end)
+    tale = begun().show(events[:2]).left(back=True).closed("left").ask("cancel", 202).wait(wait_s).engine(step)
+    tale.wait(2.5).send("events", after=events[1]["id"]).answer().show(events[2:]).closed().over()
+    assert tale.rules() == rules
+
+
 def test_a_cancel_by_nobody() -> None:
     assert done(begun(9).show(log(2, end="canceled"))).rules() == ["canceled by nobody"]
 

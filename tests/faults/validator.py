@@ -162,12 +162,13 @@ def _cancel(story: Story, facts: Facts) -> Iterator[Violation]:
     end = story.end()
     if facts.touched(accepted - LATE_S, until) or facts.hit(accepted, until, parts=("client",)):
         return
-    late = [
-        event for conn in story.reading() for event in conn.events if event["kind"] == "token" and event["at"] > until
-    ]
+    live = [conn for conn in story.reading() if conn.sent < accepted]  # one who comes back reads what came before
+    late = [event for conn in live for event in conn.events if event["kind"] == "token" and event["at"] > until]
     if late and not any(conn.stalled for conn in story.conns):
         yield Violation("cancel", story.marker, late[0]["at"], f"{len(late)} tokens after the cancel of {accepted:.3f}")
-    if end is not None and end[0] > until and end[2] not in ("canceled", "CANCELED"):
+    before = end is not None and any(conn.sent >= accepted for conn in story.reading() if conn.until >= end[0])
+    before = before and any(run.step == "finished" and run.end <= until for run in facts.executions[story.marker])
+    if end is not None and end[0] > until and not before and end[2] not in ("canceled", "CANCELED"):
         case = Case(story, facts, end[0], story.output_at() is not None)
         if end[1] == "end" or not explained(end[2], case):
             yield Violation("cancel", story.marker, end[0], f"it ends as {end[2]}, canceled at {accepted:.3f}")

@@ -152,8 +152,15 @@ def was_canceled(story: Story, facts: Facts, at: float) -> bool:
     if story.ask["form"] == "detach" and any(conn.status == 202 for conn in story.conns):
         return False
     if not story.native:
-        return any(conn.how != "end" and conn.until <= at for conn in story.reading())
+        return any(went(conn, facts) and conn.until <= at for conn in story.reading())
     return story.longest_absence() >= facts.promises["grace_s"] - CANCEL_SLACK_S
+
+
+def went(conn: Conn, facts: Facts) -> bool:
+    """Whether a reader may be taken for one that left. Not where it was the control that went: its tasks live on."""
+    if conn.how != "broken" or conn.stalled or facts.hit(conn.sent, conn.until, parts=("client",)):
+        return conn.how != "end"
+    return not facts.hit(conn.until, conn.until, parts=("control",), hows=("kill", "term"))
 
 
 def broken(conn: Conn, story: Story, facts: Facts) -> bool:

@@ -251,6 +251,8 @@ class Run:
             return
         if how in ("half_open", "partition", "blackout"):
             proxy.half_open(new_too=how != "half_open")
+        elif how == "cut_off":
+            proxy.cut_off()
         elif how == "delay":
             proxy.slow(delay_s=0.02 + 0.3 * step.degree)
         elif how == "throttle":

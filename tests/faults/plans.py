@@ -8,6 +8,7 @@ from tests.cluster import simulated
 from tests.faults.harness import Plan
 from tests.faults.tasks import USUAL, Mix
 
+SLOW_START = simulated("p0", "sim", 12, "--tokens", "100000", "--ttft-ms", "600", "--delay-ms", "15")
 STEADY = ("--tokens", "100000", "--ttft-ms", "60", "--delay-ms", "15")
 QUIET = Mix({"native": 10}, cancel=0, vanish=0, leave=0, stall=0, mismatch=0, reread=0, script=0, keyed=0, deadline=0)
 
@@ -29,17 +30,20 @@ PLANS: dict[str, Plan] = {
         mix=replace(QUIET, shortest=150, longest=400),
         pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "1500", "--delay-ms", "15")]},
     ),
-    # First attempts that come to nothing on `a`, and controls that hear of those before they hear of the second.
+    # First attempts that run on where they were lost, and controls that hear of those before they hear of the second.
     "attempts": Plan(
-        1, 4, clients=12, weights={"control.kill": 1}, gap_s=(1.5, 2.0), min_rate=0.5,
-        mix=replace(USUAL, forms={"native": 10}, script=0.35, deadline=0, stall=0, longest=500),
+        1, 12, clients=12, weights={"link.cut_off": 1, "control.kill": 1}, gap_s=(0.8, 1.0), min_rate=0.3,
+        mix=replace(QUIET, shortest=60, longest=150), pools={"a": [SLOW_START], "b": [SLOW_START]},
+    ),
+    # Long enough for a pool that was ejected to be tried again; the others take what it fails.
+    "ejections": Plan(
+        1, 0, clients=12, calm_first_s=19.0, mix=replace(USUAL, script=0.6, deadline=0, stall=0),
         pools={
-            "a": [simulated("p0", "sim", 8, *STEADY), simulated("p1", "odd", 2, *STEADY, "--obey")],
-            "b": [simulated("p0", "sim", 8, *STEADY), simulated("p1", "odd", 12, *STEADY)],
+            "a": [simulated("p0", "sim", 4, *STEADY), simulated("p1", "odd", 1, *STEADY, "--obey")],
+            "b": [simulated("p0", "sim", 4, *STEADY), simulated("p1", "odd", 3, *STEADY)],
+            "c": [simulated("p1", "odd", 4, *STEADY)],
         },
     ),
-    # Long enough for a pool that was ejected to be tried again.
-    "ejections": Plan(1, 0, clients=12, calm_first_s=19.0, mix=replace(USUAL, script=0.6, deadline=0, stall=0)),
     "crowd": Plan(
         1, 0, calm_first_s=6.0, mix=replace(USUAL, cancel=0.4, vanish=0.3, leave=0.2, stall=0, script=0),
         pools={"a": [simulated("p0", "sim", 2, *STEADY)], "b": [simulated("p0", "sim", 2, *STEADY)]},

@@ -57,6 +57,7 @@ class Proxy:
         self._pairs: set[_Pair] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._swallow_new = False
+        self._refuse_new = False
         self.delay_s = 0.0
         self.bytes_per_s: float | None = None
         self.port = 0
@@ -99,6 +100,11 @@ class Proxy:
         for pair in list(self._pairs):
             pair.reset()
 
+    def cut_off(self) -> None:
+        """Reset what there is and whatever is opened, until `heal`."""
+        self._refuse_new = True
+        self.reset()
+
     def half_open(self, *, new_too: bool = False) -> None:
         """From now on no byte passes on the connections there are; `new_too`: nor on those that are opened."""
         self._swallow_new = new_too
@@ -111,7 +117,7 @@ class Proxy:
     def heal(self, *, leave_dead: bool = False) -> None:
         """Pass everything again, at once. Connections that lost bytes are reset, or left as they are."""
         self.slow()
-        self._swallow_new = False
+        self._swallow_new = self._refuse_new = False
         if not leave_dead:
             for pair in list(self._pairs):
                 if pair.dead:
@@ -131,7 +137,9 @@ class Proxy:
         pair.dead = self._swallow_new
         self._pairs.add(pair)
         try:
-            if pair.dead:
+            if self._refuse_new:
+                pair.reset()
+            elif pair.dead:
                 await self._swallow(pair, reader)
             else:
                 await self._pass(pair, reader, writer)

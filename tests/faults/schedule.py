@@ -23,6 +23,7 @@ KINDS: Mapping[str, tuple[float, tuple[float, float]]] = {
     "link.half_open": (5, (0.5, 3.0)),
     "link.partition": (5, (0.5, 3.0)),
     "link.blackout": (0, (8.0, 12.0)),  # longer than a lost connection is waited for
+    "link.cut_off": (0, (1.0, 3.0)),  # both ends know at once; nothing that is opened lives
     "link.delay": (4, (0.5, 2.0)),
     "link.throttle": (4, (0.5, 2.0)),
     "client.cut": (6, (0.0, 0.0)),

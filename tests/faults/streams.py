@@ -47,6 +47,7 @@ class _Log:
 
     def _conn(self, conn: Conn) -> Iterator[Violation]:
         last, ended = conn.after, False
+        yield from self._elsewhere(conn)
         for event in conn.events:
             kind, ident, size = event["kind"], event["id"], event["size"]
             if ended:
@@ -71,6 +72,15 @@ class _Log:
             if kind in TERMINAL:
                 ended = True
                 yield from self._end(conn, event, last)
+
+    def _elsewhere(self, conn: Conn) -> Iterator[Violation]:
+        """What is read on is the log that was begun, and another execution's is none of it, however alike they are."""
+        first = next((event for event in conn.events if event["id"] is not None), None)
+        if first is None or not conn.after or conn.pool is None or self.started is None:
+            return
+        begun = f"{self.started[0]}/{self.started[1]}"
+        if conn.pool != begun:
+            yield self._bad("one execution", first, f"read on from {conn.pool}, begun on {begun}")
 
     def _another(self, event: dict[str, Any]) -> Iterator[Violation]:
         """`started` again: the same, or a second execution, where the first can't have been found any more."""

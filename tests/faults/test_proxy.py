@@ -148,6 +148,23 @@ async def test_a_partition_swallows_new_connections_too(proxy: Proxy, echo: Echo
         assert await caller.asks(b"b") == b"b"
 
 
+async def test_who_is_cut_off_is_reset_now_and_whenever_it_comes_back_until_it_is_healed(
+    proxy: Proxy, echo: Echo
+) -> None:
+    async with calling(proxy) as caller:
+        await caller.asks(b"a")
+        proxy.cut_off()
+        with pytest.raises(ConnectionResetError):
+            await caller.hears(5.0)
+    async with calling(proxy) as caller:
+        with pytest.raises(ConnectionResetError):
+            await caller.hears(5.0)
+    await eventually(lambda: not echo.connected)
+    proxy.heal()
+    async with calling(proxy) as caller:
+        assert await caller.asks(b"b") == b"b"
+
+
 async def test_bytes_are_late_or_few_for_as_long_as_it_is_slow(proxy: Proxy) -> None:
     async with calling(proxy) as caller:
         for slow in ({"delay_s": 0.1}, {"bytes_per_s": 50.0}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.faults.tale import POOLS, WHOLE, Tale, log
@@ -308,6 +310,32 @@ def test_a_second_execution_is_right_where_the_first_died_with_its_node() -> Non
     tale.closed("broken").wait(1.5).engine("serving", pid=99, marker=None)
     tale.send().engine("arrived", "b/p0").answer().show(log(3, pool="b/p0")).engine("finished", "b/p0").closed().over()
     assert tale.rules() == []
+
+
+@pytest.mark.parametrize(("pool", "rules"), [("a/p0", []), ("b/p0", ["one execution"])])
+def test_a_resume_that_goes_on_with_another_execution_s_log(pool: str, rules: list[str]) -> None:
+    events, (node, _, pool_id) = log(5), pool.partition("/")
+    tale = begun(5).show(events[:3]).fault("control.kill", "control", 1.0).closed("broken").engine("finished").wait(1.0)
+    tale.send("events", after=events[2]["id"]).answer(node=node, pool=pool_id).show(events[3:]).closed().over()
+    assert tale.rules() == rules
+
+
+@pytest.mark.parametrize(
+    ("fault", "rules"),
+    [
+        (("control.kill", "control", 1.0), ["one execution"]),  # its nodes keep a task whose control is gone
+        (("client.cut", "clients"), []),
+    ],
+)
+def test_a_v1_task_runs_again_if_its_client_left_and_not_if_its_control_did(
+    fault: tuple[Any, ...], rules: list[str]
+) -> None:
+    tale = Tale().task(form="v1", key="key").send().engine("arrived").answer(node="a", pool="p0")
+    tale.chunks(2, end=None).fault(*fault).closed("broken").engine("aborted").wait(2.5).send().engine(
+        "arrived", "b/p0"
+    ).answer()
+    tale.chunks(3).engine("finished", "b/p0").closed().over()
+    assert tale.rules() == rules
 
 
 def test_a_retry_after_something_was_shown() -> None:

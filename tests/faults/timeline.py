@@ -13,9 +13,9 @@ from typing import Any
 FOREVER = float("inf")
 REBIND_S = 2.5  # a node's way back after its link was cut: it beats at once, then every 0.2 to 2 s
 LATE_S = 1.0  # what two observers of one machine under load may differ by
-TROUBLE = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut", "reset", "delay", "throttle")
+TROUBLE = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut_off", "cut", "reset", "delay", "throttle")
 HOLDING, HOLDS = ("engine", "node", "link"), ("stop", "delay", "throttle")  # what is on its way then comes later
-AWAY = ("kill", "term", "stop", "half_open", "partition", "blackout")
+AWAY = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut_off")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.faults import story as stories
 from tests.faults import streams
-from tests.faults.excuses import Case, broken, explained, was_canceled
+from tests.faults.excuses import Case, broken, explained, was_canceled, went
 from tests.faults.story import Conn, Story
 from tests.faults.timeline import FOREVER, LATE_S, REBIND_S, Execution, Facts, Hit
 from tests.faults.verdict import Verdict, Violation
@@ -248,7 +248,7 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     if gone or facts.away(first.node, first.start, at) >= facts.promises["reconnect_s"] - LATE_S:
         return True
     # An engine may have said its last word just as the task was cancelled, for its reader had left.
-    left = not story.native and any(conn.how != "end" and conn.until <= first.end for conn in story.reading())
+    left = not story.native and any(went(conn, facts) and conn.until <= first.end for conn in story.reading())
     if ended and (first.step == "aborted" or left) and was_canceled(story, facts, at):
         return True
     return not story.native and first.end + V1_LOG_S <= at

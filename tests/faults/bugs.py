@@ -164,7 +164,7 @@ BUGS = (
             "control/dispatch.py",
             "                return await self._relay(task, reader, audience)\n            except SlowReader:\n",
             "                return await self._relay(task, reader, audience)\n            except LlorchError as error:\n"
-            "                task.state = State.PLACED\n                raise _GoElsewhere(error, lost=True) from None\n"
+            "                task.state = State.PLACED\n                raise GoElsewhere(error, lost=True) from None\n"
             "            except SlowReader:\n",
         ),
     ),
@@ -172,7 +172,7 @@ BUGS = (
         "a task without output ends with its node", "nodes", "unexplained error",
         (
             "control/dispatch.py",
-            'raise _GoElsewhere(LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}"), lost=True)',
+            'raise GoElsewhere(LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}"), lost=True)',
             'raise LlorchError(Code.NODE_LOST, f"the node was lost: {item.reason}")',
         ),
     ),
@@ -205,7 +205,7 @@ BUGS = (
     ),
     bug(
         "a new control learns of tasks, but not of their keys", "restarts", "one execution",
-        ("control/task_reports.py", "                self._by_key[report.key_digest] = report.task_id\n", "                pass\n"),
+        ("control/task_reports.py", "                self._by_key.setdefault(report.key_digest, {})[report.task_id] = None\n", "                pass\n"),
     ),
     bug(
         "a task that was read to its end is forgotten", "restarts", "one execution, unexplained error, lost task",

@@ -50,6 +50,7 @@ class Plan:
     clients: int = 24
     mix: Mix = USUAL
     weights: Mapping[str, float] | None = None
+    in_turn: Sequence[str] = ()
     gap_s: tuple[float, float] = schedule.GAP_S
     pools: Pools = field(default_factory=parts.usual_pools)
     calm_first_s: float = 1.0
@@ -93,7 +94,7 @@ class Run:
             clients = [asyncio.ensure_future(self._client(number, session)) for number in range(plan.clients)]
             try:
                 await asyncio.sleep(plan.calm_first_s)
-                steps = schedule.draw(plan.seed, plan.faults, plan.weights, plan.gap_s)
+                steps = schedule.draw(plan.seed, plan.faults, plan.weights, plan.gap_s, in_turn=plan.in_turn)
                 await _all_or_first_failure(self._break(steps), *watch, *clients)
                 await self._until_whole()
                 self.recorder.note("calm")

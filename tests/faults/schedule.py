@@ -48,11 +48,19 @@ class Step:
 
 
 def draw(
-    seed: int, faults: int, weights: Mapping[str, float] | None = None, gap_s: tuple[float, float] = GAP_S
+    seed: int,
+    faults: int,
+    weights: Mapping[str, float] | None = None,
+    gap_s: tuple[float, float] = GAP_S,
+    *,
+    in_turn: Sequence[str] = (),
 ) -> Sequence[Step]:
+    """`in_turn`: these kinds, one after the other, rather than drawn ones."""
     rng = Random(seed)
     weights = weights if weights is not None else {kind: weight for kind, (weight, _) in KINDS.items()}
     kinds = rng.choices(list(weights), list(weights.values()), k=faults)
+    if in_turn:
+        kinds = [in_turn[index % len(in_turn)] for index in range(faults)]
     return [
         Step(
             rng.uniform(*gap_s),

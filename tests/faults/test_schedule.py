@@ -23,6 +23,11 @@ def test_every_kind_of_fault_and_every_phase_is_drawn() -> None:
         assert shortest <= step.for_s <= longest
 
 
+def test_kinds_may_come_in_turn() -> None:
+    drawn = schedule.draw(1, 3, in_turn=("link.cut_off", "control.kill"))
+    assert [step.kind for step in drawn] == ["link.cut_off", "control.kill", "link.cut_off"]
+
+
 def test_every_form_of_task_and_every_way_of_its_client_is_drawn() -> None:
     rng = Random(1)
     asks = [tasks.draw(rng, USUAL, f"k{i}", 3.0) for i in range(3_000)]

@@ -29,7 +29,9 @@ class Told:
 
     wanted: int  # tokens
     times: list[float] = field(default_factory=list)  # of each token
-    wrong: list[str] = field(default_factory=list)  # tokens lost, repeated or changed
+    wrong: list[str] = field(
+        default_factory=list
+    )  # tokens lost, repeated or changed, or without their place in the log
     ends: list[str] = field(default_factory=list)  # its terminal events
     fault: str = ""  # what it raised
     ended_at: float | None = None
@@ -43,14 +45,16 @@ class Told:
 
 
 async def follow(client: LlorchClient, body: dict[str, Any], told: Told) -> None:
+    last: str | None = None  # where in the log the token before it ended
     try:
         async with contextlib.aclosing(client.submit(body)) as events:
             async for event in events:
                 if isinstance(event, Token):
                     place = len(told.times)
                     told.times.append(monotonic())
-                    if (event.text, event.index) != (f"t{place} ", place):
-                        told.wrong.append(f"at {place}: {event.text!r}, {event.index}")
+                    if (event.text, event.index) != (f"t{place} ", place) or event.id in (None, last):
+                        told.wrong.append(f"at {place}: {event.text!r}, {event.index}, id {event.id}")
+                    last = event.id
                 elif isinstance(event, End):
                     told.ends.append(event.finish_reason)
                 elif isinstance(event, Failed):

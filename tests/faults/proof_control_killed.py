@@ -38,7 +38,7 @@ class Size:
 
 
 FULL = Size(500, 3, 5, nodes=4, delay_ms=250, tokens=(100, 180), kills=3, between_s=8.0)
-SMALL = Size(24, 1, 1, nodes=2, delay_ms=60, tokens=(60, 90), kills=1, between_s=0.0)
+SMALL = Size(24, 1, 1, nodes=2, delay_ms=50, tokens=(50, 75), kills=1, between_s=0.0)
 
 
 @dataclass

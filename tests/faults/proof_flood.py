@@ -1,7 +1,7 @@
-"""An engine that says more than a reader's window: `python -m tests.faults.proof_flood PORT`.
+"""An engine that says more than a reader's window: `python -m tests.faults.proof_flood PORT PACE_S`.
 
 Answers /v1/completions. A request for one token gets one (that is how a node asks whether an engine works); any other
-gets SAID_BYTES, a piece at a time, and then nothing until its client leaves. The simulated engine's tokens are a few
+gets SAID_BYTES, a piece every PACE_S, and then nothing until its client leaves. The simulated engine's tokens are a few
 bytes each: it would take minutes to fill the windows of a thousand readers with them.
 """
 
@@ -14,7 +14,6 @@ import sys
 from aiohttp import web
 
 PIECE_BYTES = 8 * 1024
-PACE_S = 0.25
 SAID_BYTES = 384 * 1024  # more than the 128 KiB window, and what sockets hold beside it
 
 
@@ -32,7 +31,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     for _ in range(SAID_BYTES // PIECE_BYTES):
         await response.write(event)
-        await asyncio.sleep(PACE_S)
+        await asyncio.sleep(float(sys.argv[2]))
     await asyncio.Event().wait()
     return response
 

@@ -39,6 +39,7 @@ class Size:
     slack_bytes: int  # what the control's memory may grow by for other reasons
     come_within_s: float
     slow_reader_timeout_s: float
+    pace_s: float  # between the pieces that their engine says
 
 
 FULL = Size(
@@ -50,6 +51,7 @@ FULL = Size(
     slack_bytes=0,
     come_within_s=45.0,
     slow_reader_timeout_s=30.0,
+    pace_s=0.25,
 )
 SMALL = Size(
     stalled=60,
@@ -59,7 +61,8 @@ SMALL = Size(
     ratio=None,
     slack_bytes=4 * 1024 * 1024,
     come_within_s=10.0,
-    slow_reader_timeout_s=12.0,
+    slow_reader_timeout_s=5.0,
+    pace_s=0.02,
 )
 
 
@@ -76,10 +79,10 @@ def stalled_reader(url: str, token: str, path: str, body: object) -> socket.sock
 
 
 @contextlib.asynccontextmanager
-async def flood(running: Cluster, slots: int) -> AsyncIterator[subprocess.Popen[bytes]]:
+async def flood(running: Cluster, slots: int, pace_s: float) -> AsyncIterator[subprocess.Popen[bytes]]:
     """The engine of the stalled ones, handed over to node a."""
     port = lasting_port()
-    argv = [sys.executable, "-m", "tests.faults.proof_flood", str(port)]
+    argv = [sys.executable, "-m", "tests.faults.proof_flood", str(port), str(pace_s)]
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=running.env())
     folder = running.folder / "a" / ".runtime" / "engines"
     wish = {"pool_id": "flood", "engine": "vllm", "url": f"http://127.0.0.1:{port}", "model": "flood", "slots": slots}
@@ -161,7 +164,7 @@ async def prove(folder: Path, size: Size) -> Verdict:
         control = await running.start_control("--slow-reader-timeout", drop)
         pool = simulated("p0", "sim", size.healthy, "--tokens", "1000000", "--delay-ms", str(DELAY_MS))
         await running.start_node("a", [pool], "--reconnect-grace", "0s")
-        async with flood(running, size.stalled) as engine:
+        async with flood(running, size.stalled, size.pace_s) as engine:
             await running.bound("a", 2)
             body = {"model": "sim", "prompt": "go", "max_tokens": 1_000_000}
             clients = await Clients.start(running, [body] * size.healthy)

@@ -28,7 +28,7 @@ from llorch.errors import Code, LlorchError
 from llorch.messages import decode_object
 
 CALL_TIMEOUT_S = 30.0  # for what a control answers out of its own memory
-SILENCE_S = 45.0  # three pings of the control's: a stream this quiet has lost its connection
+SILENCE_S = 45.0  # three pings of the control's: a stream this quiet, begun or not, has lost its connection
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 256 * 1024
 
@@ -103,7 +103,7 @@ class LlorchClient:
 
         def ask() -> Answer:
             if place.last is None or place.task_id is None:
-                return self._post(task, _SSE)
+                return self._post(task, _SSE, silence_s=SILENCE_S)
             return self._follow(place.task_id, place)
 
         return self._stream(place, ask, tell)
@@ -281,8 +281,14 @@ class LlorchClient:
         await asyncio.sleep(delay_s)
 
     @contextlib.asynccontextmanager
-    async def _post(self, task: Submission, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with self._request("POST", "/v2/tasks", task.wire(), {**headers, **task.headers()}) as response:
+    async def _post(
+        self, task: Submission, headers: Mapping[str, str], *, silence_s: float | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """`silence_s`: until the answer's head, after the body; a control that streams pings before it has a word."""
+        data = task.wire()
+        within_s = None if silence_s is None else silence_s + len(data) / web.MIN_BODY_RATE
+        wanted = {**headers, **task.headers()}
+        async with self._request("POST", "/v2/tasks", data, wanted, within_s=within_s) as response:
             task.task_id = task.task_id or response.headers.get("X-Llorch-Task")
             yield response
 

@@ -171,8 +171,8 @@ class NativeStream:
         pass
 
     async def idle(self) -> None:
-        if self._again:
-            await self._commit()
+        """Commits too, so that a client can tell a task that waits from a control that hangs."""
+        await self._commit()
         await self._stream.ping()
 
     async def begin(self, head: Head) -> None:

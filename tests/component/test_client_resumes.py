@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llorch import web
 from llorch.client import api, resume
 from llorch.client.api import LlorchClient
 from llorch.client.events import End, Event, Failed, Queued, ServerError, Started, Token
@@ -369,6 +370,55 @@ async def test_a_control_that_takes_the_connection_and_says_nothing_is_left(
     control.on(SUBMIT, stream(started(), token(0), then=Then.CUT))
     control.on(EVENTS, no_answer, stream(token(1), end()))
     assert await by_stream(client, BODY) == "t0 t1 "
+
+
+async def test_a_control_that_takes_a_submission_and_says_nothing_is_asked_again(
+    control: ScriptedControl, client: LlorchClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "SILENCE_S", 0.05)
+    control.on(SUBMIT, no_answer, stream(*WHOLE, headers=REPLAYED))
+    async with asyncio.timeout(5):
+        assert await by_stream(client, BODY) == "t0 t1 "
+    assert tries(control) == ["1", "2"]
+
+
+async def test_a_control_that_never_says_a_word_to_a_submission_is_given_up(
+    control: ScriptedControl, client: LlorchClient, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    monkeypatch.setattr(api, "SILENCE_S", 0.05)
+    control.on(SUBMIT, no_answer)
+    async with asyncio.timeout(5):
+        with pytest.raises(Unreachable, match="lost the connection"):
+            await by_stream(client, BODY)
+
+
+async def test_a_large_body_is_given_the_time_that_a_slow_line_takes(
+    control: ScriptedControl, client: LlorchClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "SILENCE_S", 0.05)
+    monkeypatch.setattr(web, "MIN_BODY_RATE", 10_000)
+
+    async def late(asked: Asked, request: Any) -> Any:
+        await asyncio.sleep(0.2)  # longer than a small body's answer may take
+        return await stream(*WHOLE)(asked, request)
+
+    control.on(SUBMIT, late)
+    assert await by_stream(client, {**BODY, "prompt": "x" * 50_000}) == "t0 t1 "
+    assert len(control.requests) == 1
+
+
+async def test_a_whole_answer_may_take_as_long_as_it_takes(
+    control: ScriptedControl, client: LlorchClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "SILENCE_S", 0.05)
+
+    async def late(asked: Asked, request: Any) -> Any:
+        await asyncio.sleep(0.2)
+        return await answer(DONE)(asked, request)
+
+    control.on(SUBMIT, late)
+    assert await whole(client, BODY) == "t0 t1 "
+    assert len(control.requests) == 1
 
 
 async def test_a_reader_that_had_seen_the_last_event_has_nothing_to_come_back_for(

@@ -418,6 +418,35 @@ async def test_a_v1_stream_that_waits_long_commits_and_pings_wherever_it_waits(m
         assert [value["error"]["code"] for _, value in answer.events] == ["INVALID_REQUEST"]
 
 
+async def test_a_native_stream_that_was_placed_and_waits_long_commits_and_pings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ping_soon(monkeypatch)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        attempt = (await node.asked()).accept()
+        await asking.has(b": ping\n\n: ping\n\n")
+        assert (asking.status, asking.headers["Content-Type"]) == (200, "text/event-stream")
+        assert (asking.headers["X-Llorch-Task"], asking.headers["X-Llorch-Node"]) == (attempt.task_id, "a")
+        attempt.head().say("one").end()
+        answer = await asking.answer()
+        assert (answer.said, answer.terminals, answer.cut) == ("one", ["end"], False)
+
+
+async def test_a_native_stream_that_only_pinged_gets_its_failure_as_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    ping_soon(monkeypatch)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        attempt = (await node.asked()).accept()
+        await asking.has(b": ping")
+        attempt.fail_early(Code.CONTEXT_LENGTH_EXCEEDED)
+        answer = await asking.answer()
+        assert (answer.status, answer.names) == (200, ["error"])
+        assert answer.events[0][1]["code"] == "CONTEXT_LENGTH_EXCEEDED"
+
+
 async def test_a_silence_is_filled_with_pings_only_between_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

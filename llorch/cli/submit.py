@@ -1,7 +1,8 @@
 """`llorch submit`: send a prompt, print the answer as it comes.
 
 Owns where the prompt comes from (argument, standard input, both), the body that is made of the flags, and that a task
-whose output nobody can take any more is cancelled: on ^C, on a closed pipe, when --timeout has passed.
+whose output nobody can take any more is cancelled: on ^C, on a closed pipe, when --timeout has passed. One that was
+there before, under the same key, is left: somebody else may be reading it.
 """
 
 from __future__ import annotations
@@ -137,10 +138,16 @@ async def _run(client: LlorchClient, call: Call, task: Submission, *, stream: bo
             running = asyncio.current_task()
             if interrupts.hit and running is not None and isinstance(ended, asyncio.CancelledError):
                 running.uncancel()  # it was ours, and it is dealt with here
-            canceled = await cancel_quietly(client, task.task_id)
+            if task.attached:
+                told = f"left {named(task.task_id)} to whoever submitted it before, under the same key\n"
+            elif await cancel_quietly(client, task.task_id):
+                told = "canceled\n"
+            else:
+                told = f"interrupted; {named(task.task_id)} may still be running\n"
+            if interrupts.hit or task.attached:
+                write_err(told)
             if not interrupts.hit:
                 raise
-            write_err("canceled\n" if canceled else f"interrupted; {named(task.task_id)} may still be running\n")
             return Exit.INTERRUPTED
 
 
@@ -177,9 +184,11 @@ async def cancel_quietly(client: LlorchClient, task_id: str | None) -> bool:
 
 
 def print_detached(answer: dict[str, Any], call: Call) -> int:
+    from llorch.messages import TASK_ID
+
     task_id = str(answer.get("task_id"))
     call.output.one(answer, name=task_id, text=lambda: f"{task_id}\n")
-    if call.output.format is Format.TABLE and is_terminal(sys.stderr):
+    if call.output.format is Format.TABLE and is_terminal(sys.stderr) and TASK_ID.fullmatch(task_id):
         hint(f"llorch task logs {task_id}")
     return Exit.OK
 

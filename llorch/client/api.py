@@ -45,6 +45,7 @@ _BY_STATUS = {
 }
 _FAILURES = (aiohttp.ClientError, OSError, TimeoutError, sse.SseError)
 _PROXY_STATUSES = (502, 503, 504)  # what a proxy answers when the control behind it does not
+_ACCEPTED = (200, 202)  # of a submission; another answer may name a task that never was
 _JSON = {"Accept": "application/json"}
 _SSE = {"Accept": "text/event-stream"}
 # No connection, or one to what does not speak HTTP (ClientResponseError): no control has the request.
@@ -248,7 +249,7 @@ class LlorchClient:
             place.asked(time.monotonic())
             try:
                 async with self._post(task, _JSON) as response:
-                    if response.status not in (200, 202):
+                    if response.status not in _ACCEPTED:
                         raise await _refusal(response, self.url)
                     return _object(await _read(response, MAX_ANSWER_BYTES), self.url)
             except (_Lost, ServerError, ClientFault, *_FAILURES) as error:
@@ -289,7 +290,8 @@ class LlorchClient:
         within_s = None if silence_s is None else silence_s + len(data) / web.MIN_BODY_RATE
         wanted = {**headers, **task.headers()}
         async with self._request("POST", "/v2/tasks", data, wanted, within_s=within_s) as response:
-            task.task_id = task.task_id or response.headers.get("X-Llorch-Task")
+            if response.status in _ACCEPTED:
+                task.accepted(response.headers)
             yield response
 
     def _follow(self, task_id: str, place: Place) -> Answer:

@@ -16,6 +16,7 @@ from llorch.backoff import Backoff
 from llorch.client.events import End, Event, Migrated, ServerError, Started, Token
 from llorch.client.faults import ClientFault, StreamBroken, Unreachable
 from llorch.errors import Code
+from llorch.messages import TASK_ID
 
 # A control that is deployed anew is away for as long as a container takes to stop and to start, tens of seconds; its
 # nodes meanwhile go on, and keep what they wrote for minutes. After a minute a person wants to know.
@@ -61,6 +62,8 @@ def delay_s(failures: int, chance: float, retry_after_ms: int | None) -> float:
 class Place:
     """How far a task's stream was read. `task_id` is None while it is not known.
 
+    Where the caller did not name the task, the control does: anew for each time that it is submitted, until it has put
+    something out. A name that is no id is nothing to follow, nor fit for a hint that is typed.
     `last` is the id of the last event, and `begun` tells that there was one: that the task has put something out.
     """
 
@@ -71,6 +74,7 @@ class Place:
         self.untouched = True  # nothing has been received or lost yet
         self.begun = False
         self._url = url
+        self._named = task_id is not None
         self._known = False  # there is such a task: a control that says otherwise has just started
         self._count: int | None = None if after else 0  # of its tokens; None: where it begins is not known
         self._digest = None if after else hashlib.sha256()
@@ -84,7 +88,11 @@ class Place:
     def accepted(self, task_id: str | None) -> None:
         """A control has answered with the task's stream."""
         self._known = True
-        self.task_id = self.task_id or task_id
+        self._name(task_id)
+
+    def _name(self, task_id: str | None) -> None:
+        if not self._named and not self.begun and task_id is not None and TASK_ID.fullmatch(task_id):
+            self.task_id = task_id
 
     def moved(self, event: Event) -> bool:
         """Note an event. False for one that was there before: nothing is shown twice.
@@ -96,7 +104,7 @@ class Place:
             return False
         match event:
             case Started(task_id=task_id, attempt=attempt):
-                self.task_id = self.task_id or task_id or None
+                self._name(task_id)
                 self.attempt = attempt or None
             case Migrated(attempt=attempt):
                 self.attempt = attempt or None

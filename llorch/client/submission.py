@@ -16,12 +16,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from llorch.errors import invalid
+from llorch.messages import TASK_ID
 
 MAX_KEY_CHARS = 255
 
 
 class Submission:
-    """`task_id` is None while only the control knows it. Raises INVALID_REQUEST for a key that can't be one."""
+    """`task_id` is None while only the control knows it. Raises INVALID_REQUEST for a key that can't be one.
+
+    `attached`: the task was there before, under the caller's key; whoever submitted it may be reading it.
+    """
 
     def __init__(self, body: Mapping[str, Any], key: str | None = None) -> None:
         if key is not None and not _fit(key):
@@ -29,14 +33,26 @@ class Submission:
         self.body = dict(body) if key is not None else with_task_id(body)
         self.key = key if key is not None else str(uuid.uuid4())
         self.task_id: str | None = self.body.get("task_id")
+        self.attached = False
         self._own_key = key is None
         self._sent = 0
+        self._told: str | None = None
 
     def headers(self) -> dict[str, str]:
         """Those of the next time that it is sent."""
         self._sent += 1
         known = self._own_key or self._sent > 1
         return {"Idempotency-Key": self.key} | ({"X-Llorch-Try": str(self._sent)} if known else {})
+
+    def accepted(self, headers: Mapping[str, str]) -> None:
+        """A control has answered with a task. One that was there when it was sent again may be its own."""
+        task_id = headers.get("X-Llorch-Task", "")
+        if task_id == self._told or TASK_ID.fullmatch(task_id) is None:
+            return
+        self._told = task_id
+        self.attached = not self._own_key and headers.get("Idempotency-Replayed") == "true"
+        if "task_id" not in self.body:
+            self.task_id = task_id
 
     def wire(self) -> bytes:
         return to_json(self.body)

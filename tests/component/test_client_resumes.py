@@ -16,6 +16,7 @@ from llorch.client.api import LlorchClient
 from llorch.client.events import End, Event, Failed, Queued, ServerError, Started, Token
 from llorch.client.faults import StreamBroken, Unreachable
 from llorch.client.resume import Looking
+from llorch.client.submission import Submission
 from llorch.errors import Code, LlorchError
 from tests.cluster import eventually
 from tests.component.scripted_control import (
@@ -181,6 +182,72 @@ async def test_a_task_that_nobody_named_is_taken_up_under_its_key_and_nothing_co
     control.on(SUBMIT, stream(token(0), then=Then.CUT), stream(*WHOLE, headers=REPLAYED))
     assert await by_stream(client, PLAIN, key="k") == "t0 t1 "
     assert tries(control) == [None, "2"]
+
+
+OTHER = "00000000-0000-4000-8000-000000000002"
+QUOTE = "x; rm -rf ~ #"
+
+
+@pytest.mark.parametrize("word", [QUOTE, "x" * 5000, TASK.replace("0", "G"), f"{TASK} "[:-2]])
+async def test_what_a_peer_names_a_task_is_taken_for_its_id_only_if_it_is_one(
+    control: ScriptedControl, client: LlorchClient, word: str, impatient: None
+) -> None:
+    said = {"task_id": word, "node_id": "n1", "pool_id": "p0", "model": "m", "attempt": 1}
+    log = event("started", said, 0x10) + token(0)
+    control.on(SUBMIT, stream(log, then=Then.CUT, headers=SSE | {"X-Llorch-Task": word}), hang_up)
+    task = Submission(PLAIN, "k")
+    with pytest.raises(StreamBroken) as caught:
+        await taken(client.submit(task))
+    assert (caught.value.task_id, caught.value.hint, task.task_id) == ("", None, None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "attached"),
+    [
+        ([REPLAYED], True),
+        ([SSE | {"X-Llorch-Task": TASK}], False),
+        ([SSE | {"X-Llorch-Task": TASK}, REPLAYED], False),  # what was there before was its own
+        ([REPLAYED, REPLAYED], True),
+        ([SSE | {"X-Llorch-Task": OTHER}, REPLAYED], True),
+        ([REPLAYED | {"X-Llorch-Task": OTHER}, SSE | {"X-Llorch-Task": TASK}], False),
+    ],
+)
+async def test_a_task_that_was_there_under_the_callers_key_before_is_told_from_ones_own(
+    control: ScriptedControl, client: LlorchClient, answers: list[dict[str, str]], attached: bool
+) -> None:
+    *cut, last = answers
+    streams = [stream(QUEUED, then=Then.CUT, headers=headers) for headers in cut]
+    for key in ("k", None):
+        control.on(SUBMIT, *streams, stream(QUEUED, *WHOLE, headers=last))
+        task = Submission(PLAIN, key)
+        await taken(client.submit(task))
+        assert task.attached is (attached and key is not None), "nobody else knows a key that was made here"
+        assert key is None or task.task_id == TASK
+
+
+async def test_a_refusal_names_a_task_that_never_was(control: ScriptedControl, client: LlorchClient) -> None:
+    never = answer(LlorchError(Code.DRAINING, "not now").envelope(request_id="r"), 503, {"X-Llorch-Task": OTHER})
+    for way in (by_stream, whole):
+        control.on(SUBMIT, never, no_answer)
+        task = Submission(PLAIN, "k")
+        waiting = asyncio.create_task(way(client, task))  # type: ignore[arg-type]
+        control.requests.clear()
+        await eventually(lambda: len(control.requests) == 2)
+        assert task.task_id is None
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+
+
+async def test_a_task_that_was_lost_while_it_waited_is_another_when_it_runs(
+    control: ScriptedControl, client: LlorchClient
+) -> None:
+    control.on(
+        SUBMIT,
+        stream(QUEUED, then=Then.CUT, headers=SSE | {"X-Llorch-Task": OTHER}),
+        stream(started(), token(0), then=Then.CUT, headers=SSE | {"X-Llorch-Task": TASK}),
+    )
+    control.on(EVENTS, stream(token(1), end()))
+    assert await by_stream(client, PLAIN, key="k") == "t0 t1 "
 
 
 # ---------------------------------------------------------------- before any output

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
+from llorch.cli import submit
+from llorch.cli.output import OutputClosed
 from llorch.client import api
 from llorch.errors import Code
 from llorch.tls import server_context
 from tests.component.command_line import CommandLine, Ran
 from tests.component.scripted_control import (
     QUEUED,
+    SSE,
     TASK,
     WHOLE,
     Answer,
@@ -383,6 +386,34 @@ async def test_a_timeout_is_8_and_the_control_sees_the_cancel(control: ScriptedC
     assert lines_of(ran)["error"] == "it took longer than --timeout, 1 s"
     (asked,) = control.asked("POST /v2/tasks")
     assert [other.path for other in control.requests[1:]] == [f"/v2/tasks/{asked.json()['task_id']}/cancel"]
+
+
+ATTACHED = SSE | {"Idempotency-Replayed": "true", "X-Llorch-Task": TASK}
+LEFT = f"left task {TASK} to whoever submitted it before, under the same key\n"
+KEYED = ("submit", "-m", "m", "--idempotency-key", "k", "Hello")
+
+
+async def test_a_timeout_over_a_task_that_somebody_submitted_before_leaves_it(
+    control: ScriptedControl, llorch: CommandLine
+) -> None:
+    control.on("POST /v2/tasks", stream(started(), token(0), then=Then.SILENCE, headers=ATTACHED))
+    ran = await llorch(*KEYED, "--timeout", "1s")
+    assert (ran.code, ran.out) == (8, "t0 ")
+    assert ran.err == f"{LEFT}error: it took longer than --timeout, 1 s\n"
+    assert len(control.requests) == 1
+
+
+async def test_a_closed_pipe_over_a_task_that_somebody_submitted_before_leaves_it(
+    control: ScriptedControl, llorch: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(_text: str) -> None:
+        raise OutputClosed
+
+    control.on("POST /v2/tasks", stream(started(), token(0), then=Then.SILENCE, headers=ATTACHED))
+    monkeypatch.setattr(submit, "write_out", closed)
+    ran = await llorch(*KEYED)
+    assert (ran.code, ran.err) == (141, LEFT)
+    assert len(control.requests) == 1
 
 
 # ---------------------------------------------------------------- the other commands

@@ -143,6 +143,20 @@ async def test_a_signal_over_a_task_that_the_control_has_named_cancels_it(
         assert await finished(process) == (130, "", "canceled\n")
 
 
+async def test_a_signal_over_a_task_that_somebody_submitted_before_leaves_it(
+    control: ScriptedControl, env: dict[str, str]
+) -> None:
+    attached = SSE | {"X-Llorch-Task": TASK, "Idempotency-Replayed": "true"}
+    control.on("POST /v2/tasks", stream(QUEUED, token(0), then=Then.SILENCE, headers=attached))
+    async with started_process("submit", "-m", "m", "--idempotency-key", "k", "Hello", env=env) as process:
+        assert process.stdout is not None
+        assert await process.stdout.readexactly(3) == b"t0 "
+        process.send_signal(signal.SIGINT)
+        told = f"left task {TASK} to whoever submitted it before, under the same key\n"
+        assert await finished(process) == (130, "", told)
+    assert len(control.requests) == 1, "it is not cancelled"
+
+
 async def test_a_signal_over_a_task_that_only_the_control_can_name_leaves_it_to_the_control(
     control: ScriptedControl, env: dict[str, str]
 ) -> None:

@@ -17,6 +17,9 @@ app = typer.Typer(help="Look at pools.", no_args_is_help=True, rich_markup_mode=
 
 def _state(pool: Mapping[str, Any]) -> str:
     words = [str(pool.get("state") or ("ready" if pool.get("ready") else "not ready"))]
+    breaker = pool.get("breaker")
+    passed_over = breaker.get("state") if isinstance(breaker, Mapping) else None
+    words += [passed_over] if passed_over in ("ejected", "half_open") else []
     words += ["draining"] if pool.get("draining") else []
     words += [str(pool["node_state"])] if pool.get("node_state") not in (None, "online") else []
     return ",".join(words)

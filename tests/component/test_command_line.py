@@ -483,6 +483,21 @@ async def test_lists_come_as_table_names_json_lines_and_yaml(control: ScriptedCo
         assert yaml.safe_load((await llorch(*argv, "-o", "yaml")).out) == rows
 
 
+@pytest.mark.parametrize("state", ["ejected", "half_open"])
+async def test_a_pool_that_is_passed_over_is_shown_so(
+    control: ScriptedControl, llorch: CommandLine, state: str
+) -> None:
+    broken = POOL | {"breaker": {"state": state, "ejected_ms": 5_000, "reason": "5 tasks in a row failed"}}
+    well = POOL | {"pool_id": "p1", "breaker": {"state": "closed", "ejected_ms": None, "reason": None}}
+    control.on("GET /v2/pools", answer({"pools": [broken, well, POOL | {"breaker": "?"}]}))
+    control.on("GET /v2/nodes/n1", answer({**NODE, "pools": [broken]}))
+    _, first, second, third = (await llorch("pool", "ls")).out.splitlines()
+    assert f"  ready,{state}  " in first
+    assert "  ready  " in second
+    assert "  ready  " in third
+    assert f"  ready,{state}  " in (await llorch("node", "show", "n1")).out
+
+
 async def test_one_thing_comes_as_fields_name_json_and_yaml(control: ScriptedControl, llorch: CommandLine) -> None:
     for argv, value, name in ((("node", "show", "n1"), NODE, "n1"), (("task", "show", TASK), VIEW, TASK)):
         assert f"{name}\n" in (await llorch(*argv)).out

@@ -24,7 +24,7 @@ def progress() -> Progress:
 def renderer(output: Output, write: Callable[[str], None], *, raw: bool) -> Renderer:
     if output.format in (Format.JSON, Format.JSONL):
         strip = is_terminal(sys.stdout) and not raw
-        return JsonLines((lambda line: write(plain(line))) if strip else write)
+        return JsonLines((lambda line: write(plain(line))) if strip else write, progress())
     return TextRenderer(write, progress(), terminal=is_terminal(sys.stdout), raw=raw)
 
 

@@ -93,19 +93,21 @@ class TextRenderer:
 
 
 class JsonLines:
-    """One JSON object per event."""
+    """One JSON object per event. A task that is looked for is no event of its own, and told beside them."""
 
-    def __init__(self, write: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[[str], None], progress: Progress) -> None:
         self._write = write
+        self._progress = progress
 
     def show(self, event: Event) -> None:
+        self._progress.clear()
         self._write(json_line(event.to_json()))
 
     def looking(self, note: Looking) -> None:
-        """Nothing: it is no event of the task's."""
+        self._progress.looking(note)
 
     def close(self) -> None:
-        pass
+        self._progress.clear()
 
 
 def json_line(value: object) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from llorch.errors import Code
 from tests.cluster import eventually
 from tests.component.scripted_control import (
     QUEUED,
@@ -32,6 +33,7 @@ from tests.component.scripted_control import (
     answer,
     end,
     no_answer,
+    refusal,
     scripted,
     started,
     stream,
@@ -317,6 +319,25 @@ async def test_only_a_terminal_is_shown_progress_and_it_goes_away_again(
     assert "queued, position 2" in shown
     assert "running on n1/p0" in shown
     assert shown.endswith("\r\x1b[K"), "the line is cleared before the first token"
+
+
+async def test_a_task_that_is_looked_for_is_told_on_a_terminal_beside_json_too(
+    control: ScriptedControl, env: dict[str, str]
+) -> None:
+    control.on("POST /v2/tasks", refusal(Code.RECOVERING, retry_after_ms=1_100), answer({}, 502), stream(*WHOLE))
+    code, shown = await on_a_terminal("submit", "-m", "m", "--json", "Hello", env=env, stderr=True)
+    assert code == 0
+    assert "looking for the task again (1 s)" in shown
+    assert shown.endswith("\r\x1b[K"), "the line is cleared before the first event"
+
+
+async def test_a_command_that_is_proposed_holds_no_words_of_a_peer(
+    control: ScriptedControl, env: dict[str, str]
+) -> None:
+    detach = ("submit", "-m", "m", "--detach", "Hello")
+    for word, shown in ((TASK, f"hint: llorch task logs {TASK}\n"), ("x; reboot", "")):
+        control.on("POST /v2/tasks", answer({"task_id": word}, 202))
+        assert await on_a_terminal(*detach, env=env, stderr=True) == (0, shown)
 
 
 async def test_results_have_no_colour_anywhere(control: ScriptedControl, env: dict[str, str]) -> None:

@@ -82,9 +82,16 @@ def test_a_task_that_is_found_within_a_second_was_never_away() -> None:
 
 
 def test_json_lines_hold_events_of_the_task_alone() -> None:
-    lines: list[str] = []
-    JsonLines(lines.append).looking(Looking("gone", 5.0))
-    assert lines == []
+    out: list[str] = []
+    err: list[str] = []
+    lines = JsonLines(out.append, Progress(err.append))
+    lines.looking(Looking("gone", 5.0))
+    assert (out, err) == ([], ["\r\x1b[Kconnection lost; looking for the task again (5 s)"])
+    lines.show(token("x"))
+    assert (len(out), err[1:]) == (1, ["\r\x1b[K"]), "the line goes before the next event"
+    lines.looking(Looking("gone", 6.0))
+    lines.close()
+    assert (len(out), err[-1]) == (1, "\r\x1b[K")
 
 
 @given(st.text())
@@ -99,6 +106,6 @@ def test_text_fit_for_a_terminal_has_no_control_characters_and_loses_nothing_els
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_json_lines_are_one_line_an_event_whatever_is_in_it(text: str) -> None:
     lines: list[str] = []
-    JsonLines(lines.append).show(token(text))
+    JsonLines(lines.append, Progress(None)).show(token(text))
     assert lines[0].count("\n") == 1
     assert json.loads(lines[0]) == {"event": "token", "t": text}

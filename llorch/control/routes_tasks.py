@@ -257,14 +257,19 @@ async def follow_events(request: web.Request) -> web.StreamResponse:
 
 
 async def models(request: web.Request) -> web.StreamResponse:
-    return json_response(openai_models(request.app[CONTROL].registry))
+    control = request.app[CONTROL]
+    listed = openai_models(control.registry)
+    if not listed["data"]:  # a client that takes the only one there is would be told that there is none
+        control.recovery.check(time.monotonic(), "its nodes may still bring their models")
+    return json_response(listed)
 
 
 async def model(request: web.Request) -> web.StreamResponse:
-    listed = openai_models(request.app[CONTROL].registry)["data"]
-    for entry in listed:
+    control = request.app[CONTROL]
+    for entry in openai_models(control.registry)["data"]:
         if entry["id"] == request.match_info["model_id"]:
             return json_response(entry)
+    control.recovery.check(time.monotonic(), "its nodes may still bring this model")
     raise LlorchError(Code.MODEL_NOT_FOUND, "no node has this model", param="model")
 
 

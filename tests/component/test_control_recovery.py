@@ -187,6 +187,19 @@ async def test_a_task_for_a_model_that_no_node_has_brought_yet_waits(tmp_path: P
         assert (answer.status, answer.code) == (404, "MODEL_NOT_FOUND")
 
 
+async def test_models_are_not_said_to_be_missing_while_nodes_may_still_bring_them(tmp_path: Path) -> None:
+    async def asked(*names: str) -> list[tuple[int, str]]:
+        answers = [await control.ask("GET", f"/v1/models{name}").answer() for name in names]
+        return [(answer.status, answer.code if answer.status != 200 else "") for answer in answers]
+
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        assert await asked("", "/m") == [(503, "RECOVERING")] * 2
+        await control.join("b", pool(model="other"))
+        assert await asked("", "/other", "/m") == [(200, ""), (200, ""), (503, "RECOVERING")]
+        await control.join("a", pool(model="third"))
+        assert await asked("", "/m") == [(200, ""), (404, "MODEL_NOT_FOUND")]
+
+
 async def test_an_attempt_that_came_to_nothing_is_not_the_task_while_others_may_turn_up(tmp_path: Path) -> None:
     """The first attempt failed before its first byte; the second one was shown, and its node is not back yet."""
     nothing = report(state="sealed", offset=0, code="ENGINE_FAILED", key_digest=DIGEST)

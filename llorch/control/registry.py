@@ -353,8 +353,11 @@ class Registry:
         pool.facts = None
         return claim
 
-    def release(self, claim: Claim) -> None:
-        """Give a slot back. Idempotent, and right even if the pool or its node is gone or came back meanwhile."""
+    def release(self, claim: Claim, *, used: bool = True) -> None:
+        """Give a slot back. Idempotent, and right even if the pool or its node is gone or came back meanwhile.
+
+        `used`: its node may have seen it, so a report that is under way may still count it as taken.
+        """
         key = (claim.task_id, claim.attempt)
         if self._claims.get(key) is not claim:
             return
@@ -363,7 +366,7 @@ class Registry:
         pool = self._pool(claim.node_id, claim.pool_id)
         if pool is not None:
             pool.claimed -= 1
-            pool.ended_since_report += 1
+            pool.ended_since_report += used
             pool.facts = None
 
     def busy(self, node_id: str, pool_id: str, now: float) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from llorch.breaker import Breaker
+from llorch.breaker import Breaker, Phase
 from llorch.control.nodes import Node, Pool
 from llorch.control.registry import Registry
 
@@ -98,14 +98,17 @@ def _pool_view(node: Node, pool: Pool, now: float) -> dict[str, Any]:
 
 
 def _breaker_view(breaker: Breaker, now: float) -> dict[str, Any]:
-    """`ejected_ms` is how much longer; `failures` in a row; `ejections` without a healthy while between them."""
+    """`ejected_ms` is how much longer; `failures` in a row; `ejections` without a healthy while between them.
+
+    A closed one has no `reason`: it may be that of an ejection which the others could not do without.
+    """
     left_s = breaker.left_s(now)
     return {
         "state": breaker.phase.value,
         "failures": breaker.in_a_row,
         "ejections": breaker.ejections,
         "ejected_ms": None if left_s is None else round(left_s * 1_000),
-        "reason": breaker.why or None,
+        "reason": None if breaker.phase is Phase.CLOSED else breaker.why or None,
     }
 
 

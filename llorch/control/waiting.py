@@ -105,7 +105,7 @@ class WaitingRoom:
             return await self._wait(task, future, said)
         except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._registry.release(future.result())
+                self._registry.release(future.result(), used=False)
             raise
         finally:
             self._admission.remove(task.task_id, self._clock())
@@ -132,7 +132,7 @@ class WaitingRoom:
         ):
             future = self._waiting.get(waiter.task_id)
             if future is None or future.done():
-                self._registry.release(claim)
+                self._registry.release(claim, used=False)
             else:
                 future.set_result(claim)
 

@@ -398,6 +398,14 @@ def test_a_report_that_crosses_the_end_of_our_task_does_not_take_its_slot_away()
     assert facts(registry).slots_free == 1
 
 
+def test_a_claim_that_no_node_has_seen_hides_no_slot_that_somebody_else_took() -> None:
+    registry = up()
+    registry.release(registry.claim("n", "p0", "t", 1), used=False)
+    assert facts(registry).slots_free == 2
+    leased(registry, delta=True, pools=[report(slots_free=1)])
+    assert facts(registry).slots_free == 1
+
+
 def refuse(registry: Registry, claim: Claim, now: float) -> None:
     """What dispatch does with ALL_SLOTS_BUSY."""
     registry.busy(claim.node_id, claim.pool_id, now)

@@ -42,6 +42,17 @@ def test_pools_are_listed_with_their_nodes() -> None:
     assert [(pool["node_id"], pool["pool_id"], pool["node_state"]) for pool in listed] == [("b", "p0", "online")]
 
 
+def test_a_closed_breaker_has_no_reason_though_its_pool_would_have_been_ejected_if_there_were_others() -> None:
+    registry = cluster()
+    claim = registry.claim("b", "p0", "u", 1)
+    for _ in range(5):
+        registry.failed(claim, 1.0)
+    shown = views.pools_view(registry, 1.0)["pools"][0]["breaker"]
+    assert (shown["state"], shown["failures"], shown["reason"]) == ("closed", 5, None)
+    registry.nodes["b"].pools["p0"].breaker.eject(1.0)
+    assert views.pools_view(registry, 1.0)["pools"][0]["breaker"]["reason"] == "5 tasks in a row failed"
+
+
 def test_the_state_word_is_the_worst_that_is_true() -> None:
     registry = cluster()
     node = registry.nodes["a"]

@@ -385,7 +385,7 @@ class Registry:
     def failed(self, claim: Claim, now: float) -> None:
         """Its attempt failed by a fault of its pool (`ejection.blames`): said before the release.
 
-        While this control blames itself, a node that has not answered in time is not blamed.
+        While this control blames itself, nothing counts: what fails then may have failed for want of the control.
         """
         if self.storm is None and not self._storms.stalled_s(now):
             self._ejections.failed(claim, now)

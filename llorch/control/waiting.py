@@ -21,7 +21,7 @@ from llorch.logs import Log
 
 WAIT_TICK_S = 1.0  # how often a waiting task looks up: queue position, whether waiting still makes sense
 REFUSE_AFTER_S = 5.0  # a node's restart takes about 3 s; a queue must not answer NO_CAPACITY meanwhile
-LOADING_SPARED_S = 600.0  # of loading, that does not count as waiting: two load-timeouts; after that it only fails
+LOADING_SPARED_S = 600.0  # of loading, that does not count as waiting: two load-timeouts; loading beyond it does
 
 Said = Callable[[int, int | None], Awaitable[None]]  # told (position, eta_ms) at every tick
 

@@ -436,6 +436,22 @@ async def test_a_slot_given_to_one_that_leaves_at_that_moment_goes_to_the_next(m
         first.cancel()
         room.release(await asyncio.wait_for(second, 5))
         assert first.cancelled()
+        assert control.control.registry.nodes["a"].pools["p0"].ended_since_report == 2  # the first one's was never used
+        await control.idle()
+
+
+async def test_a_slot_is_not_lost_with_a_waiter_that_was_canceled_a_moment_ago() -> None:
+    async with a_control() as control:
+        _, holding = await full(control)
+        asking = control.whole()
+        await control.waiting(1)
+        dispatcher, registry = control.control.dispatcher, control.control.registry
+        dispatcher.cancel(next(task for task in dispatcher.tasks if task.state == "queued"))
+        dispatcher._room.release(next(iter(registry._claims.values())))  # the canceled one has not heard of it yet
+        assert registry.claimed("a", "p0") == 0
+        assert registry.nodes["a"].pools["p0"].ended_since_report == 1
+        assert (await asking.answer()).code == "CANCELED"
+        holding.end()
         await control.idle()
 
 

@@ -103,7 +103,7 @@ class Admission:
         return None if waiter is None else self._lines[waiter.wish.model].place_of(waiter, now)
 
     def eta_ms(self, task_id: str, now: float) -> int | None:
-        """A guess of its remaining wait, from how fast its line has moved; None if it doesn't wait."""
+        """A guess of its remaining wait, from how fast its line has moved; None if it doesn't wait, or nobody has left yet."""
         place = self.position(task_id, now)
         return None if place is None else self._lines[self._waiters[task_id].wish.model].pace.eta_ms(place, now)
 
@@ -260,11 +260,12 @@ def _check_deadline(line: Line, waiter: Waiter, left_s: float, now: float) -> No
 
     Not for the first in line: if nobody could wait because of a pace that once was, nobody would see it change.
     """
-    if line.pace.departures < SURE_DEPARTURES or line.pace.eta_ms(len(line), now) <= left_s * 1_000:
+    at_most_ms = line.pace.eta_ms(len(line), now)
+    if at_most_ms is None or line.pace.departures < SURE_DEPARTURES or at_most_ms <= left_s * 1_000:
         return
     place = next(place for place, other in enumerate(line.in_turn(now, lambda _: True), 1) if other is waiter)
     eta_ms = line.pace.eta_ms(place, now)
-    if place > 1 and eta_ms > left_s * 1_000:
+    if eta_ms is not None and place > 1 and eta_ms > left_s * 1_000:
         raise LlorchError(
             Code.DEADLINE_EXCEEDED,
             f"a slot is expected in {eta_ms / 1_000:.1f} s (place {place} in line), the deadline is in {left_s:.1f} s",

@@ -87,8 +87,10 @@ class Pace:
         """Seconds from one departure to the next. The one under way counts, so that a line that stands gets slower."""
         return (self._clock(now) - self._stamps[0]) / len(self._stamps)
 
-    def eta_ms(self, place: int, now: float) -> int:
-        """When the one at `place` may leave, 1 being next: a guess."""
+    def eta_ms(self, place: int, now: float) -> int | None:
+        """When the one at `place` may leave, 1 being next: a guess. None before anybody has left."""
+        if not self.departures:
+            return None
         return min(MAX_ETA_MS, round(place * self.gap_s(now) * 1_000))
 
     def _clock(self, now: float) -> float:

@@ -115,9 +115,9 @@ class Shares:
     def settle(self, owner: str, charged: float, tail: Tail | None, *, ran: bool) -> None:
         """A task that was charged has ended. What it cost where that is known; the estimate stands where not.
 
-        `ran`: it was sent to a node. One that wasn't costs nothing.
+        `ran`: it was sent to a node. One that wasn't costs nothing. A principal that was forgotten meanwhile stays so.
         """
-        account = self._account(owner)
+        account = self._accounts.get(owner, _Account())
         if not ran:
             account.counter -= charged
         elif tail is not None and (paid := cost(tail)) > 0.0:

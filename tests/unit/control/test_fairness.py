@@ -82,6 +82,22 @@ def test_who_was_idle_has_the_credit_of_one_burst_and_no_more() -> None:
     assert shares.counter("bob") >= shares.counter("ann") - 1e-6
 
 
+def test_who_sends_costly_tasks_has_the_credit_of_one_burst_of_those() -> None:
+    shares = Shares()
+    used(shares, "bob", 1_000)
+    for _ in range(200):
+        used(shares, "ann", 100)
+    reached = shares.counter("ann") - 200  # where her last slot was given
+    assert reached - shares.counter("bob") == pytest.approx(BURST_TASKS_PER_SLOT * 2_000)
+    assert reached - shares.counter("carl") == pytest.approx(BURST_TASKS_PER_SLOT * 200, rel=0.01)
+    for _ in range(50):
+        used(shares, "carl", 10)  # one that sends small ones has no less than others
+    for _ in range(200):
+        used(shares, "ann", 100)
+    reached = shares.counter("ann") - 200
+    assert reached - shares.counter("carl") == pytest.approx(BURST_TASKS_PER_SLOT * 200, rel=0.01)
+
+
 def test_nobody_has_credit_at_the_beginning() -> None:
     shares = Shares(slots=8)
     assert shares.counter("ann") == shares.counter("bob") == 0.0
@@ -106,6 +122,32 @@ def test_another_principal_is_remembered_by_when_it_was_seen_last() -> None:
     assert shares.another_seen("ann", 10.0)
     assert not shares.another_seen("ann", 10.5)
     assert shares.another_seen("bob", 20.0)
+
+
+def test_being_seen_again_counts_not_being_seen_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "MAX_PRINCIPALS", 2)
+    shares = Shares()
+    for now, owner in enumerate(("ann", "bob", "ann")):
+        shares.seen(owner, float(now))
+    assert shares.another_seen("carl", 2.0)
+    charged = shares.charge("ann", 0)
+    shares.seen("carl", 3.0)  # one too many: bob was not heard of for longest
+    assert len(shares) == 2
+    assert shares.counter("ann") == charged > 0
+
+
+def test_the_end_of_a_task_does_not_bring_a_forgotten_principal_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "MAX_PRINCIPALS", 2)
+    for ended, ran in ((tail(tokens_out=100), True), (None, True), (None, False)):
+        shares = Shares()
+        shares.seen("ann", 0.0)
+        charged = shares.charge("ann", 0)
+        shares.seen("bob", 1.0)
+        shares.seen("carl", 2.0)
+        shares.settle("ann", charged, ended, ran=ran)
+        assert len(shares) == 2
+        assert shares.counter("ann") == 0.0
+        assert shares.estimate("carl", 0) == (200 if ended else OUTPUT_WEIGHT * FIRST_OUTPUT_TOKENS)  # all learn of it
 
 
 # ---------------------------------------------------------------- what follows for those who wait

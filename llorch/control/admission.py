@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from llorch.control.fairness import Shares
-from llorch.control.line import SURE_DEPARTURES, Line, Waiter
-from llorch.control.placement import PoolFacts, Wish
+from llorch.control.line import SURE_DEPARTURES, Limits, Line, Waiter
+from llorch.control.placement import PoolFacts
 from llorch.errors import Code, LlorchError
 from llorch.messages import Tail
 
@@ -24,6 +24,7 @@ SHARE_ALONE = 0.75  # while it waits alone, and another was seen lately: that on
 SEEN_LATELY_S = 600.0
 BODY_LIMIT = 256 << 20  # bytes of all waiting tasks' bodies
 MAX_LINES = 1_000  # models with somebody waiting, and models whose counters are kept
+MAX_HOPELESS = 32  # different limits that are tried in vain at once: each costs a look at every pool
 MIN_RETRY_AFTER_MS = 1_000
 MAX_RETRY_AFTER_MS = 30_000
 
@@ -103,7 +104,7 @@ class Admission:
         return None if waiter is None else self._lines[waiter.wish.model].place_of(waiter, now)
 
     def eta_ms(self, task_id: str, now: float) -> int | None:
-        """A guess of its remaining wait, from how fast its line has moved; None if it doesn't wait, or nobody has left yet."""
+        """A guess of its remaining wait, from how fast its line moved; None if it doesn't wait, or none left yet."""
         place = self.position(task_id, now)
         return None if place is None else self._lines[self._waiters[task_id].wish.model].pace.eta_ms(place, now)
 
@@ -159,9 +160,10 @@ class Admission:
 
         `try_place` chooses a pool and takes its claim, or returns None; it must not raise, nor change the queue. When
         nothing is free this costs one call per model: a wish without constraints that found no slot means there is
-        none for anybody behind it, and a constrained one is asked once per distinct wish. `any_free` may say that a
-        model has no free slot at all, which spares working out whose turn it would be. A task that nobody listens to
-        just now (`heard`) keeps its place and is passed by.
+        none for anybody behind it, and of those with the same limits one is asked. Of more than 32 different limits
+        the rest have their turn at the next call: clients choose them. `any_free` may say that a model has no free slot
+        at all, which spares working out whose turn it would be. A task that nobody listens to just now (`heard`) keeps
+        its place and is passed by.
         """
         placed: list[tuple[Waiter, C]] = []
         for name in list(self._lines) if model is None else [model]:
@@ -174,17 +176,26 @@ class Admission:
         self, line: Line, try_place: Callable[[Waiter], C | None], now: float, heard: Callable[[str], bool]
     ) -> list[tuple[Waiter, C]]:
         claims: dict[str, C] = {}
-        hopeless: set[Wish] = set()
+        hopeless: set[Limits] = set()
+        unasked = False
         for waiter in line.in_turn(now, lambda waiter: waiter.task_id in claims):
-            if (hopeless and waiter.wish in hopeless) or not heard(waiter.task_id):
+            limits = waiter.limits
+            if limits is not None and (limits in hopeless or limits in line.asked):
+                continue
+            if not heard(waiter.task_id):
+                continue
+            if limits is not None and len(hopeless) >= MAX_HOPELESS:
+                unasked = True
                 continue
             claim = try_place(waiter)
             if claim is not None:
                 claims[waiter.task_id] = claim
-            elif waiter.wish.constrained:
-                hopeless.add(waiter.wish)
+            elif limits is not None:
+                hopeless.add(limits)
             else:
                 break
+        # No more are kept than wait, so that those who were asked first are asked again, whoever comes meanwhile.
+        line.asked = line.asked | hopeless if unasked and len(line.asked) < len(line) else frozenset()
         placed = [(self._waiters[task_id], claim) for task_id, claim in claims.items()]
         for waiter, _ in placed:
             line.pace.departed(now)

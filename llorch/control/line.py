@@ -28,12 +28,25 @@ ORDER_KEPT_S = 0.5  # of a long line; of a short one, 1 ms for each that waits: 
 INTERACTIVE, BATCH = "interactive", "batch"
 
 
+Limits = tuple[str | None, str | None, frozenset[tuple[str, str]], tuple[str, ...], tuple[str, ...]]
+
+
+def limits(wish: Wish) -> Limits | None:
+    """What may keep a task from a free slot of its model; None if nothing does. Where a wish with the same limits
+    finds no slot, this one finds none: what only orders the pools is no part of them."""
+    if not wish.constrained:
+        return None
+    strict = not wish.allow_fallback
+    return wish.pin, wish.zone, wish.exclude, wish.prefer if strict else (), wish.avoid if strict else ()
+
+
 @dataclass(frozen=True, slots=True)
 class Waiter:
     """A task that waits. Times are monotonic seconds.
 
     `enqueued_at`: when it came, or was first admitted if it comes back. `front`: it was placed once, met a full pool or
-    lost its node; it has its place before all others, and outside the bounds. `size`: bytes of its body.
+    lost its node; it has its place before all others, and outside the bounds. `size`: bytes of its body. `limits`:
+    those of its wish.
     """
 
     task_id: str
@@ -44,6 +57,10 @@ class Waiter:
     size: int = 0
     deadline_at: float | None = None
     front: bool = False
+    limits: Limits | None = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limits", limits(self.wish))
 
     @property
     def turn_at(self) -> float:
@@ -124,7 +141,7 @@ class _Mine:
 class Line:
     """The waiters of one model, and what outlives their absence: the shares of the principals, the pace."""
 
-    __slots__ = ("counted", "front", "mine", "pace", "placed_at", "places", "shares")
+    __slots__ = ("asked", "counted", "front", "mine", "pace", "placed_at", "places", "shares")
 
     def __init__(self) -> None:
         self.front: list[Waiter] = []
@@ -132,6 +149,7 @@ class Line:
         self.counted = 0  # all of those
         self.shares = Shares()
         self.pace = Pace()
+        self.asked: frozenset[Limits] = frozenset()  # in vain, by an offer of slots that has not come to the line's end
         self.places: dict[str, int] = {}  # as of `placed_at`
         self.placed_at = float("-inf")
 

@@ -125,6 +125,49 @@ def test_the_same_unmet_wish_is_asked_once() -> None:
     assert slots.asked == ["a0", "b", "free"]
 
 
+def test_wishes_that_differ_only_in_what_orders_the_pools_are_asked_once() -> None:
+    soft = [waiter(f"a{n}", pin="a", prefer=(f"p{n}",), avoid=(f"q{n}",)) for n in range(50)]
+    strict = [waiter(f"s{n}", avoid=(f"q{n}",), allow_fallback=False) for n in range(3)]
+    strict += [waiter(f"t{n}", prefer=(f"q{n}",), allow_fallback=False) for n in range(3)]
+    others = [waiter("z", zone="z"), waiter("x", pin="a", exclude=frozenset({("a", "p0")}))]
+    slots = Slots()
+    assert placed(queue(*soft, *strict, *others), slots) == []
+    assert slots.asked == ["a0", "s0", "s1", "s2", "t0", "t1", "t2", "z", "x"]
+
+
+def test_of_very_many_different_wishes_some_are_asked_at_a_time_and_each_in_its_turn() -> None:
+    admission = queue(*(waiter(f"{n}", pin=f"p{n}") for n in range(3 * rules.MAX_HOPELESS)), limit=1_000)
+    for turn in (0, 1, 2, 0):
+        slots = Slots()
+        assert placed(admission, slots) == []
+        assert slots.asked == [str(turn * rules.MAX_HOPELESS + n) for n in range(rules.MAX_HOPELESS)]
+    slots = Slots(p95=1, p0=1)
+    assert placed(admission, slots) == []
+    assert placed(admission, slots) == ["95"]
+    assert placed(admission, slots) == ["0"]
+
+
+def test_one_that_takes_any_slot_waits_for_no_turn_behind_very_many_different_wishes() -> None:
+    admission = queue(*(waiter(f"{n}", pin=f"p{n}") for n in range(100)), waiter("free"), limit=1_000)
+    slots = Slots(m=1)
+    assert placed(admission, slots) == ["free"]
+    assert len(slots.asked) == rules.MAX_HOPELESS + 1
+
+
+def test_each_has_its_turn_again_though_new_wishes_never_stop_coming() -> None:
+    admission = queue(*(waiter(f"z{n}", owner="zed", pin=f"z{n}") for n in range(100)), limit=1_000)
+    for turn in range(10):
+        for n in range(31):  # one fewer than are asked at a time, all before zed's; those of the turn before have gone
+            admission.remove(f"{turn - 1}-{n}", 0.0)
+            admission.enqueue(waiter(f"{turn}-{n}", owner=f"{turn}-{n}", pin=f"{turn}-{n}"), 0.0, SLOTS)
+        slots = Slots(z0=1 if turn else 0)
+        got = placed(admission, slots)
+        assert turn or "z0" in slots.asked  # in vain
+        if got:
+            break
+    assert got == ["z0"]
+
+
 def test_nobody_is_asked_after_an_unconstrained_waiter_found_no_slot() -> None:
     admission = queue(waiter("1"), waiter("2", pin="a"), waiter("3"))
     slots = Slots(a=1)

@@ -191,12 +191,14 @@ class ControlSettings(ServerSettings):
         None,
         integer(0, 1_000_000, example=256),
         "Tasks that may wait for one model; more are refused with 429. 0 refuses at once. Without it, 4 for each of "
-        "the model's slots, and 64 at least. While others wait too, one principal may have a quarter of it.",
+        "the model's slots, and 64 at least. While others wait too, one principal may have a quarter of it; while it "
+        "waits alone, three quarters if anybody else has asked for the model in the last ten minutes.",
     )
     queue_body_limit: int = setting(
         "256MiB",
         byte_size("1KiB", "64GiB"),
-        "Bodies of all waiting tasks together, which are held in memory; beyond it tasks are refused with 429.",
+        "Bodies of all waiting tasks together, which are held in memory; beyond it tasks are refused with 429. One "
+        "principal may have as much of it as of `queue-limit`, and one body always.",
     )
     queue_timeout: float = setting(
         "120s",

@@ -19,11 +19,11 @@ from llorch.messages import Tail
 
 MIN_WAITING = 64  # tasks per model that may wait, however few slots it has
 WAITING_PER_SLOT = 4  # beyond that: a wait of about four tasks' time; who waits longer does better elsewhere
-SHARE = 0.25  # of a line, for one principal while another waits too
+SHARE = 0.25  # of a line, or of the bytes of all bodies, for one principal while another waits too
 SHARE_ALONE = 0.75  # while it waits alone, and another was seen lately: that one shall find room
 SEEN_LATELY_S = 600.0
 BODY_LIMIT = 256 << 20  # bytes of all waiting tasks' bodies
-MAX_LINES = 1_000  # models with somebody waiting, and models whose counters are kept
+MAX_LINES = 1_000  # models with somebody waiting, and models whose counters are kept; beside those that nodes have
 MAX_HOPELESS = 32  # different limits that are tried in vain at once: each costs a look at every pool
 MIN_RETRY_AFTER_MS = 1_000
 MAX_RETRY_AFTER_MS = 30_000
@@ -70,7 +70,7 @@ class Admission:
         self._lines: dict[str, Line] = {}
         self._waiters: dict[str, Waiter] = {}
         self._charges: dict[str, _Charge] = {}  # of tasks that were given a slot and have not ended
-        self._bodies = 0  # bytes
+        self._bodies: dict[str, int] = {}  # bytes, by principal; of those that have any
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -110,22 +110,23 @@ class Admission:
 
     # ---- in and out
 
-    def enqueue(self, waiter: Waiter, now: float, slots: int) -> None:
-        """Into the line of its model, which has `slots` slots now.
+    def enqueue(self, waiter: Waiter, now: float, slots: int, *, known: bool = False) -> None:
+        """Into the line of its model, which has `slots` slots now. `known`: some node has the model.
 
         Raises QUEUE_FULL, DEADLINE_EXCEEDED if it would wait beyond its deadline, by all that is known; CONFLICT if the
         task waits already. One that came back is refused only for that last reason.
         """
         if waiter.task_id in self._waiters:
             raise LlorchError(Code.CONFLICT, f"task {waiter.task_id} waits already")
-        if not waiter.front:
+        if not waiter.front and not known:
             self._check_lines(waiter)
         line = self._line(waiter.wish.model)
         line.shares.slots = slots
         line.shares.seen(waiter.owner, now)
         if not waiter.front:
             self._check_bounds(line, waiter, now)
-            self._bodies += waiter.size
+            if waiter.size:
+                self._bodies[waiter.owner] = self._bodies.get(waiter.owner, 0) + waiter.size
         line.add(waiter, now)
         self._waiters[waiter.task_id] = waiter
         if not waiter.front and waiter.deadline_at is not None:
@@ -141,8 +142,10 @@ class Admission:
         if waiter is None:
             return None
         self._lines[waiter.wish.model].remove(waiter, now)
-        if not waiter.front:
-            self._bodies -= waiter.size
+        if not waiter.front and waiter.size:
+            self._bodies[waiter.owner] -= waiter.size
+            if not self._bodies[waiter.owner]:
+                del self._bodies[waiter.owner]
         return waiter
 
     # ---- slots
@@ -253,9 +256,27 @@ class Admission:
         if own >= share:
             message = f"{own} of your tasks wait for {waiter.wish.model}, the most that may{why}"
             raise _full(message, line, share * owners, now)
-        if self._bodies + waiter.size > self._body_limit:
-            message = f"the bodies of waiting tasks would be more than {self._body_limit} bytes"
-            raise _full(message, line, line.counted, now)
+        too_many = self._too_many_bytes(waiter, now)
+        if too_many is not None:
+            raise _full(too_many, line, line.counted, now)
+
+    def _too_many_bytes(self, waiter: Waiter, now: float) -> str | None:
+        """Why its body would be too much, over all lines. One body of a principal's is never more than its share."""
+        if sum(self._bodies.values()) + waiter.size > self._body_limit:
+            return f"the bodies of waiting tasks would be more than {self._body_limit} bytes"
+        own = self._bodies.get(waiter.owner, 0)
+        if not own:
+            return None
+        share, why = self._body_limit, ""
+        if len(self._bodies) > 1:
+            share, why = int(self._body_limit * SHARE), " while others wait too"
+        elif own + waiter.size > self._body_limit * SHARE_ALONE and any(
+            line.shares.another_seen(waiter.owner, now - SEEN_LATELY_S) for line in self._lines.values()
+        ):
+            share, why = int(self._body_limit * SHARE_ALONE), "; the rest is kept for others"
+        if own + waiter.size <= share:
+            return None
+        return f"the bodies of your waiting tasks would be more than {share} bytes, the most that may be{why}"
 
 
 def _full(message: str, line: Line, length: int, now: float) -> LlorchError:

@@ -98,7 +98,8 @@ class WaitingRoom:
                 return claim
             self._refuse_if_hopeless(task)
         slots = serving_slots(task.wish.model, self._registry.pool_facts(now, model=task.wish.model))
-        self._admission.enqueue(waiter, now, slots)
+        known = self._registry.models().has_model(task.wish.model)
+        self._admission.enqueue(waiter, now, slots, known=known)
         future = self._waiting[task.task_id] = asyncio.get_running_loop().create_future()
         try:
             self.pump(task.wish.model)

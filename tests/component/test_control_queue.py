@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from llorch.control import intake, waiting
+from llorch.control import admission, intake, waiting
 from llorch.control.registry import Claim
 from llorch.errors import Code
 from tests.component.control_harness import MODEL, Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
@@ -438,6 +438,21 @@ async def test_a_slot_given_to_one_that_leaves_at_that_moment_goes_to_the_next(m
         assert first.cancelled()
         assert control.control.registry.nodes["a"].pools["p0"].ended_since_report == 2  # the first one's was never used
         await control.idle()
+
+
+async def test_made_up_models_keep_no_task_of_a_real_one_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "MAX_LINES", 2)
+    async with a_control() as control:
+        node, holding = await full(control)
+        monkeypatch.setattr(control.control.dispatcher._room, "_hold_refusals", lambda: True)
+        for number in range(2):
+            control.whole(model=f"made-up-{number}")
+            await control.waiting(number + 1)
+        assert (await control.whole(model="made-up-2").answer()).code == "QUEUE_FULL"
+        asking = control.whole()
+        await control.waiting(3)
+        await prompts(node, holding, 1)
+        assert (await asking.answer()).status == 200
 
 
 async def test_a_slot_is_not_lost_with_a_waiter_that_was_canceled_a_moment_ago() -> None:

@@ -312,6 +312,41 @@ def test_the_bodies_of_all_that_wait_are_bounded_together() -> None:
     admission.enqueue(waiter("6", size=100), 0.0, SLOTS)
 
 
+def test_of_the_bytes_too_one_that_waits_beside_another_has_a_quarter_over_all_models() -> None:
+    admission = queue(
+        waiter("1", size=15), waiter("2", "other", size=10), waiter("b", owner="bob", size=1), body_limit=100
+    )
+    error = refused(admission, waiter("3", "third", size=1))
+    assert error.code is Code.QUEUE_FULL and error.retry_after_ms is not None
+    assert "more than 25 bytes, the most that may be while others wait too" in error.message
+    admission.enqueue(waiter("none", size=0), 0.0, SLOTS)
+    admission.enqueue(waiter("large", owner="eve", size=70), 0.0, SLOTS)  # one body is let in, whatever its share is
+    refused(admission, waiter("larger", owner="eve", size=1))
+    admission.remove("1", 0.0)
+    admission.enqueue(waiter("3", size=15), 0.0, SLOTS)
+
+
+def test_one_alone_leaves_a_quarter_of_the_bytes_once_another_was_seen_for_any_model() -> None:
+    for since, room in ((599.0, 75), (601.0, 100)):
+        admission = queue(body_limit=100)
+        admission.given(waiter("b", "other", owner="bob"), 0.0)
+        admission.enqueue(waiter("1", at=since, size=70), since, SLOTS)
+        admission.enqueue(waiter("2", at=since, size=room - 70), since, SLOTS)
+        assert "bytes" in refused(admission, waiter("3", at=since, size=1), since).message
+        if room == 75:
+            admission.enqueue(waiter("b", owner="bob", at=since, size=25), since, SLOTS)
+
+
+def test_a_model_that_a_node_has_is_waited_for_beside_any_number_of_made_up_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rules, "MAX_LINES", 3)
+    admission = queue(*(waiter(name, name) for name in "abc"))
+    assert refused(admission, waiter("d", "d")).code is Code.QUEUE_FULL
+    admission.enqueue(waiter("d", "d"), 0.0, SLOTS, known=True)
+    assert admission.depth("d") == 1
+
+
 def test_lines_for_models_that_nobody_has_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "MAX_LINES", 3)
     admission = queue(*(waiter(name, name) for name in "abc"))

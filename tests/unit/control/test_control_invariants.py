@@ -121,7 +121,9 @@ class Control(RuleBasedStateMachine):
             except LlorchError as error:
                 assert error.code is Code.QUEUE_FULL
                 bodies = sum(other.size for other in waiting) + waiter.size
-                assert len(here) == QUEUE_LIMIT or len(own) >= QUEUE_LIMIT // 4 or bodies > BODY_LIMIT
+                mine = sum(other.size for other in waiting if other.owner == waiter.owner)
+                too_many_bytes = bodies > BODY_LIMIT or (mine > 0 and mine + waiter.size > BODY_LIMIT // 4)
+                assert len(here) == QUEUE_LIMIT or len(own) >= QUEUE_LIMIT // 4 or too_many_bytes
             self.pump()
 
     @precondition(lambda self: self.opening)
@@ -331,7 +333,11 @@ class Control(RuleBasedStateMachine):
     @invariant()
     def the_bounds_hold(self) -> None:
         waiting = [waiter for waiter in self.admission._waiters.values() if not waiter.front]
-        assert sum(waiter.size for waiter in waiting) == self.admission._bodies <= BODY_LIMIT
+        bodies: dict[str, int] = {}
+        for waiter in waiting:
+            bodies[waiter.owner] = bodies.get(waiter.owner, 0) + waiter.size
+        assert bodies == self.admission._bodies
+        assert sum(bodies.values()) <= BODY_LIMIT
         for model in ("m", "n"):
             assert len([waiter for waiter in waiting if waiter.wish.model == model]) <= QUEUE_LIMIT
 
@@ -386,7 +392,7 @@ class Control(RuleBasedStateMachine):
         for task_id in list(self.admission._waiters):
             self.admission.remove(task_id, self.now)
             self.admission.settle(task_id, None, ran=False)
-        assert (len(self.admission), self.admission._bodies, self.admission._charges) == (0, 0, {})
+        assert (len(self.admission), self.admission._bodies, self.admission._charges) == (0, {}, {})
         for node_id, real in self.real.items():
             real.others, real.ready, real.draining = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, True), False
             real.running = {pool_id: set() for pool_id in MODELS}

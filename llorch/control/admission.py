@@ -24,6 +24,7 @@ SHARE_ALONE = 0.75  # while it waits alone, and another was seen lately: that on
 SEEN_LATELY_S = 600.0
 BODY_LIMIT = 256 << 20  # bytes of all waiting tasks' bodies
 MAX_LINES = 1_000  # models with somebody waiting, and models whose counters are kept; beside those that nodes have
+MAX_LEFT = 10_000  # tasks whose clients left, and that are still to be charged what they cost; the oldest go
 MAX_HOPELESS = 32  # different limits that are tried in vain at once: each costs a look at every pool
 MIN_RETRY_AFTER_MS = 1_000
 MAX_RETRY_AFTER_MS = 30_000
@@ -70,6 +71,7 @@ class Admission:
         self._lines: dict[str, Line] = {}
         self._waiters: dict[str, Waiter] = {}
         self._charges: dict[str, _Charge] = {}  # of tasks that were given a slot and have not ended
+        self._left: dict[tuple[str, int], _Charge] = {}  # by task and attempt: their clients left, their nodes go on
         self._bodies: dict[str, int] = {}  # bytes, by principal; of those that have any
 
     def __len__(self) -> int:
@@ -219,6 +221,21 @@ class Admission:
         charge = self._charges.pop(task_id, None)
         if charge is not None:
             charge.shares.settle(charge.owner, charge.charged, tail, ran=ran)
+
+    def leave(self, task_id: str, attempt: int) -> None:
+        """A task has ended here, for its client left; its node decides what becomes of it. The estimate stands until
+        somebody says what it cost (`ended_elsewhere`), and for good where nobody does."""
+        charge = self._charges.pop(task_id, None)
+        if charge is not None:
+            self._left[task_id, attempt] = charge
+            while len(self._left) > MAX_LEFT:
+                del self._left[next(iter(self._left))]
+
+    def ended_elsewhere(self, task_id: str, attempt: int, tail: Tail) -> None:
+        """What such an attempt has cost. Nothing for any other."""
+        charge = self._left.pop((task_id, attempt), None)
+        if charge is not None:
+            charge.shares.settle(charge.owner, charge.charged, tail, ran=True)
 
     # ---- inside
 

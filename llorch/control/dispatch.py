@@ -170,6 +170,7 @@ class Dispatcher:
             raise
         finally:
             reader.close(farewell)
+            self._room.was_read(mine)
 
     def cancel_surplus(self, node_id: str, *, link_is_new: bool = False) -> None:
         """Cancel what a node with a link still runs, and this control has ended or has taken elsewhere.

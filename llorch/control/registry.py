@@ -326,6 +326,9 @@ class Registry:
     def tasks_of(self, node_id: str) -> tuple[TaskReport, ...]:
         return self._tasks.of(node_id)
 
+    def ended(self) -> list[TaskReport]:
+        return self._tasks.news()
+
     # ---- claims
 
     def claim(self, node_id: str, pool_id: str, task_id: str, attempt: int) -> Claim:

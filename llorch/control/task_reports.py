@@ -6,11 +6,13 @@ Never decides anything about a task, and keeps no more per node than one beat ma
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from llorch.messages import TaskReport
 
 MAX_TASKS_PER_NODE = 8_192
+MAX_NEWS = 8_192  # reports of ends that nobody has taken yet; the oldest go
 
 
 def came_to_nothing(report: TaskReport) -> bool:
@@ -25,6 +27,7 @@ class TaskReports:
     def __init__(self) -> None:
         self._by_node: dict[str, dict[tuple[str, int], TaskReport]] = {}
         self._by_task: dict[str, dict[tuple[str, int], TaskReport]] = {}  # task_id → (node_id, attempt) → report
+        self._news: deque[TaskReport] = deque(maxlen=MAX_NEWS)
         self._by_key: dict[str, dict[str, None]] = {}  # key_digest → the tasks that came with it
 
     def __len__(self) -> int:
@@ -67,6 +70,7 @@ class TaskReports:
             before = known.get(key)
             if report.state == "sealed" and (before is None or before.state != "sealed"):
                 ended.append(report)
+                self._news.append(report)
             known[key] = report
             self._by_task.setdefault(report.task_id, {})[node_id, report.attempt] = report
             if report.key_digest is not None:
@@ -78,6 +82,12 @@ class TaskReports:
             for key in sorted(known, key=lambda key: known[key].state != "sealed")[:surplus]:
                 self._drop(node_id, key)
         return tuple(ended)
+
+    def news(self) -> list[TaskReport]:
+        """The tasks newly known as sealed since the last call, whatever brought their reports."""
+        news = list(self._news)
+        self._news.clear()
+        return news
 
     def forget(self, node_id: str) -> None:
         for key in list(self._by_node.get(node_id, ())):

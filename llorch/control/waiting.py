@@ -18,6 +18,7 @@ from llorch.control.registry import Claim, Registry
 from llorch.control.tasks import Task, TaskStore
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
+from llorch.messages import Tail, TaskReport
 
 WAIT_TICK_S = 1.0  # how often a waiting task looks up: queue position, whether waiting still makes sense
 REFUSE_AFTER_S = 5.0  # a node's restart takes about 3 s; a queue must not answer NO_CAPACITY meanwhile
@@ -92,7 +93,7 @@ class WaitingRoom:
         )
         if not front:
             self.pump(task.wish.model)  # time alone may have freed a slot; what is free after this is of no use to them
-            claim = self._place(waiter)
+            claim = self._take(waiter, self._free_pools(waiter.wish.model))
             if claim is not None:
                 self._admission.given(waiter, now)
                 return claim
@@ -115,8 +116,22 @@ class WaitingRoom:
             self.pump()  # this one left the queue, perhaps with its slot unused: those behind it may be served now
 
     def settle(self, task: Task) -> None:
-        """`task` has ended: its principal is charged what it cost."""
+        """`task` has ended: its principal is charged what it cost, as soon as that is known.
+
+        Where its client left, its node may go on with it, and the same client read it by its id.
+        """
+        if task.abandoned and task.attempt:
+            self._admission.leave(task.task_id, task.attempt)
+            known = self._registry.task(task.task_id)
+            if known is not None and known[1].state == "sealed":
+                self._reported(known[1])
+            return
         self._admission.settle(task.task_id, task.tail, ran=task.attempt > 0)
+
+    def was_read(self, mine: Task) -> None:
+        """One who came back has read a log, perhaps to its end, of which its node then reports nothing more."""
+        if mine.tail is not None:
+            self._admission.ended_elsewhere(mine.task_id, mine.attempt, mine.tail)
 
     def release(self, claim: Claim) -> None:
         """Give a slot back, and hand it on."""
@@ -126,11 +141,27 @@ class WaitingRoom:
     def pump(self, model: str | None = None) -> None:
         """Hand free slots to waiting tasks, or to those of one model. Called after every change of the registry and
         every claim's end."""
+        for report in self._registry.ended():
+            self._reported(report)
         if not self._waiting:
             return
-        for waiter, claim in self._admission.match(
-            self._place, self._clock(), model, any_free=self._any_free, heard=self._heard
-        ):
+        free: dict[str, list[placement.PoolFacts]] = {}  # by model: looked up once, and again after each claim
+
+        def free_pools(model: str) -> list[placement.PoolFacts]:
+            if model not in free:
+                free[model] = self._free_pools(model)
+            return free[model]
+
+        def place(waiter: Waiter) -> Claim | None:
+            claim = self._take(waiter, free_pools(waiter.wish.model))
+            if claim is not None:
+                del free[waiter.wish.model]
+            return claim
+
+        def any_free(model: str) -> bool:
+            return bool(free_pools(model))
+
+        for waiter, claim in self._admission.match(place, self._clock(), model, any_free=any_free, heard=self._heard):
             future = self._waiting.get(waiter.task_id)
             if future is None or future.done():
                 self._registry.release(claim, used=False)
@@ -185,15 +216,23 @@ class WaitingRoom:
     def _loading(self, model: str) -> bool:
         return being_loaded(model, self._registry.pool_facts(self._clock(), model=model))
 
-    def _any_free(self, model: str) -> bool:
-        pools = self._registry.pool_facts(self._clock(), model=model)
-        return any(pool.placeable and pool.model == model for pool in pools)
+    def _reported(self, report: TaskReport) -> None:
+        tail = Tail(
+            length=report.offset,
+            tokens_in=report.tokens_in,
+            tokens_out=report.tokens_out,
+            cached_tokens=report.cached_tokens,
+        )
+        self._admission.ended_elsewhere(report.task_id, report.attempt, tail)
 
-    def _place(self, waiter: Waiter) -> Claim | None:
-        """Choose and take, in one step."""
-        now = self._clock()
+    def _free_pools(self, model: str) -> list[placement.PoolFacts]:
+        pools = self._registry.pool_facts(self._clock(), model=model)
+        return [pool for pool in pools if pool.placeable and pool.model == model]
+
+    def _take(self, waiter: Waiter, pools: list[placement.PoolFacts]) -> Claim | None:
+        """Choose among `pools` and take, in one step."""
         with self._metrics.placing():
-            picked = placement.pick(waiter.wish, self._registry.pool_facts(now, model=waiter.wish.model))
+            picked = placement.pick(waiter.wish, pools)
         if picked is None:
             return None
         task = self._tasks.get(waiter.task_id)

@@ -6,10 +6,11 @@ import asyncio
 import json
 import time
 import uuid
+from collections.abc import Iterable
 
 import pytest
 
-from llorch.control import admission, intake, waiting
+from llorch.control import admission, intake, placement, waiting
 from llorch.control.registry import Claim
 from llorch.errors import Code
 from tests.component.control_harness import MODEL, Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
@@ -302,6 +303,38 @@ async def test_who_has_had_fewer_tokens_is_next() -> None:
             await each.answer()
 
 
+@pytest.mark.parametrize("told", ["by a report", "before it left", "to one who read on", "for another attempt"])
+async def test_who_leaves_a_task_is_charged_what_it_cost_once_that_is_known(told: str) -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=1))
+        shares = control.control.dispatcher._room._admission._lines
+        asking = control.submit()
+        attempt = (await node.asked()).begin().say("hi")
+        await asking.has(b'"hi"')
+        report = {
+            "task_id": attempt.task_id, "attempt": 2 if told == "for another attempt" else 1, "owner": "alice",
+            "state": "sealed", "offset": len(attempt.log), "finish_reason": "stop", "tokens_in": 100,
+            "cached_tokens": 50, "tokens_out": 10_000,
+        }  # fmt: skip
+        estimate = shares[MODEL].shares.counter("alice")
+        if told == "before it left":
+            await node.beat(delta=True, tasks=[report])
+        await asking.leave()
+        await eventually(lambda: attempt.detached == "left")
+        await eventually(lambda: control.control.dispatcher.tasks.running == 0)
+        if told == "to one who read on":
+            again = control.events(attempt.task_id)
+            reader = await node.reader()
+            reader.accept().head().data(attempt.log)
+            reader.tail(finish_reason="stop", tokens_in=100, cached_tokens=50, tokens_out=10_000)
+            await again.answer()
+        else:  # a node that has sent the TAIL reports nothing more
+            for _ in range(2):
+                await node.beat(delta=True, tasks=[report])
+        charged = shares[MODEL].shares.counter("alice")
+        assert charged == pytest.approx(estimate if told == "for another attempt" else 20_055)
+
+
 async def test_one_that_waits_beside_another_has_a_quarter_of_the_queue() -> None:
     async with a_control(queue_limit=8) as control:
         node, holding = await full(control)
@@ -438,6 +471,35 @@ async def test_a_slot_given_to_one_that_leaves_at_that_moment_goes_to_the_next(m
         assert first.cancelled()
         assert control.control.registry.nodes["a"].pools["p0"].ended_since_report == 2  # the first one's was never used
         await control.idle()
+
+
+async def test_the_pools_are_looked_up_once_however_many_wishes_they_do_not_meet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with a_control() as control:
+        await full(control)
+        for number in range(5):
+            control.whole(placement={"pin": "a", "avoid": [f"x{number}"], "allow_fallback": False})
+            await control.waiting(number + 1)
+        await control.join("b")  # it has a free slot, and none of them wants it
+        looked, picked = 0, 0
+        room, pool_facts, pick = control.control.dispatcher._room, control.control.registry.pool_facts, placement.pick
+
+        def looking(now: float, model: str | None = None) -> list[placement.PoolFacts]:
+            nonlocal looked
+            looked += 1
+            return pool_facts(now, model)
+
+        def picking(wish: placement.Wish, pools: Iterable[placement.PoolFacts]) -> tuple[str, str] | None:
+            nonlocal picked
+            picked += 1
+            return pick(wish, pools)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(control.control.registry, "pool_facts", looking)
+            patch.setattr(placement, "pick", picking)
+            room.pump()
+        assert (looked, picked) == (1, 5)
 
 
 async def test_made_up_models_keep_no_task_of_a_real_one_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

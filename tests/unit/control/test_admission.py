@@ -16,6 +16,7 @@ from llorch.control.admission import (
 from llorch.control.line import BATCH, BATCH_AGES_S, Waiter
 from llorch.control.placement import PoolFacts, Wish
 from llorch.errors import Code, LlorchError
+from llorch.messages import Tail
 from tests.unit.control.queue_simulation import Arrival, Simulation
 
 SLOTS = 4
@@ -505,6 +506,31 @@ def test_a_task_is_charged_once_however_often_it_comes_back() -> None:
     admission.settle("1", None, ran=False)
     assert admission._lines["m"].shares.counter("ann") == 0
     assert not admission._charges
+
+
+def test_a_task_that_goes_on_without_its_client_is_charged_what_it_cost_when_that_is_told() -> None:
+    admission = queue()
+    shares = admission._line("m").shares
+    for task_id in "12":
+        admission.given(waiter(task_id), 0.0)
+    estimate = shares.counter("ann") / 2
+    admission.leave("1", 2)
+    admission.settle("1", None, ran=False)  # that was all there is to say here
+    admission.ended_elsewhere("1", 1, Tail(length=0, tokens_out=10_000))
+    admission.ended_elsewhere("2", 1, Tail(length=0, tokens_out=10_000))
+    assert shares.counter("ann") == 2 * estimate
+    for _ in range(2):
+        admission.ended_elsewhere("1", 2, Tail(length=0, tokens_out=10_000))
+    assert shares.counter("ann") == estimate + 20_000
+
+
+def test_so_many_that_were_left_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_LEFT", 2)
+    admission = queue()
+    for task_id in "123":
+        admission.given(waiter(task_id), 0.0)
+        admission.leave(task_id, 1)
+    assert [task_id for task_id, _ in admission._left] == ["2", "3"]
 
 
 # ---------------------------------------------------------------- what pools mean for a line

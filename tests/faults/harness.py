@@ -50,7 +50,7 @@ class Plan:
     clients: int = 24
     mix: Mix = USUAL
     weights: Mapping[str, float] | None = None
-    in_turn: Sequence[str] = ()
+    in_turn: Sequence[schedule.Turn] = ()
     gap_s: tuple[float, float] = schedule.GAP_S
     pools: Pools = field(default_factory=parts.usual_pools)
     calm_first_s: float = 1.0

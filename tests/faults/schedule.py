@@ -32,6 +32,7 @@ KINDS: Mapping[str, tuple[float, tuple[float, float]]] = {
     "client.delay": (3, (0.5, 2.0)),
     "client.throttle": (3, (0.5, 2.0)),
 }
+Turn = tuple[str, float, str]  # a kind of fault, how long after the one before, in which phase
 GAP_S = (0.3, 1.1)  # between two faults
 
 
@@ -53,14 +54,18 @@ def draw(
     weights: Mapping[str, float] | None = None,
     gap_s: tuple[float, float] = GAP_S,
     *,
-    in_turn: Sequence[str] = (),
+    in_turn: Sequence[Turn] = (),
 ) -> Sequence[Step]:
-    """`in_turn`: these kinds, one after the other, rather than drawn ones."""
+    """`in_turn`: these faults, one after the other, rather than drawn ones."""
     rng = Random(seed)
     weights = weights if weights is not None else {kind: weight for kind, (weight, _) in KINDS.items()}
     kinds = rng.choices(list(weights), list(weights.values()), k=faults)
     if in_turn:
-        kinds = [in_turn[index % len(in_turn)] for index in range(faults)]
+        turns = [in_turn[index % len(in_turn)] for index in range(faults)]
+        return [
+            Step(after_s, kind, rng.randrange(1 << 16), phase, rng.uniform(*KINDS[kind][1]), rng.random())
+            for kind, after_s, phase in turns
+        ]
     return [
         Step(
             rng.uniform(*gap_s),

@@ -23,9 +23,10 @@ def test_every_kind_of_fault_and_every_phase_is_drawn() -> None:
         assert shortest <= step.for_s <= longest
 
 
-def test_kinds_may_come_in_turn() -> None:
-    drawn = schedule.draw(1, 3, in_turn=("link.cut_off", "control.kill"))
-    assert [step.kind for step in drawn] == ["link.cut_off", "control.kill", "link.cut_off"]
+def test_faults_may_come_in_turn() -> None:
+    cut, kill = ("link.cut_off", 2.0, "placed"), ("control.kill", 0.5, "streaming")
+    drawn = schedule.draw(1, 3, in_turn=(cut, kill))
+    assert [(step.kind, step.after_s, step.phase) for step in drawn] == [cut, kill, cut]
 
 
 def test_every_form_of_task_and_every_way_of_its_client_is_drawn() -> None:

@@ -1,4 +1,4 @@
-"""The proofs, small: the same code as `python -m tests.faults.proofs NAME`, in seconds. `-m slow` runs all, whole.
+"""The proofs, small: the same code as `python -m tests.faults.proofs NAME`, in seconds. `-m long` runs all, whole.
 
 Two need long phases to say anything, and are small elsewhere: fair shares in virtual time (`test_fairness`), a stalled
 reader's bytes (`test_slow_readers`).
@@ -23,7 +23,7 @@ async def test_the_proof_holds_at_a_small_size(name: str, tmp_path: Path) -> Non
     assert verdict.holds, verdict.text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", PROOFS)
 async def test_the_proof_holds_at_its_full_size(name: str, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_it_does_so_in_bursts_of_many_shapes(case: tuple[int, int, float, str, f
     assert_at_most_twice(*small_beside_big(*case, times=3))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_it_does_so_in_bursts_of_every_shape(case: tuple[int, int, float, str, float, float]) -> None:
     assert_at_most_twice(*small_beside_big(*case, times=6, seed=2))

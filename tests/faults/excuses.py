@@ -15,6 +15,7 @@ RETRIES_LOOK_BACK_S = 3.0  # an engine that was hit may still be failing tasks t
 MOST_LOSSES = 3
 MOST_ATTEMPTS = 3
 CANCEL_SLACK_S = 0.7
+FIRST_TOKEN_S = 0.06  # of the simulated engines
 NATIVE_TOKEN_BYTES, OPENAI_TOKEN_BYTES = 70, 250  # at most, in a log
 
 
@@ -37,13 +38,22 @@ def _node_lost(case: Case) -> bool:
     nowhere else to go."""
     facts, story = case.facts, case.story
     pool = story.pool_at(case.at)
-    if case.output and pool is not None:
+    if pool is not None and (case.output or _begun_unseen(case, pool)):
         node = pool.partition("/")[0]
         if facts.hit(case.since, case.at, parts=("node",), hows=("kill", "term"), node=node):
             return True
         return facts.away(node, case.since, case.at + LATE_S) >= facts.promises["reconnect_s"] - LATE_S
     losses = facts.hit(case.since, case.at, parts=("node", "link"))
     return len(losses) >= MOST_LOSSES or _nowhere(case)
+
+
+def _begun_unseen(case: Case, pool: str) -> bool:
+    """A native answer in one piece is collected from its log, which others may have read: it had begun there if its
+    engine was asked for longer than a first token takes, before its node was hit."""
+    runs = [run for run in case.facts.executions.get(case.story.marker, ()) if run.pool == pool]
+    hits = case.facts.hit(case.since, case.at, parts=("node", "link"), node=pool.partition("/")[0], late_s=0.0)
+    first = [run.start + FIRST_TOKEN_S for run in runs]
+    return case.story.ask["form"] == "native-json" and any(at <= hit.start for at in first for hit in hits)
 
 
 def _nowhere(case: Case) -> bool:

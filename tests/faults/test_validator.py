@@ -186,6 +186,23 @@ def test_a_task_with_no_output_is_not_lost_with_its_first_node() -> None:
     assert tale.engine("serving", pid=99, marker=None).rules() == ["unexplained error"]
 
 
+@pytest.mark.parametrize(
+    ("form", "after_s", "rules"),
+    [
+        ("native-json", 0.5, []),  # its log had begun, though the client had not seen it
+        ("native-json", 0.01, ["unexplained error"]),
+        ("v1-json", 0.5, ["unexplained error"]),
+    ],
+)
+def test_an_answer_in_one_piece_is_lost_with_its_node_once_its_log_has_begun(
+    form: str, after_s: float, rules: list[str]
+) -> None:
+    tale = Tale().task(form=form).send().engine("arrived").wait(after_s).fault("node.kill", "a", 1.0).wait(5.0)
+    assert (
+        tale.answer(502, "NODE_LOST", node="a", pool="p0").closed().over("refused").engine("aborted").rules() == rules
+    )
+
+
 def test_engine_failed_where_the_engine_was_hit_or_told_to() -> None:
     events = log(2, error="ENGINE_FAILED")
     tale = begun(9).show(events[:-1]).fault("engine.kill", "a/p0", 1.0).show(events[-1:])

@@ -54,7 +54,7 @@ BUGS = (
         ("control/waiting.py", "            self._admission.remove(task.task_id, self._clock())\n", ""),
         (
             "control/waiting.py",
-            "            if future is None or future.done():\n                self._registry.release(claim)\n",
+            "            if future is None or future.done():\n                self._registry.release(claim, used=False)\n",
             "            if future is None or future.done():\n                continue\n",
         ),
     ),

@@ -119,7 +119,7 @@ class RawClient:
             if result == "detached":
                 how = "events"
                 continue
-            if result == "terminal":
+            if result == "terminal" or (result == "broken" and self.terminal):  # whatever broke after its end
                 await self._look_back()
                 return "terminal"
             if result not in ("broken", "again"):

@@ -141,7 +141,8 @@ async def test_a_native_task_outlives_its_control_and_is_followed_at_the_next(ll
 
     async def rest() -> bytes:
         async with llorch.session.get(
-            f"{llorch.url}/v2/tasks/{task_id}/events", headers=headers | {"Last-Event-ID": last_id}
+            f"{llorch.url}/v2/tasks/{task_id}/events",
+            headers=headers | {"Last-Event-ID": last_id, "X-Llorch-Attempt": "1"},
         ) as response:
             assert response.status == 200, await response.text()
             return await response.read()

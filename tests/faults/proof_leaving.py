@@ -127,8 +127,19 @@ async def prove(folder: Path, size: Size) -> Verdict:
 
 
 async def _llama(running: Cluster, verdict: Verdict, size: Size) -> None:
-    """The same of real llama.cpp: one client at a time of a task that does not end by itself."""
-    pool = {"id": "p0", "engine": "llamacpp", "model": "demo", "slots": 2, "ctx": 65_536, "args": ["--slots"]}
+    """The same of real llama.cpp, two clients at a time, of tasks that do not end by themselves.
+
+    With one thread: several spin while they wait for each other, and on a busy machine a token then takes seconds.
+    llama.cpp looks at its connections between two tokens.
+    """
+    pool = {
+        "id": "p0",
+        "engine": "llamacpp",
+        "model": "demo",
+        "slots": 2,
+        "ctx": 65_536,
+        "args": ["--slots", "--threads", "1"],
+    }
     await running.start_node("b", [pool], "--reconnect-grace", f"{round(size.grace_s * 1_000)}ms")
     engine = Engine(running, "b")
     took, firsts, lasts = [], [], []

@@ -23,6 +23,7 @@ MAX_PAYLOAD_BYTES = MAX_RECORD_BYTES - HEADER.size
 INITIAL_CREDIT_BYTES = 128 * 1024  # per stream and direction
 CONTENT_TYPE = "application/x-llorch-records"
 UPGRADE = "llorch-records/1"
+SURPLUS = b"surplus"  # a CANCEL's payload: not its client's wish, but an attempt that the task has left behind
 
 _U32 = struct.Struct(">I")
 

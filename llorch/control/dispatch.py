@@ -188,8 +188,10 @@ class Dispatcher:
                 continue
             if task.ended or task.node_id != node_id:
                 upstream = self._opener.attach(node_id, report.task_id, report.offset, report.attempt, Feed())
-                if not left:
+                if task.cancel_wanted:
                     upstream.cancel()
+                elif not left:
+                    upstream.discard()
                 upstream.detach("left")
                 log.info("task.surplus", task_id=report.task_id, node_id=node_id, attempt=report.attempt)
 
@@ -358,6 +360,9 @@ class Dispatcher:
             yield
         except (asyncio.CancelledError, ConnectionError, ShuttingDown) as error:
             farewell = _farewell(error)
+            raise
+        except GoElsewhere:
+            reader.discard()
             raise
         except BaseException:
             reader.cancel()

@@ -107,9 +107,11 @@ class Upstream:
     """A control's handle on one stream of a node: the three things a reader may say.
 
     `passed_on(n)`: n log bytes have left for the client. `detach(reason)`: this reader goes; the node decides what
-    becomes of the task. `cancel()`: end the task; its TAIL still comes.
+    becomes of the task. `cancel()`: end the task; its TAIL still comes. `discard()`: the same of an attempt that
+    the task has left behind, and that nobody is to find.
     """
 
     passed_on: Callable[[int], None]
     detach: Callable[[str], None]
     cancel: Callable[[], None]
+    discard: Callable[[], None]

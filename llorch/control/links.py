@@ -173,6 +173,7 @@ class NodeLink:
             passed_on=lambda count: self._passed_on(stream_id, count),
             detach=lambda reason: self._detach(stream_id, reason),
             cancel=lambda: self._cancel(stream_id),
+            discard=lambda: self._cancel(stream_id, records.SURPLUS),
         )
 
     def _send(self, encoded: bytes) -> None:
@@ -198,9 +199,9 @@ class NodeLink:
         if self._streams.pop(stream_id, None) is not None:
             self._send(records.encode(stream_id, Type.DETACH, reason.encode()))
 
-    def _cancel(self, stream_id: int) -> None:
+    def _cancel(self, stream_id: int, why: bytes = b"") -> None:
         if stream_id in self._streams:
-            self._send(records.encode(stream_id, Type.CANCEL))
+            self._send(records.encode(stream_id, Type.CANCEL, why))
 
 
 class Links:

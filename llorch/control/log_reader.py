@@ -24,7 +24,9 @@ LOOK_EVERY_S = 0.25  # how often a node without a link is tried again
 
 # What a node says of a log. Any other refusal is of the way to it: a proxy's, or of a token that a link does not need.
 _FINAL = frozenset({Code.TASK_NOT_FOUND, Code.GAP, Code.INVALID_REQUEST, Code.CONFLICT})
-NOWHERE = Upstream(passed_on=lambda _count: None, detach=lambda _reason: None, cancel=lambda: None)
+NOWHERE = Upstream(
+    passed_on=lambda _count: None, detach=lambda _reason: None, cancel=lambda: None, discard=lambda: None
+)
 
 log = Log("control.log_reader")
 
@@ -191,6 +193,11 @@ class LogReader:
         self._canceled = True
         if not self._feed.ended:
             self._upstream.cancel()
+
+    def discard(self) -> None:
+        """End this attempt, which the task leaves behind."""
+        if not self._feed.ended:
+            self._upstream.discard()
 
     def stop(self) -> None:
         self._feed.put(Stopped())

@@ -176,7 +176,9 @@ class NodeClient:
         def cancel() -> None:
             self._guard.spawn(self._cancel(node_id, task_id, room), f"cancel.{task_id}")
 
-        return Upstream(passed_on=room.passed_on, detach=lambda _reason: _cancel_quietly(reading), cancel=cancel)
+        return Upstream(
+            passed_on=room.passed_on, detach=lambda _reason: _cancel_quietly(reading), cancel=cancel, discard=cancel
+        )
 
     async def _cancel(self, node_id: str, task_id: str, room: _Room) -> None:
         """Once the node has the task, or never will: a DELETE that overtook its POST would find nothing."""

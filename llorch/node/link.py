@@ -22,7 +22,7 @@ from llorch.logs import Log
 from llorch.messages import Attach, Head, NodeCall, Open, Tail, parse
 from llorch.node.runner import STREAM_HEADERS, Runner, error_wire, tail_wire
 from llorch.node.tasklog import Gone, TaskEntry, TaskLog
-from llorch.records import MAX_PAYLOAD_BYTES, ReceiveCredit, Record, RecordError, SendCredit, Type
+from llorch.records import MAX_PAYLOAD_BYTES, SURPLUS, ReceiveCredit, Record, RecordError, SendCredit, Type
 from llorch.tasks import Guard
 
 TURN_BYTES = 64 * 1024  # one stream's share before the others have theirs
@@ -196,6 +196,8 @@ class NodeLink:
             self._body(stream, record.payload)
         elif kind == Type.CANCEL:
             if stream.entry is not None:
+                if record.payload == SURPLUS:
+                    self._runner.logs.discard(stream.entry)
                 self._runner.cancel(stream.entry)
         else:
             self._drop(stream, Gone.LEFT if record.payload in _LEFT_WORDS else Gone.LOST)

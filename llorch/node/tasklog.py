@@ -3,10 +3,6 @@
 Owns the bytes of each log, their offsets and sha256, who reads them, how long they stay, and when a task whose readers
 have gone is to end. Never does I/O, starts work or decodes a byte: time comes in as an argument, readers are woken by a
 plain call, and cancelling a task is for whoever runs it.
-
-    TaskLog      one log: begin(HEAD), append, seal(TAIL); the bytes at an offset never change
-    TaskEntry    one task on this node: what was asked, its log, how it went
-    TaskLogs     all of them: attempts, readers gone, retention, reports
 """
 
 from __future__ import annotations
@@ -396,6 +392,11 @@ class TaskLogs:
                     untold[entry.task_id] = entry
         self._sealed_bytes += _weight(entry)
         self.expire(now)
+
+    def discard(self, entry: TaskEntry) -> None:
+        """Its control has taken the task elsewhere: nobody is to find this attempt any more, or its end."""
+        if self._entries.get(entry.task_id) is entry:
+            del self._entries[entry.task_id]
 
     # ---- readers
 

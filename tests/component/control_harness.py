@@ -87,7 +87,7 @@ class Attempt:
         self.body = b""
         self.log = b""
         self.tokens: list[str] = []
-        self.canceled = False
+        self.canceled = self.surplus = False
         self.detached: str | None = None
         self.granted = 0
         self.cut = False
@@ -266,7 +266,7 @@ class LinkedNode:
             elif kind == Type.CREDIT:
                 stream.granted += records.decode_credit(payload)
             elif kind == Type.CANCEL:
-                stream.canceled = True
+                stream.canceled, stream.surplus = True, payload == records.SURPLUS
             elif kind == Type.DETACH:
                 stream.detached = payload.decode()
 

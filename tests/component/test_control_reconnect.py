@@ -183,6 +183,24 @@ async def test_a_lost_link_before_the_first_byte_is_another_attempt_not_a_reconn
         await control.idle()
 
 
+async def test_what_still_runs_of_a_task_that_was_taken_elsewhere_is_not_to_be_found() -> None:
+    async with a_control() as control:
+        a = await control.join("a")
+        asking = control.submit()
+        first = (await a.asked()).accept()
+        await a.cut()
+        b = await control.join("b")
+        (await b.asked()).begin().say("hi")
+        await asking.has(b"hi")
+        running = {"task_id": first.task_id, "attempt": 1, "state": "running", "owner": "alice", "offset": 9}
+        await a.beat(tasks=[running])
+        await back(control, a)
+        surplus = await a.reader()
+        await eventually(lambda: surplus.detached == "left")
+        assert (surplus.canceled, surplus.surplus, surplus.header["attempt"]) == (True, True, 1)
+        await asking.leave()
+
+
 # ---------------------------------------------------------------- clients that go before the first byte
 
 

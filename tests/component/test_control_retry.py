@@ -141,6 +141,7 @@ async def test_a_node_that_does_not_answer_an_open_within_a_second_loses_it() ->
         assert time.monotonic() - started < 2.0
         await eventually(lambda: first.detached is not None)
         assert first.canceled
+        assert first.surplus
         assert second.pool_id != first.pool_id
         second.begin().say("hi").end()
         assert (await asking.answer()).json["text"] == "hi"

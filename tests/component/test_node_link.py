@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llorch import records
 from llorch.node.tasklog import Limits
 from llorch.records import INITIAL_CREDIT_BYTES, Type
 from tests.component.node_harness import ENGINE_KEY, MODEL, POOL, Stream, eventually, node_between
@@ -456,6 +457,26 @@ async def test_attach_at_offsets(tmp_path: Path) -> None:
         again = link.attach(task_id, len(first.data))  # at the sealed end
         await ended(again)
         assert again.data == b""
+
+
+@pytest.mark.parametrize("surplus", [True, False])
+async def test_an_attempt_that_its_task_has_left_behind_is_not_to_be_found(surplus: bool, tmp_path: Path) -> None:
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        task_id = str(uuid.uuid4())
+        stream = link.prompt(task_id=task_id)
+        call = await setup.engine.asked()
+        call.say("t0 ")
+        await eventually(lambda: stream.data)
+        link.send(stream.id, Type.CANCEL, records.SURPLUS if surplus else b"")
+        await ended(stream)
+        await asyncio.wait_for(call.disconnected.wait(), 5)
+        again = link.attach(task_id)
+        await eventually(lambda: again.refused is not None or again.tail is not None)
+        assert (again.refused is not None) == surplus
+        assert setup.node.slots_free == 2
+        known = [report["task_id"] for report in setup.node.logs.reports(None)]
+        assert known == ([] if surplus else [task_id])
 
 
 async def test_attach_is_refused_where_it_must_be(tmp_path: Path) -> None:

@@ -373,7 +373,7 @@ class LogsWorld(World):
         feed = Feed()
         stream = link._last_id + 2
         attempt = attempt if header is None else header["attempt"]
-        nowhere = Upstream(*[lambda *_: None] * 3)
+        nowhere = Upstream(*[lambda *_: None] * 4)
         reading = Reading(task_id, control, feed, nowhere, wire, stream, offset, header, attempt)
         self.readings.append(reading)
         if header is None:

@@ -48,12 +48,15 @@ def _node_lost(case: Case) -> bool:
 
 
 def _begun_unseen(case: Case, pool: str) -> bool:
-    """A native answer in one piece is collected from its log, which others may have read: it had begun there if its
-    engine was asked for longer than a first token takes, before its node was hit."""
+    """Who comes back reads the log beside the run, and a native answer in one piece is collected from it: it had begun
+    there, and may not begin elsewhere, if its engine was asked for longer than a first token takes before its node was
+    hit. That reader may not have seen a byte yet."""
     runs = [run for run in case.facts.executions.get(case.story.marker, ()) if run.pool == pool]
     hits = case.facts.hit(case.since, case.at, parts=("node", "link"), node=pool.partition("/")[0], late_s=0.0)
     first = [run.start + FIRST_TOKEN_S for run in runs]
-    return case.story.ask["form"] == "native-json" and any(at <= hit.start for at in first for hit in hits)
+    beside = any(conn.op == "events" or conn.replayed for conn in case.story.reading() if conn.sent < case.at)
+    from_log = case.story.native and (case.story.ask["form"] == "native-json" or beside)
+    return from_log and any(at <= hit.start for at in first for hit in hits)
 
 
 def _nowhere(case: Case) -> bool:

@@ -203,6 +203,29 @@ def test_an_answer_in_one_piece_is_lost_with_its_node_once_its_log_has_begun(
     )
 
 
+@pytest.mark.parametrize(
+    ("op", "after_s", "rules"),
+    [
+        ("events", 0.5, []),  # the run had its first byte before it was there to read it
+        ("events", 0.01, ["unexplained error"]),
+        ("post", 0.5, ["unexplained error"]),
+    ],
+)
+def test_one_who_comes_back_may_lose_what_had_begun_without_having_seen_it(
+    op: str, after_s: float, rules: list[str]
+) -> None:
+    tale = Tale().task().send().left(back=True).closed("left").send(op).engine("arrived").wait(after_s)
+    tale = (
+        tale.fault("node.kill", "a", 1.0)
+        .wait(5.0)
+        .answer(502, "NODE_LOST", node="a", pool="p0")
+        .closed()
+        .over("refused")
+        .engine("aborted")
+    )
+    assert tale.rules() == rules
+
+
 def test_engine_failed_where_the_engine_was_hit_or_told_to() -> None:
     events = log(2, error="ENGINE_FAILED")
     tale = begun(9).show(events[:-1]).fault("engine.kill", "a/p0", 1.0).show(events[-1:])

@@ -35,10 +35,13 @@ class RetryBudget:
 
     def take(self, who: str, active: int) -> bool:
         """Whether `who` may try again; it counts until it gives that back, however often it tries."""
-        if who not in self._taken and len(self._taken) >= max(self.floor, int(self.share * active)):
+        if not self.has_room(who, active):
             return False
         self._taken.add(who)
         return True
+
+    def has_room(self, who: str, active: int) -> bool:
+        return who in self._taken or len(self._taken) < max(self.floor, int(self.share * active))
 
     def give_back(self, who: str) -> None:
         self._taken.discard(who)

@@ -409,7 +409,7 @@ class Dispatcher:
                     silent = self._opener.silent(claim.node_id, sent_at)
                     if silent:
                         self._doubt(claim.node_id)
-                    if now < patient_until and self._nowhere_else(task, claim):
+                    if now < patient_until and self._nowhere_else(task, claim, lost=silent):
                         until += ACCEPT_TIMEOUT_S
                         continue
                     error = LlorchError(Code.NODE_LOST, "the node did not answer in time")
@@ -432,8 +432,10 @@ class Dispatcher:
             elif isinstance(item, Stopped):
                 raise ShuttingDown
 
-    def _nowhere_else(self, task: Task, claim: Claim) -> bool:
-        """A node that is slow to answer is better than none; one that is gone tells by the end of its link."""
+    def _nowhere_else(self, task: Task, claim: Claim, *, lost: bool) -> bool:
+        """A node that is slow to answer is better than none, or than the end; one that is gone tells by its link's."""
+        if not lost and not self._budget.has_room(task.task_id, self.tasks.running):
+            return True
         tried = ((claim.node_id, claim.pool_id),)
         return self._room.refusal(placement.excluding(task.wish, tried)) is not None
 

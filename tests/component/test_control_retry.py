@@ -66,6 +66,27 @@ async def test_the_only_node_that_could_take_it_is_given_longer_to_answer(monkey
         await control.idle()
 
 
+async def test_more_tasks_than_may_try_again_wait_for_a_slow_node_instead_of_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.1)
+    async with a_control() as control:
+        node = await control.join("a", pool("p0", slots=8), pool("p1", slots=8, slots_free=0))
+        asking = [control.whole() for _ in range(8)]
+        opened = [await node.asked() for _ in asking]
+        node.lives()  # its answers are on the way
+        await node.beat(pools=[pool("p0", slots=8, slots_free=0), pool("p1", slots=8)])
+        again = [await node.asked() for _ in range(3)]
+        await asyncio.wait((asking[0]._task,), timeout=0.3)
+        for attempt in again:
+            attempt.begin().end()
+        for attempt in opened:
+            if not attempt.canceled:
+                attempt.begin().end()
+        assert {(await each.answer()).status for each in asking} == {200}
+        await control.idle()
+
+
 async def test_a_node_that_drains_before_it_was_known_is_no_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "WAIT_TICK_S", 0.05)
     monkeypatch.setattr(waiting, "REFUSE_AFTER_S", 0.2)

@@ -174,6 +174,10 @@ class Cluster:
         return self.env(LLORCH_URL=self.url, LLORCH_TOKEN=self.token)
 
     async def start_control(self, *argv: str, port: int = 0, host: str = "127.0.0.1", **env: str) -> Running:
+        data = self.folder / "control"
+        if not (data / "nodes.json").exists():  # nothing was here before: there is nobody to wait for
+            data.mkdir(exist_ok=True)
+            (data / "nodes.json").write_text('{"nodes": []}')
         self.control = await self.start(
             "control",
             ["control", "--bind", f"{host}:{port}", "--data-dir", str(self.folder / "control"), *argv],

@@ -626,7 +626,10 @@ class ControlUnderTest:
 @contextlib.asynccontextmanager
 async def a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
     """A control with these settings, and everything closed at the end."""
-    with mock.patch.object(app.tls, "client_context", lambda _ca: _CLIENT_TLS), tempfile.TemporaryDirectory() as folder:
+    with (
+        mock.patch.object(app.tls, "client_context", lambda _ca: _CLIENT_TLS),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    ):
         async with _a_control(**{"data_dir": folder, **more}) as running:
             yield running
 

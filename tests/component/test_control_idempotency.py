@@ -300,13 +300,14 @@ async def test_of_two_that_ask_at_once_for_what_has_to_run_anew_one_runs_it() ->
 async def test_a_refused_task_keeps_no_body_however_it_was_asked_for() -> None:
     async with a_control(queue_limit=0) as control:
         node = await control.join("a", pool(slots=1))
-        control.chat()
+        chat = control.chat()
         await node.asked()
         for more in ({"detach": True}, {}):
             assert (await control.submit(prompt="x" * 1_000_000, **more).answer()).code == "QUEUE_FULL"
         refused = [task for task in control.control.dispatcher.tasks if task.error is not None]
         kept = [(task.body, task.error.__traceback__) for task in refused if task.error is not None]
         assert kept == [(b"", None)] * 2
+        await chat.leave()
 
 
 async def test_no_frame_keeps_a_body_while_its_answer_comes() -> None:

@@ -287,18 +287,18 @@ class Run:
 
     async def _until_quiet(self) -> None:
         """Nothing runs any more, or it should have ended long ago; then what is left is written down."""
-        until = time.monotonic() + QUIET_WITHIN_S
+        until, admin = time.monotonic() + QUIET_WITHIN_S, self.broken.cluster.tokens["LLORCH_ADMIN_TOKEN"]
         while True:
-            pools, queued = await self.broken.look(), await self.broken.queued()
+            pools, queued, open_tasks = await self.broken.look(), await self.broken.queued(), ["unknown"]
+            with contextlib.suppress(Exception):
+                listed = (await self.broken.cluster.get("/v2/tasks", token=admin))["tasks"]
+                open_tasks = [t["task_id"] for t in listed if t["state"] in ("queued", "placed", "streaming")]
             idle = pools is not None and all(total == free and not flight for total, free, flight, *_ in pools.values())
-            if (idle and not queued and not self.broken.running) or time.monotonic() > until:
+            over = idle and not queued and not self.broken.running and not open_tasks
+            if over or time.monotonic() > until:
                 break
             await asyncio.sleep(0.1)
         self.broken.read_journals()
-        open_tasks = []
-        with contextlib.suppress(Exception):
-            listed = await self.broken.cluster.get("/v2/tasks", token=self.broken.cluster.tokens["LLORCH_ADMIN_TOKEN"])
-            open_tasks = [t["task_id"] for t in listed["tasks"] if t["state"] in ("queued", "placed", "streaming")]
         engines: dict[str, int] = {}
         for node in self.broken.pools:
             engines |= {pool: len(pids) for pool, pids in self.broken.engines(node).items()}

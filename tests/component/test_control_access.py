@@ -15,7 +15,7 @@ from llorch.auth import Scope
 from llorch.config_kinds import HostPort
 from llorch.control import app
 from llorch.web import Gate, Route
-from tests.component.control_harness import MODEL, TOKENS, a_control, bearer, eventually, pool, settings
+from tests.component.control_harness import MODEL, TOKENS, a_control, bearer, eventually, lost_soon, pool, settings
 
 TASK = "0" * 8 + "-0000-0000-0000-" + "0" * 12
 WORDS = {"task_id": TASK, "node_id": "a", "model_id": "m", "path": "chat/completions"}
@@ -126,7 +126,8 @@ async def test_a_request_id_is_kept_if_it_is_sane_and_made_if_not(name: str, giv
         assert re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", answer.headers["X-Request-Id"])
 
 
-async def test_a_request_id_goes_along_to_the_node_and_into_the_error_event() -> None:
+async def test_a_request_id_goes_along_to_the_node_and_into_the_error_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.ask(

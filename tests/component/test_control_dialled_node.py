@@ -10,7 +10,7 @@ from llorch import records
 from llorch.control import node_client
 from llorch.errors import Code
 from llorch.records import Type
-from tests.component.control_harness import TOKENS, a_control, eventually, pool
+from tests.component.control_harness import TOKENS, a_control, eventually, lost_soon, pool
 
 
 async def test_a_minimal_node_is_bound_from_its_own_routes_and_serves() -> None:
@@ -101,7 +101,10 @@ async def test_a_node_that_can_not_be_reached_and_is_the_only_one_is_the_answer_
         await control.idle()
 
 
-async def test_a_broken_connection_is_a_lost_node_and_one_that_is_back_serves_again() -> None:
+async def test_a_broken_connection_is_a_lost_node_and_one_that_is_back_serves_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost_soon(monkeypatch)
     async with a_control(probe_interval=0.1) as control:
         node = await control.dialled("h", pool(slots=1))
         asking = control.whole()

@@ -10,7 +10,16 @@ import pytest
 from llorch.control import follow
 from llorch.errors import Code
 from llorch.records import Type
-from tests.component.control_harness import ControlUnderTest, Stream, a_control, eventually, lost_soon, ping_soon, pool
+from tests.component.control_harness import (
+    ControlUnderTest,
+    LinkedNode,
+    Stream,
+    a_control,
+    eventually,
+    lost_soon,
+    ping_soon,
+    pool,
+)
 
 
 async def a_streaming_task(control: ControlUnderTest) -> Stream:
@@ -289,7 +298,8 @@ async def test_a_task_that_was_sent_again_detached_is_taken_once_and_told_so_eac
 async def test_a_canceled_task_whose_node_is_away_is_ended_when_the_node_is_back() -> None:
     async with a_control() as control:
         attempt = await a_streaming_task(control)
-        node = control.node("a")
+        node = control._nodes[0]
+        assert isinstance(node, LinkedNode)
         await node.cut()
         answer = await control.ask("POST", f"/v2/tasks/{attempt.task_id}/cancel").answer()
         assert (answer.status, answer.json["task_id"]) == (202, attempt.task_id)

@@ -11,7 +11,7 @@ import pytest
 from llorch import records
 from llorch.control import links
 from llorch.records import MAX_PAYLOAD_BYTES, Type
-from tests.component.control_harness import TOKENS, WINDOW, LinkedNode, a_control, eventually, pool
+from tests.component.control_harness import TOKENS, WINDOW, LinkedNode, a_control, eventually, lost_soon, pool
 
 
 async def test_a_link_says_whose_it_is_and_makes_the_node_reachable() -> None:
@@ -184,7 +184,8 @@ async def test_credit_is_granted_for_what_has_left_for_the_client() -> None:
         assert len((await asking.answer()).raw) == sent
 
 
-async def test_a_node_that_overruns_the_window_loses_its_link() -> None:
+async def test_a_node_that_overruns_the_window_loses_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.chat()

@@ -10,7 +10,7 @@ import pytest
 
 from llorch.control import dispatch, waiting
 from llorch.errors import Code
-from tests.component.control_harness import Attempt, a_control, eventually, pool
+from tests.component.control_harness import Attempt, a_control, eventually, lost_soon, pool
 
 
 def refuses(attempt: Attempt) -> None:
@@ -410,7 +410,8 @@ async def test_an_attempt_that_was_given_up_is_canceled_when_its_node_is_back() 
         assert (await asking.answer()).json["text"] == "hi"
 
 
-async def test_a_task_that_was_ended_as_lost_is_canceled_when_its_node_is_back() -> None:
+async def test_a_task_that_was_ended_as_lost_is_canceled_when_its_node_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         a = await control.join("a")
         asking = control.submit()

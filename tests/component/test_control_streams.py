@@ -165,7 +165,10 @@ def _one_error_frame(answer: Answered, code: str) -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-async def test_a_node_that_is_lost_after_the_last_event_gets_no_second_one(pieces: int) -> None:
+async def test_a_node_that_is_lost_after_the_last_event_gets_no_second_one(
+    pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.submit()
@@ -183,7 +186,8 @@ async def test_a_node_that_is_lost_after_the_last_event_gets_no_second_one(piece
         assert answer.terminals == ["end"]
 
 
-async def test_a_v1_stream_that_was_done_gets_no_error_frame() -> None:
+async def test_a_v1_stream_that_was_done_gets_no_error_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.chat()

@@ -43,6 +43,7 @@ PEER_IDLE_S = 15  # silence before the kernel asks whether a client's machine is
 MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
 _NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
+STREAM_WRITE_BUFFER_BYTES = 16 * 1024  # and about this in its transport, if `drained` is waited for
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 M = TypeVar("M", bound=BaseModel)
@@ -380,11 +381,21 @@ def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:
 
 
 def limit_send_buffer(request: web.Request) -> None:
-    """For streams: a reader that stalls holds little kernel memory."""
-    sock = request.transport.get_extra_info("socket") if request.transport is not None else None
+    """For streams: a reader that stalls holds little memory, in the kernel and here."""
+    if request.transport is None:
+        return
+    request.transport.set_write_buffer_limits(high=STREAM_WRITE_BUFFER_BYTES)
+    sock = request.transport.get_extra_info("socket")
     if sock is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER_BYTES)
+
+
+async def drained(request: web.Request) -> None:
+    """Returns once little of a stream waits in its transport; aiohttp looks only every 64 KiB that were written."""
+    transport = request.transport
+    if transport is not None and transport.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
+        await request.writer.drain()
 
 
 # ---------------------------------------------------------------- calling

@@ -21,7 +21,7 @@ from llorch.control.dispatch import PING_AFTER_S
 from llorch.control.tasks import Task
 from llorch.errors import Code, LlorchError
 from llorch.messages import Head, Tail
-from llorch.web import error_response, json_response, limit_send_buffer
+from llorch.web import drained, error_response, json_response, limit_send_buffer
 
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 LAST_BLOCK_BYTES = 4 * 1024  # of the last pieces, kept to see whether they ended the answer: its last event is small
@@ -113,6 +113,7 @@ class Stream:
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._response.write(data)
+                await drained(self._request)
         except TimeoutError:
             self.abort()
             raise SlowReader("the client took no byte in time") from None

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
 
 from llorch.backoff import RetryBudget
 from llorch.breaker import TRIAL_TIMEOUT_S
@@ -285,17 +284,26 @@ class Dispatcher:
             else:
                 task.retries += 1
                 task.wish = placement.excluding(task.wish, ((claim.node_id, claim.pool_id),))
-            if task.losses >= MAX_LOSSES or task.retries > MAX_RETRIES:
+            why = self._why_not_again(task, lost=gone.lost)
+            if why is not None:
+                log.info("task.given_up", task_id=task.task_id, code=gone.error.code, attempts=task.attempt, why=why)
                 raise gone.error
-            if not gone.lost and self._room.refusal(task.wish) is not None:
-                raise gone.error  # no other pool could do better
-            if not gone.lost and not self._budget.take(task.task_id, self.tasks.running):
-                raise gone.error  # too many try again already
         task.node_id = task.pool_id = None
         self._metrics.retried(gone.error.code)
         log.info(
             "task.requeued", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, code=gone.error.code
         )
+
+    def _why_not_again(self, task: Task, *, lost: bool) -> str | None:
+        if task.losses >= MAX_LOSSES or task.retries > MAX_RETRIES:
+            return "it has been tried often enough"
+        if lost:
+            return None
+        if self._room.refusal(task.wish) is not None:
+            return "no other pool could take it"
+        if not self._budget.take(task.task_id, self.tasks.running):
+            return "as many tasks as may are being tried again already"
+        return None
 
     def _judge(self, claim: Claim, tail: Tail) -> None:
         """What an answer's end says of the pool that gave it."""
@@ -314,7 +322,8 @@ class Dispatcher:
         task.enter(State.PLACED)
         feed = Feed()
         try:
-            upstream = self._opener.open(claim.node_id, self._open_header(task), task.body, feed)
+            header = task.open_header(self._registry.epoch, self._clock())
+            upstream = self._opener.open(claim.node_id, header, task.body, feed)
         except LlorchError as error:
             raise GoElsewhere(error, lost=True) from None
         self._metrics.routed(self._clock() - task.received_at)
@@ -370,26 +379,6 @@ class Dispatcher:
         finally:
             del self._reading[task.task_id]
             reader.close(farewell)
-
-    def _open_header(self, task: Task) -> dict[str, Any]:
-        header: dict[str, Any] = {
-            "task_id": task.task_id,
-            "attempt": task.attempt,
-            "pool_id": task.pool_id,
-            "model": task.wish.model,
-            "path": task.path,
-            "stream": task.stream,
-            "detach": task.detach,
-            "owner": task.owner,
-            "epoch": self._registry.epoch,
-            "key_digest": task.key_digest,
-            "body_digest": task.body_digest,
-            "headers": task.headers,
-            "prefix_len": 0,
-        }
-        if task.deadline_at is not None:
-            header["deadline_ms"] = max(1, int((task.deadline_at - self._clock()) * 1_000))
-        return header
 
     async def _first(self, task: Task, claim: Claim, reader: LogReader, audience: Audience) -> Head | Tail:
         """Everything up to HEAD. Raises GoElsewhere while the task can still run somewhere else."""

@@ -103,6 +103,27 @@ class Task:
     def ended(self) -> bool:
         return self.state in ENDED
 
+    def open_header(self, epoch: str, now: float) -> dict[str, Any]:
+        """What an OPEN says of the task's present attempt."""
+        header: dict[str, Any] = {
+            "task_id": self.task_id,
+            "attempt": self.attempt,
+            "pool_id": self.pool_id,
+            "model": self.wish.model,
+            "path": self.path,
+            "stream": self.stream,
+            "detach": self.detach,
+            "owner": self.owner,
+            "epoch": epoch,
+            "key_digest": self.key_digest,
+            "body_digest": self.body_digest,
+            "headers": self.headers,
+            "prefix_len": 0,
+        }
+        if self.deadline_at is not None:
+            header["deadline_ms"] = max(1, int((self.deadline_at - now) * 1_000))
+        return header
+
     def enter(self, state: State) -> None:
         """Raises ValueError on a step that the table doesn't have; nothing changes then."""
         if state is self.state:

@@ -258,7 +258,8 @@ async def test_another_process_of_the_node_begins_with_clean_breakers() -> None:
 # ---------------------------------------------------------------- the retry budget
 
 
-async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once() -> None:
+async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with a_control() as control:
         node = await control.join("a", pool("p0", slots=4), pool("p1", slots=4))
         others = [pinned(control, "a/p1") for _ in range(4)]
@@ -272,6 +273,7 @@ async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once() -> Non
         await eventually(lambda: any(asking.done for asking in tasks), within_s=5)
         [last] = [asking for asking in tasks if asking.done]
         assert (await last.answer()).code == "ENGINE_FAILED"
+        assert 'attempts=1 why="as many tasks as may are being tried again already"' in caplog.text
         assert await control.metric("llorch_retries_total") == 3
         for attempt in holding:
             attempt.end()

@@ -198,7 +198,8 @@ async def test_an_answer_in_one_piece_is_not_held_to_the_time_of_a_first_byte() 
         assert (await asking.answer()).raw == b"{}"
 
 
-async def test_at_most_two_retries_each_on_another_pool() -> None:
+async def test_at_most_two_retries_each_on_another_pool(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with a_control() as control:
         node = await control.join("a", *(pool(f"p{i}") for i in range(5)))
         asking = control.submit()
@@ -213,16 +214,19 @@ async def test_at_most_two_retries_each_on_another_pool() -> None:
         assert len({pool_id for _, pool_id in seen}) == 3
         assert len(node.opened) == 3
         assert answer.headers["X-Llorch-Task"] == node.opened[0].task_id
+        assert 'code=ENGINE_FAILED attempts=3 why="it has been tried often enough"' in caplog.text
         await control.idle()
 
 
-async def test_with_no_other_pool_a_failure_is_the_answer_at_once() -> None:
+async def test_with_no_other_pool_a_failure_is_the_answer_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with a_control() as control:
         node = await control.join("a")
         asking = control.submit()
         engine_fails(await node.asked())
         assert (await asking.answer()).code == "ENGINE_FAILED"
         assert len(node.opened) == 1
+        assert 'why="no other pool could take it"' in caplog.text
         await control.idle()
 
 

@@ -36,6 +36,7 @@ class Room:
         self.cancelled = asyncio.Event()
         self.go_on = asyncio.Event()
         self.sent_bytes = 0
+        self.kept_bytes = 0
         self.bodies: list[bytes] = []
         self.refused: list[str] = []
 
@@ -65,8 +66,11 @@ class Room:
         await response.prepare(request)
         self.started.set()
         while not self.go_on.is_set():
-            await response.write(b"x" * 16_384)
-            self.sent_bytes += 16_384
+            await response.write(b"x" * 4_096)
+            self.sent_bytes += 4_096
+            assert request.transport is not None
+            self.kept_bytes = request.transport.get_write_buffer_size()
+            await web.drained(request)
         return response
 
     async def broken(self, request: aiohttp_web.Request) -> aiohttp_web.StreamResponse:
@@ -389,6 +393,7 @@ async def test_a_reader_that_stalls_holds_little_memory() -> None:
 
             await eventually(stalled)
             assert room.sent_bytes < 400_000  # without the small send buffer it is 2 MB and more
+            assert 16_384 < room.kept_bytes < 16_384 + 3 * 4_096  # aiohttp alone lets 64 KiB and more lie there
 
 
 def options(sock: socket.socket) -> dict[str, int]:

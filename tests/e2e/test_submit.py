@@ -73,9 +73,9 @@ async def test_what_submit_leaves_is_cancelled_at_the_node(llorch: Cluster) -> N
     assert await end_of(shell) == (0, "t0 t141\n", "")
     await it_was_canceled(llorch)
 
-    code, out, err = await run(llorch, "submit", "-m", "slow", "--timeout", "3s", "Hello")
+    code, out, err = await run(llorch, "submit", "-m", "slow", "--timeout", "1s", "Hello")
     assert (code, out[:6]) == (8, "t0 t1 ")
-    assert err == "error: it took longer than --timeout, 3 s\n"
+    assert err == "error: it took longer than --timeout, 1 s\n"
     await it_was_canceled(llorch)
 
 

@@ -196,9 +196,8 @@ class NodeLink:
             self._body(stream, record.payload)
         elif kind == Type.CANCEL:
             if stream.entry is not None:
-                if record.payload == SURPLUS:
-                    self._runner.logs.discard(stream.entry)
-                self._runner.cancel(stream.entry)
+                end = self._runner.discard if record.payload == SURPLUS else self._runner.cancel
+                end(stream.entry)
         else:
             self._drop(stream, Gone.LEFT if record.payload in _LEFT_WORDS else Gone.LOST)
 
@@ -330,6 +329,7 @@ class NodeLink:
         entry, body = stream.entry, stream.body
         if entry is None:
             return
-        if body is not None and body.deliver is not None:
-            self._runner.cancel(entry)  # the rest of its body can't come any more
+        if body is not None and body.deliver is not None:  # the rest of it can't come any more
+            end = self._runner.discard if why is Gone.LOST else self._runner.cancel
+            end(entry)
         self._runner.leave(entry, stream, why)

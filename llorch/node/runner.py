@@ -148,6 +148,11 @@ class Runner:
         if entry.run is not None:
             entry.run.cancel()
 
+    def discard(self, entry: TaskEntry) -> None:
+        """End a task as if it had never come, for whoever asks for it again would be told of an end nobody wanted."""
+        self.logs.discard(entry)
+        self.cancel(entry)
+
     # ---- the life of the node
 
     async def sweep(self) -> float:

@@ -394,7 +394,7 @@ class TaskLogs:
         self.expire(now)
 
     def discard(self, entry: TaskEntry) -> None:
-        """Its control has taken the task elsewhere: nobody is to find this attempt any more, or its end."""
+        """Nobody is to find this attempt any more, or its end."""
         if self._entries.get(entry.task_id) is entry:
             del self._entries[entry.task_id]
 

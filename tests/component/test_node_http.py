@@ -149,7 +149,7 @@ async def test_client_that_leaves_frees_the_slot(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["native", "/v1/completions"])
-async def test_body_that_breaks_off_frees_the_slot(tmp_path: Path, path: str) -> None:
+async def test_body_that_breaks_off_frees_the_slot_and_leaves_no_task(tmp_path: Path, path: str) -> None:
     """The slot is taken before the body is read: a client that goes meanwhile must not keep it."""
     async with node_between(tmp_path, controls=0, slots=1) as setup:
         host, port = setup.node.url.removeprefix("http://").split(":")
@@ -162,6 +162,7 @@ async def test_body_that_breaks_off_frees_the_slot(tmp_path: Path, path: str) ->
         await eventually(lambda: setup.node.slots_free == 1, within_s=2.0)
         assert len(setup.node.runner) == 0
         assert setup.engine.calls.empty()
+        assert list(setup.node.logs.reports(None)) == []
 
 
 async def test_body_over_the_limit_is_refused_stated_or_not_and_frees_the_slot(tmp_path: Path) -> None:

@@ -616,13 +616,20 @@ async def test_native_task_runs_on_detached_or_when_its_control_is_lost(tmp_path
         assert again.text == "t1 "
 
 
-async def test_body_that_can_not_come_any_more_frees_the_slot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["lost", "left", "broken"])
+async def test_body_that_can_not_come_any_more_frees_the_slot(how: str, tmp_path: Path) -> None:
+    """And where nobody wanted that end, nobody is told of one: whoever sends the task again has it run."""
     async with node_between(tmp_path, slots=1) as setup:
         link = await setup.link()
         stream = link.open(b"x" * 1_000, send_body=False, detach=True)
         await eventually(lambda: stream.accepted)
-        link.send(stream.id, Type.DETACH, b"lost")
+        if how == "broken":
+            assert link.connection is not None
+            link.connection.abort("the control dies")
+        else:
+            link.send(stream.id, Type.DETACH, how.encode())
         await eventually(lambda: setup.node.slots_free == 1)
+        assert len(list(setup.node.logs.reports(None))) == (1 if how == "left" else 0)
 
 
 async def test_overtaken_reader_is_told_of_the_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class Connection:
         self.client = client
         self.control = control
         self.open = True
-        self.transport = SimpleNamespace(abort=self.close)
+        self.transport = SimpleNamespace(abort=self.close, get_write_buffer_size=lambda: 0)  # all is on its way
         self.handler: asyncio.Task[Any] | None = None
 
     def close(self) -> None:

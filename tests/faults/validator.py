@@ -18,7 +18,7 @@ from tests.faults import story as stories
 from tests.faults import streams
 from tests.faults.excuses import Case, broken, explained, was_canceled, went
 from tests.faults.story import Conn, Story
-from tests.faults.timeline import FOREVER, LATE_S, REBIND_S, Execution, Facts, Hit
+from tests.faults.timeline import FOREVER, HOLDING, HOLDS, LATE_S, REBIND_S, Execution, Facts, Hit
 from tests.faults.verdict import Verdict, Violation
 
 FREED_WITHIN_S = 1.0 + 0.75  # promised within 1 s; the rest is for two observers under load
@@ -247,8 +247,12 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     gone = facts.hit(since, at, parts=("node",), hows=("kill", "term"), node=first.node)
     if gone or facts.away(first.node, first.start, at) >= facts.promises["reconnect_s"] - LATE_S:
         return True
-    # An engine may have said its last word just as the task was cancelled, for its reader had left.
-    left = not story.native and any(went(conn, facts) and conn.until <= first.end for conn in story.reading())
+    # An engine may have said its last word just as the task was cancelled, for its reader had left. What stood still
+    # meanwhile was told late.
+    held = facts.hit(first.start, at, parts=HOLDING, hows=HOLDS, node=first.node, pool=first.pool)
+    told = max([first.end, *(hit.end for hit in held)])
+    left = not story.native and any(went(conn, facts) and conn.until <= told for conn in story.reading())
+    ended = ended or first.end <= max([at, *(hit.end for hit in held)]) + LATE_S
     if ended and (first.step == "aborted" or left) and was_canceled(story, facts, at):
         return True
     return not story.native and first.end + V1_LOG_S <= at
@@ -276,8 +280,9 @@ def _slots(facts: Facts) -> Iterator[Violation]:
                     )
                 over_since = None
     for at, pools in facts.samples:
-        for pool, (total, free, claimed, *_) in pools.items():
-            if claimed > total or not 0 <= free <= total:
+        for pool, (total, free, claimed, bound, *_) in pools.items():
+            # One whose engine has died has no slots, though the tasks that it had are only about to end.
+            if (bound and claimed > total) or not 0 <= free <= total:
                 yield Violation("slots", None, at, f"{pool}: {claimed} claimed, {free} free, of {total}")
 
 

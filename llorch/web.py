@@ -394,7 +394,9 @@ def limit_send_buffer(request: web.Request) -> None:
 async def drained(request: web.Request) -> None:
     """Returns once little of a stream waits in its transport; aiohttp looks only every 64 KiB that were written."""
     transport = request.transport
-    if transport is not None and transport.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
+    if transport is None or transport.is_closing():
+        return
+    if transport.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
         await request.writer.drain()
 
 

@@ -30,7 +30,9 @@ class Connection:
         self.client = client
         self.control = control
         self.open = True
-        self.transport = SimpleNamespace(abort=self.close, get_write_buffer_size=lambda: 0)  # all is on its way
+        self.transport = SimpleNamespace(
+            abort=self.close, is_closing=lambda: not self.open, get_write_buffer_size=lambda: 0
+        )
         self.handler: asyncio.Task[Any] | None = None
 
     def close(self) -> None:

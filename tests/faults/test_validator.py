@@ -402,6 +402,30 @@ def test_a_v1_task_runs_again_if_its_client_left_and_not_if_its_control_did(
     assert tale.rules() == rules
 
 
+@pytest.mark.parametrize(
+    ("fault", "step", "rules"),
+    [
+        (("engine.stop", "a/p0", 6.0), "aborted", []),  # it is told when it goes on
+        (("node.stop", "a", 6.0), "finished", []),  # it read the end of its engine after the word of its client's
+        (("engine.stop", "b/p0", 6.0), "aborted", ["one execution"]),
+        (("node.stop", "b", 6.0), "finished", ["one execution"]),
+    ],
+)
+def test_what_stood_still_is_told_late_that_a_v1_client_left(
+    fault: tuple[str, str, float], step: str, rules: list[str]
+) -> None:
+    tale = Tale().task(form="v1", key="key").send().engine("arrived").answer(node="a", pool="p0").chunks(2, end=None)
+    tale.fault(*fault).wait(0.5)
+    if step == "finished":
+        tale.engine("finished").wait(0.5)
+    tale.fault("client.cut", "clients").closed("broken").wait(2.0).send().engine("arrived", "b/p0")
+    tale.answer(node="b", pool="p0").wait(2.0)
+    if step == "aborted":
+        tale.engine("aborted")
+    tale.chunks(3).engine("finished", "b/p0").closed().over()
+    assert tale.rules() == rules
+
+
 def test_a_retry_after_something_was_shown() -> None:
     tale = begun().show(log(3)[:2]).engine("aborted").wait(2.0).engine("arrived", "b/p0")
     tale.show(log(3, pool="b/p0", attempt=2)).engine("finished", "b/p0").closed().over()
@@ -465,6 +489,10 @@ def test_more_requests_at_an_engine_than_it_has_slots() -> None:
 
 def test_more_claims_than_slots_at_the_control() -> None:
     tale = Tale().whole().note("sample", pools={**WHOLE, "a/p0": [2, 0, 3, True, "ready"]})
+    assert tale.rules() == ["slots"]
+    tale = Tale().whole().note("sample", pools={**WHOLE, "a/p0": [0, 0, 2, False, "starting"]})
+    assert tale.rules() == []  # its engine has died under two tasks
+    tale = Tale().whole().note("sample", pools={**WHOLE, "a/p0": [0, 1, 0, False, "starting"]})
     assert tale.rules() == ["slots"]
 
 

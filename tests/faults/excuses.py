@@ -99,8 +99,8 @@ def _recovering(case: Case) -> bool:
     if case.facts.restarted(since, case.at) or case.facts.began >= since:
         return True
     facts, offline_s = case.facts, case.facts.promises["offline_s"]
-    nodes = {run.node for run in facts.executions.get(case.story.marker, ()) if run.start < case.at}
-    nodes = nodes or {pool["node"] for pool in facts.pools.values()}  # it may not have come as far as an engine
+    # Its last attempt may not have come as far as an engine, wherever that was to be.
+    nodes = {facts.pools[pool]["node"] for pool in facts.pools_of(case.story.ask["model"])}
     return any(facts.hit(case.at - offline_s, case.at, parts=("node", "link"), node=node) for node in nodes)
 
 

@@ -272,6 +272,13 @@ def test_a_control_restart_is_blamed_for_nothing_but_what_it_may_be() -> None:
     assert tale.task().send().answer(503, "RECOVERING").closed().over("refused").rules() == ["unexplained error"]
 
 
+@pytest.mark.parametrize(("model", "rules"), [("sim", []), ("odd", ["unexplained error"])])
+def test_a_node_that_may_bring_a_task_back_is_one_that_serves_its_model(model: str, rules: list[str]) -> None:
+    tale = Tale().task(model=model, key="key").send().left(back=True).closed("left").fault("node.kill", "b", 1.0)
+    tale.wait(1.0).send().answer(503, "RECOVERING").closed().over("refused")
+    assert tale.rules() == rules
+
+
 def test_a_deadline_is_not_over_before_its_time() -> None:
     for waited_s, rules in ((2.0, []), (0.1, ["unexplained error"])):
         events = log(2, error="DEADLINE_EXCEEDED")

@@ -189,4 +189,5 @@ def broken(conn: Conn, story: Story, facts: Facts) -> bool:
         return True
     # A reader that came back is let go without a word when its node is lost: the task may live on.
     ways = ("node", "link", "engine") if conn.how == "silent" else ("node", "link")
-    return (conn.op != "post" or conn.how == "silent") and bool(facts.hit(conn.sent, conn.until, parts=ways))
+    back = conn.op != "post" or conn.replayed
+    return (back or conn.how == "silent") and bool(facts.hit(conn.sent, conn.until, parts=ways))

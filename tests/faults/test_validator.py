@@ -274,8 +274,8 @@ def test_a_control_restart_is_blamed_for_nothing_but_what_it_may_be() -> None:
 
 @pytest.mark.parametrize(("model", "rules"), [("sim", []), ("odd", ["unexplained error"])])
 def test_a_node_that_may_bring_a_task_back_is_one_that_serves_its_model(model: str, rules: list[str]) -> None:
-    tale = Tale().task(model=model, key="key").send().left(back=True).closed("left").fault("node.kill", "b", 1.0)
-    tale.wait(1.0).send().answer(503, "RECOVERING").closed().over("refused")
+    tale = Tale().wait(10.0).task(model=model, key="key").send().left(back=True).closed("left")
+    tale.fault("node.kill", "b", 1.0).wait(1.0).send().answer(503, "RECOVERING").closed().over("refused")
     assert tale.rules() == rules
 
 
@@ -290,6 +290,17 @@ def test_a_connection_that_breaks_for_no_reason() -> None:
     events = log(3)
     tale = begun().show(events[:2]).closed("broken").send("events", events[1]["id"]).answer().show(events[2:])
     assert done(tale).rules() == ["unexplained break"]
+
+
+@pytest.mark.parametrize(
+    ("op", "replayed", "rules"), [("post", "true", []), ("events", None, []), ("post", None, ["unexplained break"])]
+)
+def test_only_one_that_came_back_is_let_go_with_its_node(op: str, replayed: str | None, rules: list[str]) -> None:
+    events = log(3)
+    tale = begun(key="key").fault("client.cut", "clients").closed("broken").wait(3.0).send(op, events[0]["id"])
+    tale.answer(replayed=replayed).show(events[1:2]).fault("node.kill", "a", 0.2).wait(1.0).closed("broken")
+    tale.engine("killed").send().answer().engine("arrived", "b/p0").show(log(3, pool="b/p0"))
+    assert done(tale.engine("finished", "b/p0")).rules() == rules
 
 
 def test_a_task_that_nobody_knows_any_more() -> None:

@@ -43,5 +43,9 @@ class RetryBudget:
     def has_room(self, who: str, active: int) -> bool:
         return who in self._taken or len(self._taken) < max(self.floor, int(self.share * active))
 
-    def give_back(self, who: str) -> None:
-        self._taken.discard(who)
+    def give_back(self, who: str) -> bool:
+        """True if it had any to give."""
+        if who not in self._taken:
+            return False
+        self._taken.remove(who)
+        return True

@@ -159,7 +159,7 @@ class Admission:
         model: str | None = None,
         *,
         any_free: Callable[[str], bool] = lambda _: True,
-        heard: Callable[[str], bool] = lambda _: True,
+        may_go: Callable[[str], bool] = lambda _: True,
     ) -> list[tuple[Waiter, C]]:
         """Offer the free slots to the waiters in order, or to those of one model; who was placed has left the queue.
 
@@ -167,18 +167,18 @@ class Admission:
         nothing is free this costs one call per model: a wish without constraints that found no slot means there is
         none for anybody behind it, and of those with the same limits one is asked. Of more than 32 different limits
         the rest have their turn at the next call: clients choose them. `any_free` may say that a model has no free slot
-        at all, which spares working out whose turn it would be. A task that nobody listens to just now (`heard`) keeps
-        its place and is passed by.
+        at all, which spares working out whose turn it would be. A task that may not go just now (`may_go`, asked right
+        before `try_place`) keeps its place and is passed by.
         """
         placed: list[tuple[Waiter, C]] = []
         for name in list(self._lines) if model is None else [model]:
             line = self._lines.get(name)
             if line is not None and len(line) and any_free(name):
-                placed += self._match_line(line, try_place, now, heard)
+                placed += self._match_line(line, try_place, now, may_go)
         return placed
 
     def _match_line(
-        self, line: Line, try_place: Callable[[Waiter], C | None], now: float, heard: Callable[[str], bool]
+        self, line: Line, try_place: Callable[[Waiter], C | None], now: float, may_go: Callable[[str], bool]
     ) -> list[tuple[Waiter, C]]:
         claims: dict[str, C] = {}
         hopeless: set[Limits] = set()
@@ -187,7 +187,7 @@ class Admission:
             limits = waiter.limits
             if limits is not None and (limits in hopeless or limits in line.asked):
                 continue
-            if not heard(waiter.task_id):
+            if not may_go(waiter.task_id):
                 continue
             if limits is not None and len(hopeless) >= MAX_HOPELESS:
                 unasked = True

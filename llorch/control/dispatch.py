@@ -73,7 +73,8 @@ class Dispatcher:
             queue_timeout_s=queue_timeout_s,
             queue_timeout_batch_s=queue_timeout_batch_s,
             hold_refusals=recovering,
-            heard=self._heard,
+            may_go=self._may_go,
+            goes=self._goes,
             clock=clock,
         )
         self._opener = opener
@@ -210,9 +211,23 @@ class Dispatcher:
         """After `stop`: wait for what still runs."""
         await self._guard.close()
 
-    def _heard(self, task_id: str) -> bool:
+    def _may_go(self, task_id: str) -> bool:
+        """Whether a task that waits may be placed: somebody listens, and one more may try again if it does."""
         audience = self._audiences.get(task_id)
-        return audience is None or not audience.silent
+        if audience is None:
+            return True
+        again = audience.task.retries > 0
+        return not audience.silent and (not again or self._budget.has_room(task_id, self.tasks.running))
+
+    def _goes(self, task_id: str) -> None:
+        task = self.tasks.get(task_id)
+        if task is not None and task.retries:
+            self._budget.take(task_id, self.tasks.running)
+
+    def _tried(self, task: Task) -> None:
+        """It tries no longer: it has begun or ended. Another that may try again has its turn."""
+        if self._budget.give_back(task.task_id):
+            self._room.pump()
 
     # ---- the life of a task
 
@@ -247,7 +262,7 @@ class Dispatcher:
             finally:
                 self._audiences.pop(task.task_id, None)
                 audience.ended()
-                self._budget.give_back(task.task_id)
+                self._tried(task)
                 self._metrics.task_seconds(task.label, self._clock() - started)
         return outcome
 
@@ -269,6 +284,7 @@ class Dispatcher:
         """After an attempt that showed nothing: raise its error, or leave the task ready for the next one."""
         now = self._clock()
         task.enter(State.QUEUED)
+        self._budget.give_back(task.task_id)  # in the queue it is no load; where it goes next, it counts again
         if task.cancel_wanted:
             raise LlorchError(Code.CANCELED, "the task was canceled")
         if gone.blamed:
@@ -297,12 +313,8 @@ class Dispatcher:
     def _why_not_again(self, task: Task, *, lost: bool) -> str | None:
         if task.losses >= MAX_LOSSES or task.retries > MAX_RETRIES:
             return "it has been tried often enough"
-        if lost:
-            return None
-        if self._room.refusal(task.wish) is not None:
+        if not lost and self._room.refusal(task.wish) is not None:
             return "no other pool could take it"
-        if not self._budget.take(task.task_id, self.tasks.running):
-            return "as many tasks as may are being tried again already"
         return None
 
     def _judge(self, claim: Claim, tail: Tail) -> None:
@@ -345,7 +357,7 @@ class Dispatcher:
             if isinstance(head, Tail):  # canceled before its first byte
                 return head
             task.enter(State.STREAMING)
-            self._budget.give_back(task.task_id)
+            self._tried(task)
             task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
             self._metrics.first_byte(task.label, self._clock() - task.received_at)
             await audience.begin(head)

@@ -42,12 +42,14 @@ class WaitingRoom:
         queue_timeout_s: float,
         queue_timeout_batch_s: float,
         hold_refusals: Callable[[], bool] = lambda: False,
-        heard: Callable[[str], bool] = lambda _task_id: True,
+        may_go: Callable[[str], bool] = lambda _task_id: True,
+        goes: Callable[[str], None] = lambda _task_id: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`hold_refusals`: while true, what would be refused waits: nodes that are known are still coming back.
 
-        `heard`: whether anybody listens to a task; one whose client may be on its way back gets no slot meanwhile.
+        `may_go`: whether a task that waits may be given a slot just now; until then it keeps its place, and others pass
+        it by. `goes`: told of each that was, before the next is asked about.
         """
         self._registry = registry
         self._admission = admission
@@ -56,7 +58,8 @@ class WaitingRoom:
         self._queue_timeout_s = queue_timeout_s
         self._queue_timeout_batch_s = queue_timeout_batch_s
         self._hold_refusals = hold_refusals
-        self._heard = heard
+        self._may_go = may_go
+        self._goes = goes
         self._clock = clock
         self._waiting: dict[str, asyncio.Future[Claim]] = {}
 
@@ -156,12 +159,13 @@ class WaitingRoom:
             claim = self._take(waiter, free_pools(waiter.wish.model))
             if claim is not None:
                 del free[waiter.wish.model]
+                self._goes(waiter.task_id)
             return claim
 
         def any_free(model: str) -> bool:
             return bool(free_pools(model))
 
-        for waiter, claim in self._admission.match(place, self._clock(), model, any_free=any_free, heard=self._heard):
+        for waiter, claim in self._admission.match(place, self._clock(), model, any_free=any_free, may_go=self._may_go):
             future = self._waiting.get(waiter.task_id)
             if future is None or future.done():
                 self._registry.release(claim, used=False)

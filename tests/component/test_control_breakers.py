@@ -258,36 +258,55 @@ async def test_another_process_of_the_node_begins_with_clean_breakers() -> None:
 # ---------------------------------------------------------------- the retry budget
 
 
-async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once_and_the_next_waits_for_its_turn() -> None:
     async with a_control() as control:
-        node = await control.join("a", pool("p0", slots=4), pool("p1", slots=4))
-        others = [pinned(control, "a/p1") for _ in range(4)]
+        node = await control.join("a", pool("p0", slots=4), pool("p1", slots=6))
+        others = [pinned(control, "a/p1") for _ in range(6)]
         holding = [(await node.asked()).begin() for _ in others]
         tasks = [control.submit() for _ in range(4)]
-        attempts = [await node.asked() for _ in tasks]
-        for number, attempt in enumerate(attempts[:3], 1):
+        for attempt in [await node.asked() for _ in tasks]:
             engine_fails(attempt)
-            await control.waiting(number)
-        engine_fails(attempts[3])
-        await eventually(lambda: any(asking.done for asking in tasks), within_s=5)
-        [last] = [asking for asking in tasks if asking.done]
-        assert (await last.answer()).code == "ENGINE_FAILED"
-        assert 'attempts=1 why="as many tasks as may are being tried again already"' in caplog.text
-        assert await control.metric("llorch_retries_total") == 3
+        await control.waiting(4)
         for attempt in holding:
             attempt.end()
-        for asking in others:
-            await asking.answer()
-        again = [(await node.asked()).begin() for _ in range(3)]
-        assert [attempt.attempt for attempt in again] == [2, 2, 2]
-        await eventually(lambda: sum(b"started" in asking.so_far for asking in tasks) == 3, within_s=5)
-        asking = control.submit()  # a first byte makes room for another, though those three still run
-        engine_fails(await node.asked())
-        again.append((await node.asked()).begin())
+        again = [await node.asked() for _ in range(3)]
+        assert [(attempt.attempt, attempt.pool_id) for attempt in again] == [(2, "p1")] * 3
+        await control.waiting(1)  # beside free slots
+        passing = control.whole(placement={"pin": "a/p1"})
+        (await node.asked()).begin().end()  # whoever comes for the first time passes it by
+        assert (await passing.answer()).status == 200
+        await control.waiting(1)
+        again[0].begin()  # a first byte makes room for another, though that one still runs
+        again.append(await node.asked())
+        assert again[3].attempt == 2
+        assert len({attempt.task_id for attempt in again}) == 4
+        for attempt in again[1:]:
+            attempt.begin()
         for attempt in again:
             attempt.end()
-        assert (await asking.answer()).terminals == ["end"]
+        for asking in (*tasks, *others):
+            assert (await asking.answer()).terminals == ["end"]
+        assert await control.metric("llorch_retries_total") == 4
+        await control.idle()
+
+
+async def test_a_task_that_fails_again_waits_for_its_turn_again_and_one_that_ends_makes_room() -> None:
+    async with a_control() as control:
+        node = await control.join("a", *(pool(f"p{number}", slots=4) for number in range(3)))
+        tasks = [control.submit() for _ in range(4)]
+        for attempt in [await node.asked() for _ in tasks]:
+            engine_fails(attempt)
+        again = [await node.asked() for _ in range(3)]
+        await control.waiting(1)
+        engine_fails(again[0])  # two may go now: the one that waits, or this one once more
+        moved = await node.asked()
+        await control.waiting(1)
+        await control.ask("POST", f"/v2/tasks/{again[1].task_id}/cancel").answer()
+        ended = await node.asked()
+        assert {moved.attempt, ended.attempt} == {2, 3}
+        for attempt in (again[2], moved, ended):
+            attempt.begin().end()
+        again[1].end("canceled")
         for asking in tasks:
             await asking.answer()
         await control.idle()

@@ -67,7 +67,7 @@ def _nowhere(case: Case) -> bool:
 
 def _engine_failed(case: Case) -> bool:
     """With output: the engine it came from was hit, or did what the request told it. Without: so did or were all that
-    could have been tried, or that one alone while as many others as may were already trying again."""
+    could have been tried."""
     facts, story, script = case.facts, case.story, case.story.ask.get("script")
     since = case.since - RETRIES_LOOK_BACK_S
 
@@ -79,8 +79,6 @@ def _engine_failed(case: Case) -> bool:
     pool = story.pool_at(case.at)
     if pool in facts.pools and (case.output or not story.streamed):  # an answer in one piece is begun before it is seen
         return failing(pool)
-    if pool in facts.pools and failing(pool) and facts.retries_are_used_up(case.at, but=story.marker):
-        return True
     return all(failing(pool) for pool in facts.pools_of(story.ask["model"]))
 
 

@@ -235,20 +235,10 @@ def test_engine_failed_where_the_engine_was_hit_or_told_to() -> None:
     assert tale.show(events).engine("finished", "a/p1").closed().over().rules() == []
 
 
-@pytest.mark.parametrize(("others", "rules"), [(3, []), (2, ["unexplained error"])])
-def test_an_engine_that_fails_ends_a_task_only_where_no_more_may_try_again(others: int, rules: list[str]) -> None:
-    """Its other pool was well all the time: `others` is how many had failed and were under way again."""
-    tale = Tale()
-    for number in range(others):
-        tale.task(f"k{number + 2}").send().engine("arrived")
-    tale.task().send().engine("arrived").fault("engine.kill", "a/p0", 1.0).wait(0.5)
+def test_an_engine_that_fails_ends_no_task_that_another_pool_could_take() -> None:
+    tale = Tale().task().send().engine("arrived").fault("engine.kill", "a/p0", 1.0).wait(0.5)
     tale.answer(502, "ENGINE_FAILED", node="a", pool="p0").closed().over("refused").wait(1.0)
-    tale.engine("serving", pid=99, marker=None)
-    for number in range(others):
-        tale.marker, tale.conn = f"k{number + 2}", 1
-        tale.engine("arrived", "b/p0").answer().show(log(3, pool="b/p0", attempt=2))
-        tale.engine("finished", "b/p0").closed().over()
-    assert tale.rules() == rules
+    assert tale.engine("serving", pid=99, marker=None).rules() == ["unexplained error"]
 
 
 @pytest.mark.parametrize(("killed", "rules"), [("a", []), ("b", ["one end"])])

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 FOREVER = float("inf")
-RETRY_FLOOR = 3  # so many may always try again at a time
-DEATH_SEEN_S = 3.0  # an engine that died by itself is known to have been dead by when its next one serves
 REBIND_S = 2.5  # a node's way back after its link was cut: it beats at once, then every 0.2 to 2 s
 LATE_S = 1.0  # what two observers of one machine under load may differ by
 TROUBLE = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut_off", "cut", "reset", "delay", "throttle")
@@ -69,7 +67,6 @@ class Facts:
         for runs in self.executions.values():
             for run in runs:
                 run.asked = self._asked(run)
-        self.shown, self.over = _lives(entries, self.promises)
 
     def _read_journals(self, entries: Iterable[dict[str, Any]]) -> None:
         open_: dict[tuple[str, int], list[tuple[str, Execution]]] = defaultdict(list)
@@ -164,43 +161,11 @@ class Facts:
         seen = [pools for at, pools in self.samples if since - LATE_S <= at <= until + LATE_S]
         return any(not (pool in pools and pools[pool][3]) for pools in seen)
 
-    def retries_are_used_up(self, at: float, *, but: str) -> bool:
-        """Whether as many tasks as may always try again at a time, apart from the one in question, could have been
-        doing so: an engine took each and came to nothing with it, and it has shown nothing since, nor ended."""
-        trying = [
-            marker
-            for marker, runs in self.executions.items()
-            if marker != but and self.shown.get(marker, FOREVER) > at and self.over.get(marker, FOREVER) > at
-            if any(_failed(run, at) for run in runs)
-        ]
-        return len(trying) >= RETRY_FLOOR
-
     def pools_of(self, model: str) -> list[str]:
         return [pool for pool, facts in self.pools.items() if facts["model"] == model]
 
     def restarted(self, since: float, until: float) -> list[Hit]:
         return self.hit(since, until, parts=("control",), hows=("kill", "term"))
-
-
-def _failed(run: Execution, at: float) -> bool:
-    """Whether a run came to nothing before `at`. An engine's death is noted when the next one serves."""
-    late_s = DEATH_SEEN_S if run.step == "killed" else 0.0
-    return (
-        not run.tokens and run.step in ("aborted", "killed", "finished") and run.start <= at and run.end <= at + late_s
-    )
-
-
-def _lives(entries: Iterable[dict[str, Any]], promises: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """By marker: when each task showed its first output, and when it was over. One that its client left lives on."""
-    shown: dict[str, float] = {}
-    over: dict[str, float] = {}
-    for entry in entries:
-        marker, what = entry.get("task"), entry["what"]
-        if what == "over":
-            over[marker] = entry["at"] + (promises["early_grace_s"] if entry["how"] == "left" else 0.0)
-        elif what == "body" or (what == "event" and entry["id"] is not None) or (what == "chunk" and entry.get("text")):
-            shown.setdefault(marker, entry["at"])
-    return shown, over
 
 
 def _hits(entries: Iterable[dict[str, Any]]) -> list[Hit]:

@@ -25,9 +25,7 @@ def test_one_that_tries_twice_counts_once_and_one_that_is_done_makes_room() -> N
     budget = RetryBudget()
     assert all(budget.take(who, 1) for who in "aaabbbccc")
     assert not budget.take("d", 1)
-    budget.give_back("b")
-    budget.give_back("b")
-    budget.give_back("never took")
+    assert [budget.give_back(who) for who in ("b", "b", "never took")] == [True, False, False]
     assert [budget.take(who, 1) for who in "de"] == [True, False]
 
 

@@ -180,7 +180,7 @@ class SimControl:
         could = [
             waiter.task_id
             for waiter in self.admission._waiters.values()
-            if self.state.dispatcher._heard(waiter.task_id)
+            if self.state.dispatcher._may_go(waiter.task_id)
             and pick(waiter.wish, registry.pool_facts(now, waiter.wish.model)) is not None
         ]
         self.could_go = {task_id: self.could_go.get(task_id, now) for task_id in could}

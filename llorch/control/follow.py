@@ -62,6 +62,7 @@ async def _follow(
     beyond = known is not None and known[1].state == "sealed" and known[1].offset < offset
     if offset and (attempt != mine.attempt or (task is None and beyond)):
         _check_attempt(control, task, attempt, beyond)
+    left = False
     try:
         patience_s = 0.0 if task is not None and _failed_here(task) else None
         async with control.dispatcher.attached(mine.node_id, mine, offset, patience_s=patience_s) as reader:
@@ -77,12 +78,14 @@ async def _follow(
         if answer.committed and isinstance(answer, NativeStream):
             return answer.broken_off()
         raise
+    except (asyncio.CancelledError, ConnectionError):
+        left = True
+        raise
     finally:
-        if task is None and known is not None and mine.tail is not None:
-            # Its node, having sent the TAIL, will not report it any more.
-            read = Task.of_report(*known, now=mine.received_at)
-            read.end(mine.tail, None)
-            control.dispatcher.tasks.remember(read)
+        # Its node, having sent the TAIL, will not report it any more; perhaps it just did so as this reader left.
+        before = task if task is not None else Task.of_report(*known, now=mine.received_at) if known else None
+        if before is not None and (mine.tail is not None or (left and task is None)):
+            control.dispatcher.tasks.remember(before.as_read(mine.tail))
 
 
 async def _begun(control: Control, audience: Audience, answer: Answer) -> None:

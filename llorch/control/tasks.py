@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -146,6 +146,12 @@ class Task:
         else:
             self.enter(State.DONE)
 
+    def as_read(self, tail: Tail | None) -> Task:
+        """The same, as one knows it who has read it to its end; or not so far, for its reader left."""
+        read = replace(self, state=State.STREAMING, error=None, abandoned=tail is None)
+        read.end(tail, None if tail is not None else LlorchError(Code.CANCELED, "the client left"))
+        return read
+
     def check_deadline(self, now: float) -> None:
         if self.deadline_at is not None and now >= self.deadline_at:
             raise LlorchError(Code.DEADLINE_EXCEEDED, "the task's deadline has passed")
@@ -247,11 +253,12 @@ class TaskStore:
             self._by_key[task.key_digest] = task
 
     def remember(self, task: Task) -> None:
-        """An ended task that this control has not run, but has read to its end."""
-        if self.get(task.task_id) is None:
+        """An ended task that this control has read rather than run; or has run until its client left."""
+        earlier = self.get(task.task_id)
+        if earlier is None or (earlier.ended and earlier.abandoned):
             newer = self._by_key.get(task.key_digest or "")
             self.add(task)
-            if newer is not None:
+            if newer is not None and newer is not earlier:
                 self._by_key[task.key_digest or ""] = newer
             self.ended(task)
 

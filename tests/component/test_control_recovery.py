@@ -122,6 +122,34 @@ async def test_a_task_of_before_is_found_by_its_id_and_by_its_key_once_its_node_
         assert node.opened == []
 
 
+async def test_a_task_whose_end_its_reader_left_unread_is_known_though_its_node_reports_it_no_more(
+    tmp_path: Path,
+) -> None:
+    async with a_control(**remembering(tmp_path, "a")) as control:
+        body = json.dumps({"model": "m", "prompt": "Hello"})
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        node = await control.join("a", tasks=[report(key_digest=DIGEST, body_digest=digest)])
+        headers = {"Idempotency-Key": KEY}
+        asking = control.ask("POST", "/v2/tasks", data=body, headers=headers)
+        reader = (await node.reader()).accept().head().say("from before")
+        await asking.has(b"from before")
+        await asking.leave()  # as the node sends its TAIL, which it takes for having told of the end
+        await eventually(lambda: reader.detached == "left")
+        await node.beat(tasks=[])
+        again = control.ask("POST", "/v2/tasks", data=body, headers=headers)
+        await eventually(lambda: node.calls)
+        call = node.calls[0].accept().head("application/json")
+        call.data(json.dumps(report(state="sealed", finish_reason="stop")).encode()).tail()
+        second = await node.reader(1)
+        assert second.header == {"task_id": TASK, "offset": 0, "attempt": 1}
+        second.accept().head().data(reader.log)
+        second.end()
+        assert (await again.answer()).said == "from before"
+        await node.beat(tasks=[])
+        assert (await control.task(TASK))["state"] == "done"  # and not as its first reader left it
+        assert node.opened == []
+
+
 async def test_a_task_that_no_report_carried_is_asked_for_at_every_node() -> None:
     async with a_control() as control:
         node = await control.join("a")

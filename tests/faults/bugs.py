@@ -209,7 +209,7 @@ BUGS = (
     ),
     bug(
         "a task that was read to its end is forgotten", "restarts", "one execution, unexplained error, lost task",
-        ("control/follow.py", "            control.dispatcher.tasks.remember(read)\n", ""),
+        ("control/follow.py", "            control.dispatcher.tasks.remember(before.as_read(mine.tail))\n", "            pass\n"),
     ),
     bug(
         "another body under a key is served", "calm", "mismatch",

@@ -34,7 +34,7 @@ class RetryBudget:
     _taken: set[str] = field(default_factory=set)
 
     def take(self, who: str, active: int) -> bool:
-        """Whether `who` may try again; it counts until it gives that back, however often it tries."""
+        """Whether `who` may try again; it counts until it gives that back."""
         if not self.has_room(who, active):
             return False
         self._taken.add(who)

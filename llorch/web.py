@@ -43,7 +43,7 @@ PEER_IDLE_S = 15  # silence before the kernel asks whether a client's machine is
 MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
 _NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
-STREAM_WRITE_BUFFER_BYTES = 16 * 1024  # and about this in its transport, if `drained` is waited for
+STREAM_WRITE_BUFFER_BYTES = 16 * 1024  # and about this here, if `drained` is waited for; under TLS 64 KiB more
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 M = TypeVar("M", bound=BaseModel)

@@ -262,7 +262,8 @@ class OpenAiAnswer:
             return refusal(error, request_id, self._task)
         if not self._task.stream:
             raise _cut()
-        if self._stream.last_block() != b"data: [DONE]":
+        last = self._stream.last_block()  # its node may have said the same, though its TAIL was not read
+        if last != b"data: [DONE]" and not last.startswith(b'data: {"error"'):
             frame = json.dumps(error.envelope(request_id=request_id, task_id=self._task.task_id))
             await self._stream.write_last(sse.encode("", frame))
         return self._stream.finished()

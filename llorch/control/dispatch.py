@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from llorch.backoff import RetryBudget
 from llorch.breaker import TRIAL_TIMEOUT_S
 from llorch.control import placement
 from llorch.control.admission import Admission
@@ -21,6 +20,7 @@ from llorch.control.feed import Accepted, Feed, Lost, Refused, Stopped
 from llorch.control.log_reader import LogReader, LogReaders, Opener
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
+from llorch.control.retries import Retries
 from llorch.control.tasks import State, Task, TaskStore
 from llorch.control.verdicts import GoElsewhere, early_tail, verdict
 from llorch.control.waiting import WaitingRoom
@@ -32,8 +32,6 @@ from llorch.tasks import Guard
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
 ACCEPT_AT_LAST_S = 10.0  # the same where no other pool could take the task
 DOUBT_S = 5.0  # for a silent link to answer a PING: as long as TCP is given to notice a black hole
-MAX_RETRIES = 2
-MAX_LOSSES = 3  # the third node lost under a task ends it
 LAST_WORD_S = 0.1  # for the TAIL, after a client has gone: many go once they have read what they needed
 DEADLINE_SLACK_S = 2.0  # the node ends a task at its deadline; the control does if the node has not
 PING_AFTER_S = 15.0
@@ -80,7 +78,7 @@ class Dispatcher:
         self._opener = opener
         self._metrics = metrics
         self._ttft_timeout_s = ttft_timeout_s
-        self._budget = RetryBudget()
+        self._retries = Retries(lambda: self.tasks.running)
         self._clock = clock
         self._guard = Guard("control.dispatch")
         self._audiences: dict[str, Audience] = {}  # of the tasks that run
@@ -212,21 +210,18 @@ class Dispatcher:
         await self._guard.close()
 
     def _may_go(self, task_id: str) -> bool:
-        """Whether a task that waits may be placed: somebody listens, and one more may try again if it does."""
+        """Whether a task that waits may be placed: somebody listens, and if it is a retry, it is its turn."""
         audience = self._audiences.get(task_id)
-        if audience is None:
-            return True
-        again = audience.task.retries > 0
-        return not audience.silent and (not again or self._budget.has_room(task_id, self.tasks.running))
+        return audience is None or (not audience.silent and self._retries.may_go(audience.task))
 
     def _goes(self, task_id: str) -> None:
-        task = self.tasks.get(task_id)
-        if task is not None and task.retries:
-            self._budget.take(task_id, self.tasks.running)
+        audience = self._audiences.get(task_id)
+        if audience is not None:
+            self._retries.goes(audience.task)
 
     def _tried(self, task: Task) -> None:
-        """It tries no longer: it has begun or ended. Another that may try again has its turn."""
-        if self._budget.give_back(task.task_id):
+        """It is not being tried again any more: another may be."""
+        if self._retries.over(task):
             self._room.pump()
 
     # ---- the life of a task
@@ -267,15 +262,20 @@ class Dispatcher:
         return outcome
 
     async def _attempts(self, task: Task, audience: Audience) -> Tail:
-        front = False
+        failure: LlorchError | None = None
         while True:
-            claim = await self._room.claim(task, audience.waiting, front=front)
+            try:
+                claim = await self._room.claim(task, audience.waiting, front=failure is not None)
+            except LlorchError as error:
+                if failure is not None and error.code is Code.QUEUE_TIMEOUT and self._retries.holds(task):
+                    raise failure from None  # there were slots, but not for one more retry
+                raise
             try:
                 tail = await self._attempt(task, claim, audience)
                 self._judge(claim, tail)
                 return tail
             except GoElsewhere as gone:
-                front = True
+                failure = gone.error
                 self._give_up(task, claim, gone)
             finally:
                 self._room.release(claim)
@@ -284,7 +284,6 @@ class Dispatcher:
         """After an attempt that showed nothing: raise its error, or leave the task ready for the next one."""
         now = self._clock()
         task.enter(State.QUEUED)
-        self._budget.give_back(task.task_id)  # in the queue it is no load; where it goes next, it counts again
         if task.cancel_wanted:
             raise LlorchError(Code.CANCELED, "the task was canceled")
         if gone.blamed:
@@ -296,11 +295,12 @@ class Dispatcher:
         else:
             task.waited_s = 0.0
             if gone.lost:
-                task.losses += 1
+                why = self._retries.lost(task)
             else:
-                task.retries += 1
                 task.wish = placement.excluding(task.wish, ((claim.node_id, claim.pool_id),))
-            why = self._why_not_again(task, lost=gone.lost)
+                why = self._retries.failed(task)
+                if why is None and self._room.refusal(task.wish) is not None:
+                    why = "no other pool could take it"
             if why is not None:
                 log.info("task.given_up", task_id=task.task_id, code=gone.error.code, attempts=task.attempt, why=why)
                 raise gone.error
@@ -309,13 +309,6 @@ class Dispatcher:
         log.info(
             "task.requeued", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, code=gone.error.code
         )
-
-    def _why_not_again(self, task: Task, *, lost: bool) -> str | None:
-        if task.losses >= MAX_LOSSES or task.retries > MAX_RETRIES:
-            return "it has been tried often enough"
-        if not lost and self._room.refusal(task.wish) is not None:
-            return "no other pool could take it"
-        return None
 
     def _judge(self, claim: Claim, tail: Tail) -> None:
         """What an answer's end says of the pool that gave it."""
@@ -421,6 +414,8 @@ class Dispatcher:
             elif isinstance(item, Accepted):
                 accepted = True
                 until = self._clock() + self._patience_s(task, claim)
+                if not task.stream:
+                    self._tried(task)  # it shows nothing before it is done: others are not to wait as long
                 await audience.accepted()
             elif isinstance(item, Head):
                 return item
@@ -434,8 +429,8 @@ class Dispatcher:
                 raise ShuttingDown
 
     def _nowhere_else(self, task: Task, claim: Claim, *, lost: bool) -> bool:
-        """A node that is slow to answer is better than none, or than the end; one that is gone tells by its link's."""
-        if not lost and not self._budget.has_room(task.task_id, self.tasks.running):
+        """A node that is slow to answer is better than none, or than the queue; one that is gone tells by its link."""
+        if not lost and not self._retries.has_room(task):
             return True
         tried = ((claim.node_id, claim.pool_id),)
         return self._room.refusal(placement.excluding(task.wish, tried)) is not None

@@ -330,6 +330,6 @@ class NodeLink:
         if entry is None:
             return
         if body is not None and body.deliver is not None:  # the rest of it can't come any more
-            end = self._runner.discard if why is Gone.LOST else self._runner.cancel
+            end = self._runner.never_came if why is Gone.LOST else self._runner.cancel
             end(entry)
         self._runner.leave(entry, stream, why)

@@ -72,7 +72,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
     try:
         body = await read_body(request, most_bytes=node.max_body_bytes)
     except BaseException:
-        node.runner.discard(entry)
+        node.runner.never_came(entry)
         raise
     if entry.run is not None:
         entry.run.give_body(body)

@@ -149,9 +149,15 @@ class Runner:
             entry.run.cancel()
 
     def discard(self, entry: TaskEntry) -> None:
-        """End a task as if it had never come, for whoever asks for it again would be told of an end nobody wanted."""
+        """End a task that its control has taken elsewhere: nobody is to find this attempt any more, or its end."""
         self.logs.discard(entry)
         self.cancel(entry)
+
+    def never_came(self, entry: TaskEntry) -> None:
+        """The rest of its body can't come: it is as if it had never been here, and whoever asks again has it run."""
+        if entry.run is not None:
+            self.logs.discard(entry)
+            entry.run.stop(LlorchError(Code.NODE_LOST, "the task did not come here whole"))
 
     # ---- the life of the node
 

@@ -232,6 +232,9 @@ class State(StrEnum):
 class Run(Protocol):
     """The execution of a task, for those who read its log."""
 
+    def stop(self, why: LlorchError) -> None:
+        """End it now, for the first reason given."""
+
     def give_body(self, body: bytes) -> None:
         """The whole body has arrived."""
 

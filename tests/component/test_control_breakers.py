@@ -13,6 +13,7 @@ from llorch import breaker
 from llorch.control import dispatch, routes_health, routes_nodes, sweep
 from llorch.errors import Code
 from tests.component.control_harness import (
+    MODEL,
     Asking,
     Attempt,
     ControlUnderTest,
@@ -309,6 +310,46 @@ async def test_a_task_that_fails_again_waits_for_its_turn_again_and_one_that_end
         again[1].end("canceled")
         for asking in tasks:
             await asking.answer()
+        await control.idle()
+
+
+async def all_have_failed(control: ControlUnderTest, node: LinkedNode, tasks: int) -> list[Attempt]:
+    """So many tasks have failed on one pool, and as many of them as may are being tried again on another."""
+    for attempt in [await node.asked() for _ in range(tasks)]:
+        engine_fails(attempt)
+    again = [await node.asked() for _ in range(3)]
+    assert [attempt.attempt for attempt in again] == [2, 2, 2]
+    return again
+
+
+async def test_a_task_whose_turn_does_not_come_ends_as_it_failed() -> None:
+    async with a_control(queue_timeout=0.5) as control:
+        node = await control.join("a", pool("p0", slots=8), pool("p1", slots=8))
+        tasks = [control.submit() for _ in range(4)]
+        again = await all_have_failed(control, node, 4)
+        await eventually(lambda: any(asking.done for asking in tasks), within_s=5)
+        [last] = [asking for asking in tasks if asking.done]
+        assert b"ENGINE_FAILED" in (await last.answer()).raw
+        for attempt in again:
+            attempt.begin().end()
+        for asking in tasks:
+            await asking.answer()
+        await control.idle()
+
+
+async def test_an_answer_in_one_piece_holds_up_no_other_retry_once_a_node_has_taken_it() -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool("p0", slots=8), pool("p1", slots=8))
+        body = {"model": MODEL, "prompt": "x"}
+        tasks = [control.ask("POST", "/v1/completions", json=body) for _ in range(4)]
+        again = await all_have_failed(control, node, 4)
+        await control.waiting(1)
+        again[0].accept()
+        again.append(await node.asked())
+        for attempt in again:
+            attempt.accept().head("application/json").data(b"{}").tail()
+        for asking in tasks:
+            assert (await asking.answer()).raw == b"{}"
         await control.idle()
 
 

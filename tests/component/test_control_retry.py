@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llorch.control import dispatch, waiting
+from llorch.control import dispatch, retries, waiting
 from llorch.errors import Code
 from tests.component.control_harness import Attempt, a_control, eventually, lost_soon, pool
 
@@ -448,5 +448,5 @@ async def test_a_task_whose_reader_left_is_left_alone_when_its_node_is_back() ->
 
 
 def test_the_limits_are_those_that_were_promised() -> None:
-    assert (dispatch.ACCEPT_TIMEOUT_S, dispatch.MAX_RETRIES, dispatch.MAX_LOSSES) == (1.0, 2, 3)
+    assert (dispatch.ACCEPT_TIMEOUT_S, retries.MAX_RETRIES, retries.MAX_LOSSES) == (1.0, 2, 3)
     assert dispatch.PING_AFTER_S == 15.0

@@ -197,6 +197,18 @@ async def test_a_v1_stream_that_was_done_gets_no_error_frame(monkeypatch: pytest
         assert (await asking.answer()).raw == b"data: [DONE]\n\n"
 
 
+async def test_a_v1_stream_that_was_told_of_its_error_is_told_of_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
+    frame = b'data: {"error": {"code": "DEADLINE_EXCEEDED"}}\n\n'
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat()
+        (await node.asked()).accept().head().data(b"data: 1\n\n" + frame)
+        await asking.has(b"DEADLINE_EXCEEDED")
+        await node.cut()  # before its TAIL
+        assert (await asking.answer()).raw == b"data: 1\n\n" + frame
+
+
 async def test_an_unexpected_fault_ends_the_task_too(monkeypatch: pytest.MonkeyPatch) -> None:
     async def breaks(self: Any, data: bytes) -> None:
         raise KeyError("t")

@@ -154,7 +154,7 @@ BUGS = (
     ),
     bug(
         "a v1 stream that failed ends as if it were whole", "nodes", "cut or whole",
-        ("control/answers.py", 'if self._stream.last_block() != b"data: [DONE]":', "if self._stream.last_block() is None:"),
+        ("control/answers.py", 'if last != b"data: [DONE]" and not', "if last is None and not"),
     ),
     # ---- nodes that are lost, attempts
     bug(

@@ -76,7 +76,8 @@ def _engine_failed(case: Case) -> bool:
             return True
         return facts.bad(pool, since, case.at)
 
-    pool = story.pool_at(case.at)
+    runs = [run.pool for run in facts.executions.get(story.marker, ()) if run.start < case.at]
+    pool = story.pool_at(case.at) or (runs[-1] if runs else None)
     if pool in facts.pools and (case.output or not story.streamed):  # an answer in one piece is begun before it is seen
         return failing(pool)
     return all(failing(pool) for pool in facts.pools_of(story.ask["model"]))

@@ -250,9 +250,10 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     # An engine may have said its last word just as the task was cancelled, for its reader had left. What stood still
     # meanwhile was told late.
     held = facts.hit(first.start, at, parts=HOLDING, hows=HOLDS, node=first.node, pool=first.pool)
-    told = max([first.end, *(hit.end for hit in held)])
+    ends = [hit.end for hit in held if hit.end < FOREVER]
+    told = max([first.end, *ends])
     left = not story.native and any(went(conn, facts) and conn.until <= told for conn in story.reading())
-    ended = ended or first.end <= max([at, *(hit.end for hit in held)]) + LATE_S
+    ended = ended or any(first.end <= end + LATE_S for end in ends)
     if ended and (first.step == "aborted" or left) and was_canceled(story, facts, at):
         return True
     return not story.native and first.end + V1_LOG_S <= at
@@ -282,7 +283,7 @@ def _slots(facts: Facts) -> Iterator[Violation]:
     for at, pools in facts.samples:
         for pool, (total, free, claimed, bound, *_) in pools.items():
             # One whose engine has died has no slots, though the tasks that it had are only about to end.
-            if (bound and claimed > total) or not 0 <= free <= total:
+            if ((bound or total) and claimed > total) or not 0 <= free <= total:
                 yield Violation("slots", None, at, f"{pool}: {claimed} claimed, {free} free, of {total}")
 
 

@@ -44,8 +44,8 @@ def limits(wish: Wish) -> Limits | None:
 class Waiter:
     """A task that waits. Times are monotonic seconds.
 
-    `enqueued_at`: when it came, or was first admitted if it comes back. `front`: it was placed once, met a full pool or
-    lost its node; it has its place before all others, and outside the bounds. `size`: bytes of its body. `limits`:
+    `enqueued_at`: when it came, or was first admitted if it comes back. `front`: it was placed once, and
+    showed nothing; it has its place before all others, and outside the bounds. `size`: bytes of its body. `limits`:
     those of its wish.
     """
 

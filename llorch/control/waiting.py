@@ -142,8 +142,8 @@ class WaitingRoom:
         self.pump()
 
     def pump(self, model: str | None = None) -> None:
-        """Hand free slots to waiting tasks, or to those of one model. Called after every change of the registry and
-        every claim's end."""
+        """Hand free slots to waiting tasks, or to those of one model. Called after every change of the registry, every
+        claim's end, and whatever else lets one go that could not."""
         for report in self._registry.ended():
             self._reported(report)
         if not self._waiting:

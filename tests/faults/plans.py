@@ -37,7 +37,7 @@ PLANS: dict[str, Plan] = {
     ),
     # Long enough for a pool that was ejected to be tried again; the others take what it fails.
     "ejections": Plan(
-        1, 0, clients=12, calm_first_s=19.0, mix=replace(USUAL, script=0.6, deadline=0, stall=0),
+        1, 0, clients=12, calm_first_s=26.0, mix=replace(USUAL, script=0.6, deadline=0, stall=0),
         pools={
             "a": [simulated("p0", "sim", 4, *STEADY), simulated("p1", "odd", 1, *STEADY, "--obey")],
             "b": [simulated("p0", "sim", 4, *STEADY), simulated("p1", "odd", 3, *STEADY)],

@@ -32,12 +32,16 @@ class Case:
     def since(self) -> float:
         return self.story.since
 
+    def pool(self) -> str | None:
+        """Where it ran, as far as its client was told; else, where it was last."""
+        runs = [run.pool for run in self.facts.executions.get(self.story.marker, ()) if run.start < self.at]
+        return self.story.pool_at(self.at) or (runs[-1] if runs else None)
+
 
 def _node_lost(case: Case) -> bool:
     """With output: its node was killed, or out of reach for as long as it is waited for. Without: three losses, or
     nowhere else to go."""
-    facts, story = case.facts, case.story
-    pool = story.pool_at(case.at)
+    facts, pool = case.facts, case.pool()
     if pool is not None and (case.output or _begun_unseen(case, pool)):
         node = pool.partition("/")[0]
         if facts.hit(case.since, case.at, parts=("node",), hows=("kill", "term"), node=node):
@@ -76,8 +80,7 @@ def _engine_failed(case: Case) -> bool:
             return True
         return facts.bad(pool, since, case.at)
 
-    runs = [run.pool for run in facts.executions.get(story.marker, ()) if run.start < case.at]
-    pool = story.pool_at(case.at) or (runs[-1] if runs else None)
+    pool = case.pool()
     if pool in facts.pools and (case.output or not story.streamed):  # an answer in one piece is begun before it is seen
         return failing(pool)
     return all(failing(pool) for pool in facts.pools_of(story.ask["model"]))

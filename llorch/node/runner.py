@@ -222,6 +222,10 @@ class Runner:
         self.changed()
 
 
+def _too_late() -> LlorchError:
+    return LlorchError(Code.DEADLINE_EXCEEDED, "the task's deadline has passed")
+
+
 def _slot(opening: Open) -> str:
     """Who holds the slot: an attempt that overtakes another holds one of its own while the other still ends."""
     return f"{opening.task_id}/{opening.attempt}"
@@ -278,7 +282,8 @@ class Execution:
             self._body.set_result(body)
 
     def cancel(self) -> None:
-        self.stop(LlorchError(Code.CANCELED, "the task was canceled"))
+        late = self._timer is not None and asyncio.get_running_loop().time() >= self._timer.when()
+        self.stop(_too_late() if late else LlorchError(Code.CANCELED, "the task was canceled"))
 
     def stop(self, why: LlorchError) -> None:
         """End it now, for the first reason given."""
@@ -414,8 +419,7 @@ class Execution:
 
     def _arm(self, deadline_ms: int | None) -> None:
         if deadline_ms is not None:
-            error = LlorchError(Code.DEADLINE_EXCEEDED, "the task's deadline has passed")
-            self._timer = asyncio.get_running_loop().call_later(deadline_ms / 1_000, self.stop, error)
+            self._timer = asyncio.get_running_loop().call_later(deadline_ms / 1_000, self.stop, _too_late())
 
     # ---- its end
 

@@ -347,6 +347,21 @@ async def test_deadline_ends_the_task(tmp_path: Path, where: str) -> None:
         await eventually(lambda: setup.node.slots_free == 2)
 
 
+async def test_a_cancel_after_its_deadline_is_no_cancel(tmp_path: Path) -> None:
+    """A control that has waited beyond the deadline for a node that stood still cancels; others read that log, too."""
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        stream = link.open({"model": MODEL, "prompt": "Hello"}, deadline_ms=300)
+        call = await setup.engine.asked()
+        call.say("t0 ")
+        await eventually(lambda: stream.data)
+        link.send(stream.id, Type.CANCEL, b"")
+        time.sleep(0.4)
+        tail = await ended(stream)
+        assert tail["error"]["code"] == "DEADLINE_EXCEEDED"
+        assert b"canceled" not in stream.data
+
+
 async def test_body_that_does_not_come_frees_the_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llorch.node.runner.BODY_TIMEOUT_S", 0.05)
     async with node_between(tmp_path, slots=1) as setup:

@@ -382,21 +382,17 @@ def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:
 
 def limit_send_buffer(request: web.Request) -> None:
     """For streams: a reader that stalls holds little memory, in the kernel and here."""
-    if request.transport is None:
-        return
-    request.transport.set_write_buffer_limits(high=STREAM_WRITE_BUFFER_BYTES)
-    sock = request.transport.get_extra_info("socket")
-    if sock is not None:
+    if request.transport is not None:
+        request.transport.set_write_buffer_limits(high=STREAM_WRITE_BUFFER_BYTES)
+        sock = request.transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER_BYTES)
 
 
 async def drained(request: web.Request) -> None:
     """Returns once little of a stream waits in its transport; aiohttp looks only every 64 KiB that were written."""
-    transport = request.transport
-    if transport is None or transport.is_closing():
-        return
-    if transport.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
+    to = request.transport
+    if to is not None and not to.is_closing() and to.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
         await request.writer.drain()
 
 

@@ -18,7 +18,8 @@ from llorch import records
 from llorch.errors import LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import Head, Open, parse
-from llorch.node.runner import FORWARDED_HEADERS, Runner, tail_wire
+from llorch.node.answer_wire import tail_wire
+from llorch.node.runner import FORWARDED_HEADERS, Runner
 from llorch.node.state import NODE, Node
 from llorch.node.tasklog import NATIVE, Gone, TaskEntry
 from llorch.records import Type

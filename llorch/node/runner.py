@@ -8,11 +8,10 @@ to this module. Never logs a prompt, an output or a key, and never runs more tha
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import aiohttp
 
@@ -20,6 +19,7 @@ from llorch.breaker import TRIAL_TIMEOUT_S
 from llorch.errors import Code, LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import Head, Open, Tail, TaskBody, Timings, decode_object, parse
+from llorch.node.answer_wire import error_wire
 from llorch.node.engine_answer import BROKEN, error_body, told_of_its_end
 from llorch.node.engine_keys import EngineKeys
 from llorch.node.engines import openai_api
@@ -35,7 +35,6 @@ STALL_AFTER_S = 120.0  # an engine that has begun to stream and is silent for th
 PIECE_BYTES = 256 * 1024  # of a large answer that goes into the log at once
 SWEEP_S = 0.5
 READ_POLL_S = 0.05  # how often a node that drains looks whether ended tasks have been read
-MAX_ERROR_WIRE_BYTES = 16 * 1024  # of an error in a record, which must fit in 64 KiB
 STREAM_HEADERS = {"content-type": "text/event-stream"}
 
 # What an engine may learn of the request besides its body. Everything else is between the client and llorch;
@@ -495,17 +494,3 @@ def _head(request: EngineRequest, response: aiohttp.ClientResponse) -> Head:
     if response.content_length is not None and "Content-Encoding" not in response.headers:
         headers["content-length"] = str(response.content_length)
     return Head(status=200, headers=headers)
-
-
-def tail_wire(tail: Tail) -> dict[str, Any]:
-    """TAIL's JSON."""
-    return tail.model_dump(exclude_none=True)
-
-
-def error_wire(error: LlorchError, *, request_id: str | None = None, task_id: str | None = None) -> dict[str, Any]:
-    """An error that fits into a record, however long the name of the field that it is about."""
-    wire = error.to_wire(request_id=request_id, task_id=task_id)
-    if len(json.dumps(wire)) <= MAX_ERROR_WIRE_BYTES:
-        return wire
-    wire.pop("details", None)
-    return {name: value[:500] if isinstance(value, str) else value for name, value in wire.items()}

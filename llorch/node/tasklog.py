@@ -230,16 +230,11 @@ class State(StrEnum):
 
 
 class Run(Protocol):
-    """The execution of a task, for those who read its log."""
+    """The execution of a task, for those who read its log. It ends for the first reason given; ending is idempotent."""
 
-    def stop(self, why: LlorchError) -> None:
-        """End it now, for the first reason given."""
-
-    def give_body(self, body: bytes) -> None:
-        """The whole body has arrived."""
-
-    def cancel(self) -> None:
-        """End it; idempotent."""
+    def give_body(self, body: bytes) -> None: ...
+    def cancel(self) -> None: ...
+    def stop(self, why: LlorchError) -> None: ...
 
 
 @dataclass(slots=True, eq=False)

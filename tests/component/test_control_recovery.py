@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.component.control_harness import ControlUnderTest, a_control, eventually, pool
+from tests.component.control_harness import ControlUnderTest, LinkedNode, a_control, eventually, pool
 from tests.component.test_control_idempotency import DIGEST, KEY, keyed
 
 TASK = str(uuid.uuid4())
@@ -90,6 +90,13 @@ async def test_with_no_node_remembered_there_is_nobody_to_wait_for(
         assert (await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == code
 
 
+async def it_says_that_it_is_done(node: LinkedNode, calls: int) -> None:
+    """The node's answer to so many calls that ask it for the task."""
+    await eventually(lambda: len(node.calls) == calls)
+    call = node.calls[-1].accept().head("application/json")
+    call.data(json.dumps(report(state="sealed", finish_reason="stop")).encode()).tail()
+
+
 async def test_a_task_of_before_is_found_by_its_id_and_by_its_key_once_its_node_is_back(tmp_path: Path) -> None:
     async with a_control(**remembering(tmp_path, "a")) as control:
         body = json.dumps({"model": "m", "prompt": "Hello"})
@@ -106,17 +113,13 @@ async def test_a_task_of_before_is_found_by_its_id_and_by_its_key_once_its_node_
         # Its node sent the TAIL, so it will not report the task again: this control has to know of it by itself.
         await node.beat(tasks=[])
         again = control.ask("POST", "/v2/tasks", data=body, headers=headers)
-        await eventually(lambda: node.calls)
-        call = node.calls[0].accept().head("application/json")
-        call.data(json.dumps(report(state="sealed", finish_reason="stop")).encode()).tail()
+        await it_says_that_it_is_done(node, 1)
         second = await node.reader(1)
         second.accept().head().data(reader.log)
         second.tail(finish_reason="stop")
         assert (await again.answer()).said == "from before"
         asking = control.ask("POST", "/v2/tasks", data=body + " ", headers=headers)
-        await eventually(lambda: len(node.calls) == 2)
-        call = node.calls[1].accept().head("application/json")
-        call.data(json.dumps(report(state="sealed", finish_reason="stop")).encode()).tail()
+        await it_says_that_it_is_done(node, 2)
         other = await asking.answer()
         assert (other.status, other.code) == (422, "IDEMPOTENCY_MISMATCH")
         assert node.opened == []
@@ -137,9 +140,7 @@ async def test_a_task_whose_end_its_reader_left_unread_is_known_though_its_node_
         await eventually(lambda: reader.detached == "left")
         await node.beat(tasks=[])
         again = control.ask("POST", "/v2/tasks", data=body, headers=headers)
-        await eventually(lambda: node.calls)
-        call = node.calls[0].accept().head("application/json")
-        call.data(json.dumps(report(state="sealed", finish_reason="stop")).encode()).tail()
+        await it_says_that_it_is_done(node, 1)
         second = await node.reader(1)
         assert second.header == {"task_id": TASK, "offset": 0, "attempt": 1}
         second.accept().head().data(reader.log)

@@ -32,7 +32,7 @@ PLANS: dict[str, Plan] = {
     ),
     # First attempts that run on where they were lost, and controls that hear of those before they hear of the second.
     "attempts": Plan(
-        1, 6, clients=20, in_turn=(("link.cut_off", 4.0, "placed"), ("control.kill", 0.8, "streaming")), min_rate=0.3,
+        1, 12, clients=20, in_turn=(("link.cut_off", 4.0, "placed"), ("control.kill", 0.8, "streaming")), min_rate=0.3,
         mix=replace(QUIET, shortest=100, longest=200), pools={"a": [SLOW_START], "b": [SLOW_START]},
     ),
     # Long enough for a pool that was ejected to be tried again; the others take what it fails.

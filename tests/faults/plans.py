@@ -30,10 +30,15 @@ PLANS: dict[str, Plan] = {
         mix=replace(QUIET, shortest=150, longest=400),
         pools={"a": [simulated("p0", "sim", 16, "--tokens", "100000", "--ttft-ms", "1500", "--delay-ms", "15")]},
     ),
-    # First attempts that run on where they were lost, and controls that hear of those before they hear of the second.
+    # First attempts that run on where they were lost, and controls that hear of those before they hear of the second:
+    # the node of the second is cut off as the control dies. Node ids of two lengths, for two logs of a task then
+    # differ in every offset.
     "attempts": Plan(
-        1, 12, clients=20, in_turn=(("link.cut_off", 4.0, "placed"), ("control.kill", 0.8, "streaming")), min_rate=0.3,
-        mix=replace(QUIET, shortest=100, longest=200), pools={"a": [SLOW_START], "b": [SLOW_START]},
+        1, 12, clients=20, min_rate=0.3, mix=replace(QUIET, shortest=100, longest=200),
+        in_turn=(
+            ("link.cut_off", 4.0, "placed"), ("control.kill", 0.8, "streaming"), ("link.cut_off", 0.0, "streaming"),
+        ),
+        pools={"a": [SLOW_START], "other": [SLOW_START]},
     ),
     # Long enough for a pool that was ejected to be tried again; the others take what it fails.
     "ejections": Plan(

@@ -25,7 +25,7 @@ from tests.faults.plans import PLANS
 
 ROOT = Path(llorch.__file__).parent.parent
 RUN_WITHIN_S = 240.0
-SEEDS = 3  # a bug may need a moment that a run does not have
+SEEDS = 5  # a bug may need a moment that a run does not have
 
 
 @dataclass(frozen=True, slots=True)

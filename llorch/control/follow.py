@@ -60,8 +60,8 @@ async def _follow(
     known = control.registry.task(mine.task_id)
     mine.node_id, mine.pool_id, mine.attempt = _place_of(task, known)
     beyond = known is not None and known[1].state == "sealed" and known[1].offset < offset
-    if offset and (attempt != mine.attempt or (task is None and beyond)):
-        _check_attempt(control, task, attempt, beyond)
+    if attempt != mine.attempt or (task is None and beyond):
+        _check_attempt(control, task, offset, attempt, beyond)
     left = False
     try:
         patience_s = 0.0 if task is not None and _failed_here(task) else None
@@ -125,12 +125,13 @@ async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamRespon
     return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
 
 
-def _check_attempt(control: Control, task: Task | None, wanted: int | None, beyond: bool) -> None:
-    """An offset is of one attempt's log. A control that has just started may know of an earlier one alone, whose bytes
-    nobody saw: raises RECOVERING while a later one may turn up, NODE_LOST once the one that was read is gone."""
+def _check_attempt(control: Control, task: Task | None, offset: int, wanted: int | None, beyond: bool) -> None:
+    """An offset is of one attempt's log, and of a task one attempt is shown. A control that has just started may know
+    of an earlier one alone, whose bytes nobody saw: raises RECOVERING while a later one may turn up, NODE_LOST once the
+    one that was read is gone."""
     if task is None:
-        control.recovery.check(time.monotonic(), "its nodes may still bring the attempt that was read")
-    if wanted is not None or (task is None and beyond):
+        control.recovery.check(time.monotonic(), "its nodes may still bring the attempt that was shown")
+    if offset and (wanted is not None or (task is None and beyond)):
         raise LlorchError(Code.NODE_LOST, "the node of the attempt that was read is gone")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.component.control_harness import ControlUnderTest, LinkedNode, a_control, eventually, pool
+from tests.component.control_harness import Asking, ControlUnderTest, LinkedNode, a_control, eventually, pool
 from tests.component.test_control_idempotency import DIGEST, KEY, keyed
 
 TASK = str(uuid.uuid4())
@@ -191,6 +191,40 @@ async def test_an_offset_is_never_read_in_the_log_of_another_attempt(named: bool
         assert reader.header == {"task_id": TASK, "offset": 10, "attempt": 2}
         assert first.attached == []
         reader.accept().head().say("on").end()
+        assert (await asking.answer()).said == "on"
+
+
+@pytest.mark.parametrize("how", ["key", "v1 key", "task_id", "events"])
+async def test_one_attempt_is_shown_also_to_those_who_read_from_the_start(how: str, tmp_path: Path) -> None:
+    """The first attempt lost its link and ran on, the second one was shown; the first one's node is back before."""
+    path = "/v1/completions" if how == "v1 key" else "native"
+    of_key = {"key_digest": DIGEST} if how.endswith("key") else {}
+
+    def ask() -> Asking:
+        if how == "events":
+            return control.events(TASK)
+        if how == "task_id":
+            return control.submit(task_id=TASK)
+        return keyed(control, "v1" if how == "v1 key" else "native")
+
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        first = await control.join("a", tasks=[report(path=path, **of_key)])
+        answer = await ask().answer()
+        assert (answer.status, answer.code) == (503, "RECOVERING")
+        second = await control.join("b", tasks=[report(path=path, attempt=2, **of_key)])
+        asking = ask()
+        reader = await second.reader()
+        assert reader.header == {"task_id": TASK, "offset": 0, "attempt": 2}
+        assert first.attached == first.opened == []
+        reader.accept().head().say("shown").end()
+        assert b"shown" in (await asking.answer()).raw
+
+
+async def test_a_reader_that_names_the_attempt_waits_for_no_other_node(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "gone")) as control:
+        node = await control.join("a", tasks=[report()])
+        asking = control.events(TASK, "a", **{"X-Llorch-Attempt": "1"})
+        (await node.reader()).accept().head().say("on").end()
         assert (await asking.answer()).said == "on"
 
 

@@ -200,7 +200,7 @@ BUGS = (
     ),
     bug(
         "a resume is shown the log of another attempt", "attempts", "order, bytes, text, one execution, unexplained error",
-        ("control/follow.py", "    if offset and (attempt != mine.attempt or (task is None and beyond)):\n", "    if False:\n"),
+        ("control/follow.py", "    if attempt != mine.attempt or (task is None and beyond):\n", "    if False:\n"),
         ("node/tasklog.py", "if entry is None or attempt not in (None, entry.opening.attempt):", "if entry is None:"),
     ),
     bug(

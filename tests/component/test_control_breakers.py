@@ -259,7 +259,10 @@ async def test_another_process_of_the_node_begins_with_clean_breakers() -> None:
 # ---------------------------------------------------------------- the retry budget
 
 
-async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once_and_the_next_waits_for_its_turn() -> None:
+async def test_no_more_than_three_of_a_few_tasks_are_in_a_retry_at_once_and_the_next_waits_for_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep, "EXPIRE_EVERY_S", 60.0)  # which looks at the queue as well
     async with a_control() as control:
         node = await control.join("a", pool("p0", slots=4), pool("p1", slots=6))
         others = [pinned(control, "a/p1") for _ in range(6)]
@@ -297,19 +300,20 @@ async def test_a_task_that_fails_again_waits_for_its_turn_again_and_one_that_end
         tasks = [control.submit() for _ in range(4)]
         for attempt in [await node.asked() for _ in tasks]:
             engine_fails(attempt)
-        again = [await node.asked() for _ in range(3)]
+        again = [(await node.asked()).accept() for _ in range(3)]
         await control.waiting(1)
-        engine_fails(again[0])  # two may go now: the one that waits, or this one once more
-        moved = await node.asked()
+        again[0].fail_early(Code.ENGINE_FAILED, 502)  # two may go now: the one that waits, or this one once more
+        moved = (await node.asked()).accept()
         await control.waiting(1)
-        await control.ask("POST", f"/v2/tasks/{again[1].task_id}/cancel").answer()
-        ended = await node.asked()
+        assert (await control.ask("POST", f"/v2/tasks/{again[1].task_id}/cancel").answer()).status == 202
+        again[1].tail(finish_reason="canceled")
+        ended = (await node.asked()).accept()
         assert {moved.attempt, ended.attempt} == {2, 3}
         for attempt in (again[2], moved, ended):
             attempt.begin().end()
-        again[1].end("canceled")
-        for asking in tasks:
-            await asking.answer()
+        answers = [await asking.answer() for asking in tasks]
+        assert [answer.terminals for answer in answers] == [["end"]] * 4
+        assert sum(b'"canceled"' in answer.raw for answer in answers) == 1
         await control.idle()
 
 

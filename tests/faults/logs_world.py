@@ -7,7 +7,6 @@ the credit of each stream. Moved by hand are the engine's chunks, the wires, the
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -16,182 +15,26 @@ from llorch import records
 from llorch.control.feed import Accepted, Feed, Refused, Upstream
 from llorch.control.links import Links
 from llorch.control.links import NodeLink as ControlEnd
-from llorch.errors import Code, LlorchError
+from llorch.errors import Code
 from llorch.link import Link
 from llorch.messages import Head, Tail
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
 from llorch.node.link import NodeLink as NodeEnd
 from llorch.node.pools import Pools
-from llorch.node.runner import SWEEP_S, Runner
-from llorch.node.tasklog import ENTRY_BYTES, LOST_GRACE_S, SEALED_V1_S, Gone, Limits, Reader, TaskEntry, TaskLogs
+from llorch.node.runner import SWEEP_S
+from llorch.node.tasklog import SEALED_V1_S, Gone, TaskEntry
 from llorch.records import Record, Type
+from tests.faults.logs_model import KEPT_BYTES, LIMITS, SLOTS, Ctl, Reading, Story, WatchedLogs, WatchedRunner, weight
 from tests.faults.moves import World, move
 from tests.faults.small import CREDIT_BYTES, MOST_REPORTED
 from tests.faults.virtual import End, Engine, Uncounted, Wire
 
-KEPT_BYTES = 1_500
-LIMITS = Limits(
-    kept_bytes=KEPT_BYTES, all_kept_bytes=5 * (ENTRY_BYTES + 600), sealed_native_s=40.0, reconnect_grace_s=10.0
-)
-SLOTS = 3
 PATHS = ("native", "native", "/v1/completions")
 WORDS = (b"left", b"slow", b"lost", b"shutdown")
 LOST_WORDS = (b"lost", b"shutdown")
 MOST_TASKS, MOST_READINGS = 12, 12
 SLACK_S = 1e-6
-
-
-@dataclass(eq=False)
-class Story:
-    """What the model knows of one attempt on the node: the truth about its bytes, and about its audience."""
-
-    entry: TaskEntry
-    truth: bytearray = field(default_factory=bytearray)
-    readers: set[tuple[Wire, int]] = field(default_factory=set)
-    lost_at: float | None = None
-    due: float | None = None  # when it has to end for want of readers
-    may_end: bool = False  # somebody cancelled it, or overtook it, or cannot give it its body any more
-    must_end: bool = False
-    told: set[str] = field(default_factory=set)
-    sealed_at: float | None = None
-
-    def listen(self) -> None:
-        """Keep what its execution writes, apart from the log."""
-        run: Any = self.entry.run
-        put = run._put
-
-        def heard(data: bytes) -> None:
-            self.truth.extend(data)
-            put(data)
-
-        run._put = heard
-
-    def leave(self, reader: tuple[Wire, int], lost: bool, now: float) -> None:
-        """DESIGN "Reader gone", in its own words."""
-        self.readers.discard(reader)
-        if lost:
-            self.lost_at = now
-        if self.readers or self.entry.opening.detach:
-            return
-        if self.entry.opening.path == "native":
-            self.due = None if self.lost_at is not None else now + LIMITS.reconnect_grace_s
-        else:
-            self.due = now if self.lost_at is None else max(now, self.lost_at + LOST_GRACE_S)
-        if self.due is not None and self.due <= now:
-            self.may_end = self.must_end = True  # at once: who comes after this comes too late
-
-    def attach(self, reader: tuple[Wire, int]) -> None:
-        if not self.readers:
-            self.lost_at = self.due = None
-        self.readers.add(reader)
-
-
-class WatchedRunner(Runner):
-    """Tells the model who reads what, and checks at that moment what can only be known then."""
-
-    def __init__(self, world: LogsWorld, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.world = world
-
-    def story(self, entry: TaskEntry) -> Story:
-        return self.world.stories[entry]
-
-    def accept(self, opening: Any) -> tuple[TaskEntry, bool]:
-        older = self.logs._running.get(opening.task_id)
-        if older is not None and older.opening.attempt < opening.attempt and older.opening.owner == opening.owner:
-            self.story(older).may_end = self.story(older).must_end = True
-        try:
-            entry, new = super().accept(opening)
-        except LlorchError as error:
-            if error.code is Code.ALL_SLOTS_BUSY:
-                assert self.pools.accepted("p") == SLOTS, "refused with a slot free"
-            raise
-        if new:
-            story = self.world.stories[entry] = Story(entry)
-            story.listen()
-        assert self.pools.accepted("p") <= SLOTS
-        return entry, new
-
-    def attach(self, entry: TaskEntry, reader: Reader) -> None:
-        story = self.story(entry)
-        length, start = len(story.truth), len(story.truth) - min(len(story.truth), KEPT_BYTES)
-        try:
-            super().attach(entry, reader)
-        except LlorchError as error:
-            assert reader.offset < start if error.code is Code.GAP else reader.offset > length, error.code
-            raise
-        assert start <= reader.offset <= length
-        self.world.attached(story, reader)
-
-    def leave(self, entry: TaskEntry, reader: Reader, why: Gone) -> None:
-        self.world.left(self.story(entry), reader, why)
-        super().leave(entry, reader, why)
-
-
-class WatchedLogs(TaskLogs):
-    """Tells the model what is forgotten, when it is."""
-
-    def __init__(self, world: LogsWorld) -> None:
-        super().__init__(LIMITS)
-        self.world = world
-
-    def expire(self, now: float) -> None:
-        before = [entry for entry in self if entry.log.sealed]
-        hidden = self.hidden_bytes()
-        super().expire(now)
-        self.world.expired(before, hidden, now)
-
-    def hidden_bytes(self) -> int:
-        """Of attempts that were overtaken: they take memory until their turn comes."""
-        sealed = (entry for queue in (self._sealed_native, self._sealed_v1) for entry in queue)
-        return sum(_weight(entry) for entry in sealed if self._entries.get(entry.task_id) is not entry)
-
-
-class Ctl:
-    """A control, as far as the logs of a node see one: an epoch, a link, and clients that read through it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.life = 1
-        self.links = Links()
-        self.wire: Wire | None = None  # the newest
-        self.node_end: NodeEnd | None = None  # while the node believes in it
-
-    @property
-    def epoch(self) -> str:
-        return f"{self.name}{self.life}"
-
-    @property
-    def link(self) -> ControlEnd | None:
-        return self.links.get("n")
-
-
-@dataclass(eq=False)
-class Reading:
-    """One client reading one task through one control. `offset` is where it is; it keeps what it has read before."""
-
-    task_id: str
-    control: Ctl
-    feed: Feed
-    upstream: Upstream
-    wire: Wire
-    stream: int
-    offset: int
-    header: dict[str, Any] | None  # of its OPEN; None: an ATTACH
-    attempt: int
-    story: Story | None = None
-    owed: int = 0
-    accepted: bool = False
-    headed: bool = False
-    over: bool = False
-    refused: Code | None = None
-    tail: Tail | None = None
-    told_to_go: bool = False
-
-    @property
-    def key(self) -> tuple[Wire, int]:
-        return self.wire, self.stream
 
 
 class LogsWorld(World):
@@ -689,10 +532,10 @@ class LogsWorld(World):
         known = set(self.logs)
         early = [entry for entry in before if entry not in known and now < self.kept_until(entry) - SLACK_S]
         left = [entry for entry in before if entry in known]
-        kept = sum(map(_weight, known))
+        kept = sum(map(weight, known))
         assert kept + self.logs.hidden_bytes() <= LIMITS.all_kept_bytes or not left, "more is kept than may be"
         if early:
-            assert kept + hidden + sum(map(_weight, early)) > LIMITS.all_kept_bytes, "forgotten with room for it"
+            assert kept + hidden + sum(map(weight, early)) > LIMITS.all_kept_bytes, "forgotten with room for it"
             newest = max(entry.sealed_at or 0.0 for entry in early)
             assert all(newest <= (entry.sealed_at or 0.0) for entry in left), "a newer one went before an older one"
 
@@ -722,10 +565,6 @@ class LogsWorld(World):
         assert not self.runner._executions and self.pools.accepted() == 0, "a slot is held by nobody"
         assert len(self.logs) == 0 and not self.logs._orphans
         assert not any(self.logs._untold.values()) and self.logs._sealed_bytes == 0
-
-
-def _weight(entry: TaskEntry) -> int:
-    return entry.log.end - entry.log.start + ENTRY_BYTES
 
 
 def _now(work: Any) -> Any:

@@ -138,9 +138,9 @@ class WatchedLogs(TaskLogs):
         self.world.expired(before, hidden, now)
 
     def hidden_bytes(self) -> int:
-        """Of attempts that were overtaken: they take memory until their turn comes."""
-        sealed = (entry for queue in (self._sealed_native, self._sealed_v1) for entry in queue)
-        return sum(weight(entry) for entry in sealed if self._entries.get(entry.task_id) is not entry)
+        """Of attempts that nobody can find: overtaken ones until their turn comes, discarded ones until they end."""
+        taking = {entry for queue in (self._sealed_native, self._sealed_v1) for entry in queue} | set(self.running)
+        return sum(weight(entry) for entry in taking if self._entries.get(entry.task_id) is not entry)
 
 
 class Ctl:

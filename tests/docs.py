@@ -12,6 +12,7 @@ import llorch
 from llorch.cli.main import app
 from llorch.config import settings_markdown
 from llorch.control import routes_health, routes_nodes, routes_tasks
+from llorch.control.admission import Admission
 from llorch.control.metrics import ControlMetrics, registry_metrics
 from llorch.control.registry import Registry
 from llorch.errors import MEANINGS
@@ -53,7 +54,7 @@ def metric_docs() -> dict[str, tuple[str, set[str]]]:
     """Every metric's name → its meaning and the roles that have it."""
     found: dict[str, tuple[str, set[str]]] = {}
     control, node = ControlMetrics(), NodeMetrics("docs")
-    scraped = registry_metrics(Registry(epoch="docs"), dict, 0.0)
+    scraped = registry_metrics(Registry(epoch="docs"), Admission(), 0.0)
     node.scrape(list, list, list)
     for role, metrics in (
         ("control", [*control.registry.collect(), *scraped]),

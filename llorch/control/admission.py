@@ -95,6 +95,11 @@ class Admission:
             counts[key] = counts.get(key, 0) + 1
         return counts
 
+    def etas_ms(self, now: float) -> dict[str, int]:
+        """How long a task that came now would wait, by model: a guess, where anybody waits and one has left before."""
+        found = {model: line.pace.eta_ms(len(line) + 1, now) for model, line in self._lines.items() if len(line)}
+        return {model: eta_ms for model, eta_ms in found.items() if eta_ms is not None}
+
     def order(self, model: str, now: float) -> list[str]:
         """The tasks that wait for a model, in the order in which slots would go to them now."""
         line = self._lines.get(model)

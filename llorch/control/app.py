@@ -102,7 +102,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
             heartbeat_interval_s=settings.heartbeat_interval,
             offline_after_s=settings.offline_after,
         )
-        metrics.scrape_state(lambda: registry_metrics(registry, admission.depths, time.monotonic()))
+        metrics.scrape_state(lambda: registry_metrics(registry, admission, time.monotonic()))
         gate = web.Gate(
             ring=lambda: ring,
             refused=lambda code: metrics.auth_failed(code.value),

@@ -21,6 +21,7 @@ from llorch.control.log_reader import LogReader, LogReaders, Opener
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
 from llorch.control.retries import Retries
+from llorch.control.surplus import Surplus
 from llorch.control.tasks import State, Task, TaskStore
 from llorch.control.verdicts import GoElsewhere, early_tail, verdict
 from llorch.control.waiting import WaitingRoom
@@ -62,6 +63,7 @@ class Dispatcher:
     ) -> None:
         self.tasks = TaskStore()
         self.readers = LogReaders(registry, opener, metrics)
+        self.surplus = Surplus(self.tasks, registry, self.readers)
         self._registry = registry
         self._room = WaitingRoom(
             registry,
@@ -169,29 +171,6 @@ class Dispatcher:
         finally:
             reader.close(farewell)
             self._room.was_read(mine)
-
-    def cancel_surplus(self, node_id: str, *, link_is_new: bool = False) -> None:
-        """Cancel what a node with a link still runs, and this control has ended or has taken elsewhere.
-
-        Not the tasks whose reader left: what becomes of those is the node's to decide. If its link is new, it is told
-        once more that they left, for it may have been away when they did. By ATTACH, CANCEL and DETACH, and before the
-        next OPEN goes out.
-        """
-        for report in self._registry.tasks_of(node_id):
-            task = self.tasks.get(report.task_id)
-            if report.state == "sealed" or task is None:
-                continue
-            left = task.abandoned and not task.cancel_wanted
-            if left and (not link_is_new or self.readers.reads(report.task_id)):
-                continue
-            if task.ended or task.node_id != node_id:
-                upstream = self._opener.attach(node_id, report.task_id, report.offset, report.attempt, Feed())
-                if task.cancel_wanted:
-                    upstream.cancel()
-                elif not left:
-                    upstream.discard()
-                upstream.detach("left")
-                log.info("task.surplus", task_id=report.task_id, node_id=node_id, attempt=report.attempt)
 
     async def quiet(self, timeout_s: float) -> None:
         """Wait until no task runs, at most `timeout_s`."""

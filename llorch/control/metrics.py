@@ -18,6 +18,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from llorch.breaker import Phase
+from llorch.control.admission import Admission
 from llorch.control.registry import Registry
 from llorch.control.tasks import Task
 
@@ -135,10 +136,8 @@ class _Scraped(Collector):
         return []
 
 
-def registry_metrics(
-    registry: Registry, depths: Callable[[], dict[tuple[str, str], int]], now: float
-) -> Iterator[Metric]:
-    """The state of the nodes, as of now."""
+def registry_metrics(registry: Registry, admission: Admission, now: float) -> Iterator[Metric]:
+    """The state of the nodes and of the queue, as of now."""
     states = GaugeMetricFamily("llorch_nodes", "nodes by state", labels=["state"])
     ages = GaugeMetricFamily("llorch_node_heartbeat_age_seconds", "since the last heartbeat", labels=["node"])
     slots = GaugeMetricFamily("llorch_slots", "slots by state", labels=["node", "pool", "state"])
@@ -182,11 +181,16 @@ def registry_metrics(
     for state, count in counts.items():
         states.add_metric([state], count)
     depth = GaugeMetricFamily("llorch_queue_depth", "waiting tasks", labels=["model", "priority"])
-    for labels, waiting in _known_models_only(registry, depths()).items():
+    for labels, waiting in _known_models_only(registry, admission.depths()).items():
         depth.add_metric(labels, waiting)
+    eta = GaugeMetricFamily("llorch_queue_eta_seconds", "expected wait of a task that came now", labels=["model"])
+    models = registry.models()
+    for model, eta_ms in admission.etas_ms(now).items():
+        if models.has_model(model):
+            eta.add_metric([model], eta_ms / 1_000)
     storm = GaugeMetricFamily("llorch_storm", "1 while the control blames itself for the nodes that it misses")
     storm.add_metric([], int(registry.storm is not None))
-    yield from (states, ages, slots, ejected, ready, available, utilization, memory, depth, storm)
+    yield from (states, ages, slots, ejected, ready, available, utilization, memory, depth, eta, storm)
 
 
 def _known_models_only(registry: Registry, depths: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:

@@ -96,7 +96,7 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
         raise
     control.metrics.beat(node_id, "ok", seconds=time.monotonic() - started, rtt_ms=message.rtt_ms)
     if not message.delta and control.links.get(node_id) is not None:
-        control.dispatcher.cancel_surplus(node_id)
+        control.dispatcher.surplus.cancel(node_id)
     control.dispatcher.registry_changed()
     return json_response({"success": True, "next_heartbeat_ms": round(control.heartbeat_interval_s * 1_000)})
 
@@ -133,7 +133,7 @@ async def open_link(request: web.Request) -> web.StreamResponse:
     connection.start(transport)
     control.links.put(link)
     log.info("link.up", node_id=node_id)
-    control.dispatcher.cancel_surplus(node_id, link_is_new=True)
+    control.dispatcher.surplus.cancel(node_id, link_is_new=True)
     control.dispatcher.registry_changed()
     await asyncio.shield(connection.lost)
     raise ConnectionResetError("the link has ended")

@@ -191,12 +191,14 @@ async def cancel_task(request: web.Request) -> web.StreamResponse:
     control, principal = request.app[CONTROL], request[PRINCIPAL]
     task_id = await _sought(control, request)
     view = _view(control, task_id, principal)
-    task = _find(control, task_id, principal)
+    task, known = _find(control, task_id, principal), control.registry.task(task_id)
+    if task is None and known is not None and control.recovery.on(time.monotonic()):
+        control.dispatcher.surplus.canceled(known[1])  # another attempt of it may be on a node that is not back
     if task is not None and not task.ended:
         control.dispatcher.cancel(task)
     elif view["state"] in (State.PLACED, State.STREAMING) or (task is not None and task.abandoned):
         node_id = view["node_id"]
-        if task is not None and (view["state"] not in ENDED or control.registry.task(task_id) is None):
+        if task is not None and (view["state"] not in ENDED or known is None):
             task.cancel_wanted = True  # so that a node that is away now is told when it comes back
         if isinstance(node_id, str):
             await _cancel_on_node(control, node_id, task_id, known=task is not None)
@@ -204,7 +206,7 @@ async def cancel_task(request: web.Request) -> web.StreamResponse:
 
 
 async def _cancel_on_node(control: Control, node_id: str, task_id: str, *, known: bool) -> None:
-    """`known` here: then a node that is away is told when it is back (`cancel_surplus`)."""
+    """`known` here: then a node that is away is told when it is back (`Surplus`)."""
     try:
         await control.nodes.call(node_id, "DELETE", f"/v2/tasks/{task_id}")
     except LlorchError as error:

@@ -161,7 +161,8 @@ async def test_the_openapi_document_lists_every_route_with_its_scopes() -> None:
 NAMES = (
     "nodes", "node_heartbeat_age_seconds", "heartbeat_rtt_seconds", "heartbeat_handling_seconds",
     "heartbeats_total", "registrations_total", "placement_seconds", "placements_total", "routing_seconds",
-    "ttft_seconds", "task_seconds", "tasks_total", "tokens_total", "inflight", "queue_depth", "queue_wait_seconds",
+    "ttft_seconds", "task_seconds", "tasks_total", "tokens_total", "inflight", "queue_depth", "queue_eta_seconds",
+    "queue_wait_seconds",
     "retries_total", "slots", "model_available", "model_ready", "gpu_utilization", "gpu_memory_bytes",
     "errors_total", "auth_failures_total",
 )  # fmt: skip

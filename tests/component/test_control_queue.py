@@ -64,6 +64,37 @@ async def test_one_that_just_came_does_not_pass_those_that_wait() -> None:
         await second.answer()
 
 
+async def test_place_and_expected_wait_are_told_in_events_views_and_metrics() -> None:
+    async with a_control() as control:
+        node, holding = await full(control)
+        streams = [control.submit(prompt=str(number)) for number in range(4)]
+        await control.waiting(4)
+        await asyncio.sleep(0.2)  # so that the line has a pace that can be told
+        for _ in range(2):
+            holding.end()
+            holding = (await node.asked()).begin()
+        await control.waiting(2)
+        waiting = [task["queue"] for task in (await control.get("/v2/tasks"))["tasks"] if "queue" in task]
+        places, etas = sorted(each["position"] for each in waiting), sorted(each["eta_ms"] for each in waiting)
+        assert places == [1, 2]
+        assert 0 < etas[0] < etas[1] < 5_000
+        newcomers = await control.metric("llorch_queue_eta_seconds", model="m")
+        assert etas[1] / 1_000 < newcomers < 5
+        late = control.submit(prompt="late")
+        await control.waiting(3)
+        for _ in range(3):
+            holding.end()
+            holding = (await node.asked()).begin()
+        holding.end()
+        answer = await late.answer()
+        assert answer.names[0] == "queued"
+        told = answer.events[0][1]
+        assert (told["position"], told["eta_ms"] > etas[1]) == (3, True)
+        for stream in streams:
+            await stream.answer()
+        assert await control.metric("llorch_queue_eta_seconds", model="m") == 0
+
+
 async def test_a_slot_that_time_has_freed_is_not_taken_by_one_that_just_came(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llorch.control.nodes.REFUSAL_HOLDS_S", 0.2)
     monkeypatch.setattr("llorch.control.sweep.EXPIRE_EVERY_S", 60.0)  # nothing else looks at the queue meanwhile

@@ -220,6 +220,43 @@ async def test_one_attempt_is_shown_also_to_those_who_read_from_the_start(how: s
         assert b"shown" in (await asking.answer()).raw
 
 
+async def test_a_cancel_reaches_also_the_attempt_that_comes_back_later(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        first = await control.join("a", tasks=[report()])
+        asking = control.ask("POST", f"/v2/tasks/{TASK}/cancel")
+        await eventually(lambda: len(first.calls) == 1)
+        assert first.calls[0].header["method"] == "DELETE"
+        first.calls[0].accept().head("application/json").data(b"{}").tail()
+        assert (await asking.answer()).status == 202
+        second = await control.join("b", tasks=[report(attempt=2)])
+        reader = await second.reader()
+        await eventually(lambda: reader.detached == "left")
+        assert (reader.header["attempt"], reader.canceled, reader.surplus) == (2, True, False)
+
+
+@pytest.mark.parametrize(
+    ("later", "cancels"),
+    [
+        ({"attempt": 2}, True),
+        ({"attempt": 2, "state": "sealed", "finish_reason": "stop"}, True),
+        ({"attempt": 1}, False),
+        ({"attempt": 2, "owner": "bob"}, False),
+    ],
+)
+async def test_an_attempt_that_was_left_behind_before_is_cancelled(later: dict[str, Any], cancels: bool) -> None:
+    async with a_control() as control:
+        first = await control.join("a", tasks=[report()])
+        second = await control.join("b", tasks=[report(**later)])
+        await first.beat(tasks=[report()])
+        await second.beat(tasks=[report(**later)])
+        await first.beat(tasks=[report()])
+        assert [each.header["attempt"] for each in first.attached] == [1, 1] * cancels
+        assert second.attached == []
+        if cancels:
+            await eventually(lambda: first.attached[0].detached == "left")
+            assert (first.attached[0].canceled, first.attached[0].surplus) == (True, True)
+
+
 async def test_a_reader_that_names_the_attempt_waits_for_no_other_node(tmp_path: Path) -> None:
     async with a_control(**remembering(tmp_path, "a", "gone")) as control:
         node = await control.join("a", tasks=[report()])

@@ -293,7 +293,7 @@ class Network:
         node.wire = wire
         control.wires = [other for other in control.wires if not other.ended] + [wire]
         state.links.put(control_end)
-        state.dispatcher.cancel_surplus(node.node_id, link_is_new=True)
+        state.dispatcher.surplus.cancel(node.node_id, link_is_new=True)
         state.dispatcher.registry_changed()
         return node_end
 

@@ -38,7 +38,9 @@ from llorch.config import (
 from llorch.config_kinds import BadValue, Kind
 from llorch.config_pools import ENGINE, FIELDS, MAX_POOLS
 from llorch.config_yaml import MAX_CHARS, read_yaml
+from llorch.control import audience, dispatch, log_reader
 from llorch.errors import ConfigError, LlorchError
+from llorch.node import tasklog
 from llorch.settings import ROLES
 
 API = "a1" * 20
@@ -125,9 +127,15 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert (got.queue_limit, got.queue_body_limit, got.ttft_timeout) == (None, 256 * 2**20, 120.0)
     assert (got.queue_timeout, got.queue_timeout_batch) == (120.0, 300.0)
     assert (got.max_body, got.slow_reader_timeout, got.shutdown_grace) == (64 * 2**20, 30.0, 30.0)
+    assert got.recovery_window == 15.0
     assert (on_node.slots, on_node.ctx, on_node.engine, on_node.early_beat) == (4, 4096, "auto", 0.25)
     assert (on_node.log_limit, on_node.logs_limit, on_node.log_retention) == (4 * 2**20, 256 * 2**20, 600.0)
     assert (on_node.load_timeout, on_node.stop_grace, on_node.reconnect_grace) == (300.0, 10.0, 10.0)
+
+
+def test_the_times_without_a_setting_are_those_of_the_contract() -> None:
+    assert (tasklog.SEALED_V1_S, tasklog.LOST_GRACE_S) == (30.0, 30.0)
+    assert (audience.RECONNECT_GRACE_S, log_reader.RECONNECT_S, dispatch.ACCEPT_TIMEOUT_S) == (10.0, 5.0, 1.0)
 
 
 @pytest.mark.parametrize("name", sorted({one.name for one in SETTINGS}))

@@ -96,7 +96,7 @@ class Admission:
         return counts
 
     def etas_ms(self, now: float) -> dict[str, int]:
-        """How long a task that came now would wait, by model: a guess, where anybody waits and one has left before."""
+        """The wait at the end of each model's line: a guess, where anybody waits and one has left before."""
         found = {model: line.pace.eta_ms(len(line) + 1, now) for model, line in self._lines.items() if len(line)}
         return {model: eta_ms for model, eta_ms in found.items() if eta_ms is not None}
 

@@ -183,7 +183,7 @@ def registry_metrics(registry: Registry, admission: Admission, now: float) -> It
     depth = GaugeMetricFamily("llorch_queue_depth", "waiting tasks", labels=["model", "priority"])
     for labels, waiting in _known_models_only(registry, admission.depths()).items():
         depth.add_metric(labels, waiting)
-    eta = GaugeMetricFamily("llorch_queue_eta_seconds", "expected wait of a task that came now", labels=["model"])
+    eta = GaugeMetricFamily("llorch_queue_eta_seconds", "expected wait at the end of a line", labels=["model"])
     models = registry.models()
     for model, eta_ms in admission.etas_ms(now).items():
         if models.has_model(model):

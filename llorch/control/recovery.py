@@ -1,7 +1,8 @@
 """The time after a control's start in which its nodes come back, and it does not yet know what they run.
 
 Owns when that time is over: after the window, or once every node that is remembered from before has registered.
-Meanwhile nothing may be said not to exist, and nothing that may be running is run again. Pure; the file is `roster`'s.
+Meanwhile nothing may be said not to exist, nothing that may be running is run again, and of nothing another attempt is
+shown than the one that was. Pure; the file is `roster`'s.
 """
 
 from __future__ import annotations

@@ -192,8 +192,10 @@ async def cancel_task(request: web.Request) -> web.StreamResponse:
     task_id = await _sought(control, request)
     view = _view(control, task_id, principal)
     task, known = _find(control, task_id, principal), control.registry.task(task_id)
+    remembered = task is not None
     if task is None and known is not None and control.recovery.on(time.monotonic()):
         control.dispatcher.surplus.canceled(known[1])  # another attempt of it may be on a node that is not back
+        remembered = True
     if task is not None and not task.ended:
         control.dispatcher.cancel(task)
     elif view["state"] in (State.PLACED, State.STREAMING) or (task is not None and task.abandoned):
@@ -201,16 +203,16 @@ async def cancel_task(request: web.Request) -> web.StreamResponse:
         if task is not None and (view["state"] not in ENDED or known is None):
             task.cancel_wanted = True  # so that a node that is away now is told when it comes back
         if isinstance(node_id, str):
-            await _cancel_on_node(control, node_id, task_id, known=task is not None)
+            await _cancel_on_node(control, node_id, task_id, remembered=remembered)
     return json_response({"task_id": task_id, "state": view["state"]}, status=202)
 
 
-async def _cancel_on_node(control: Control, node_id: str, task_id: str, *, known: bool) -> None:
-    """`known` here: then a node that is away is told when it is back (`Surplus`)."""
+async def _cancel_on_node(control: Control, node_id: str, task_id: str, *, remembered: bool) -> None:
+    """`remembered` here: then a node that is away is told when it is back (`Surplus`)."""
     try:
         await control.nodes.call(node_id, "DELETE", f"/v2/tasks/{task_id}")
     except LlorchError as error:
-        if error.code is not Code.TASK_NOT_FOUND and not (known and error.code is Code.NODE_LOST):
+        if error.code is not Code.TASK_NOT_FOUND and not (remembered and error.code is Code.NODE_LOST):
             raise  # TASK_NOT_FOUND: it has ended there, so what was asked for is so
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from llorch.control.feed import Feed
 from llorch.control.log_reader import LogReaders
 from llorch.control.registry import Registry
-from llorch.control.tasks import Task, TaskStore
+from llorch.control.tasks import TaskStore
 from llorch.logs import Log
 from llorch.messages import TaskReport
 
@@ -23,11 +23,12 @@ class Surplus:
         self._tasks = tasks
         self._registry = registry
         self._readers = readers
-        self._canceled: dict[str, str] = {}  # task id → owner
+        self._canceled: dict[str, tuple[str, str | None]] = {}  # by task, which one: of its owner, of its control
 
     def canceled(self, report: TaskReport) -> None:
         """A task that this control knows from a node alone is to be canceled, also where another brings it later."""
-        self._canceled[report.task_id] = report.owner
+        self._canceled.pop(report.task_id, None)
+        self._canceled[report.task_id] = (report.owner, report.epoch)
         while len(self._canceled) > MOST_CANCELED:
             del self._canceled[next(iter(self._canceled))]
 
@@ -41,29 +42,18 @@ class Surplus:
             if report.state == "sealed":
                 continue
             task = self._tasks.get(report.task_id)
-            if task is None:
-                self._of_before(node_id, report)
-            else:
-                self._of_now(node_id, report, task, link_is_new=link_is_new)
+            if task is None or task.owner != report.owner:
+                if self._canceled.get(report.task_id) == (report.owner, report.epoch):
+                    self._end(node_id, report, canceled=True)
+                continue
+            left = task.abandoned and not task.cancel_wanted
+            if left and (not link_is_new or self._readers.reads(report.task_id)):
+                continue
+            if task.ended or task.node_id != node_id:
+                self._end(node_id, report, canceled=task.cancel_wanted, left=left)
 
-    def _of_now(self, node_id: str, report: TaskReport, task: Task, *, link_is_new: bool) -> None:
-        left = task.abandoned and not task.cancel_wanted
-        if left and (not link_is_new or self._readers.reads(report.task_id)):
-            return
-        if task.ended or task.node_id != node_id:
-            self._end(node_id, report, canceled=task.cancel_wanted, left=left)
-
-    def _of_before(self, node_id: str, report: TaskReport) -> None:
-        """Of a task of before this control's time: canceled by its client, or an attempt that it has left behind."""
-        if self._canceled.get(report.task_id) == report.owner:
-            self._end(node_id, report, canceled=True)
-            return
-        known = self._registry.task(report.task_id)
-        if known is not None and known[1].attempt > report.attempt and known[1].owner == report.owner:
-            self._end(node_id, report)
-
-    def _end(self, node_id: str, report: TaskReport, *, canceled: bool = False, left: bool = False) -> None:
-        """`canceled`: its end is its client's to read. Otherwise it is not to be found any more; `left`: it is."""
+    def _end(self, node_id: str, report: TaskReport, *, canceled: bool, left: bool = False) -> None:
+        """`canceled`: its end may still be read. `left`: its node decides. Otherwise it is to be found no more."""
         upstream = self._readers.opener.attach(node_id, report.task_id, report.offset, report.attempt, Feed())
         if canceled:
             upstream.cancel()

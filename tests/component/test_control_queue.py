@@ -77,9 +77,8 @@ async def test_place_and_expected_wait_are_told_in_events_views_and_metrics() ->
         waiting = [task["queue"] for task in (await control.get("/v2/tasks"))["tasks"] if "queue" in task]
         places, etas = sorted(each["position"] for each in waiting), sorted(each["eta_ms"] for each in waiting)
         assert places == [1, 2]
-        assert 0 < etas[0] < etas[1] < 5_000
-        newcomers = await control.metric("llorch_queue_eta_seconds", model="m")
-        assert etas[1] / 1_000 < newcomers < 5
+        assert 0 < etas[0] < etas[1]
+        assert await control.metric("llorch_queue_eta_seconds", model="m") > etas[1] / 1_000
         late = control.submit(prompt="late")
         await control.waiting(3)
         for _ in range(3):

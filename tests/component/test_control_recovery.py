@@ -221,40 +221,57 @@ async def test_one_attempt_is_shown_also_to_those_who_read_from_the_start(how: s
 
 
 async def test_a_cancel_reaches_also_the_attempt_that_comes_back_later(tmp_path: Path) -> None:
-    async with a_control(**remembering(tmp_path, "a", "b")) as control:
-        first = await control.join("a", tasks=[report()])
+    async with a_control(**remembering(tmp_path, "a", "b", "c")) as control:
+        first = await control.join("a", tasks=[report(epoch="old")])
         asking = control.ask("POST", f"/v2/tasks/{TASK}/cancel")
         await eventually(lambda: len(first.calls) == 1)
         assert first.calls[0].header["method"] == "DELETE"
         first.calls[0].accept().head("application/json").data(b"{}").tail()
         assert (await asking.answer()).status == 202
-        second = await control.join("b", tasks=[report(attempt=2)])
+        others = [
+            await control.join("c", tasks=[report(attempt=2, epoch="old", owner="bob")]),
+            await control.join("d", tasks=[report(attempt=2, epoch="another control's")]),
+        ]
+        second = await control.join("b", tasks=[report(attempt=2, epoch="old")])
         reader = await second.reader()
         await eventually(lambda: reader.detached == "left")
         assert (reader.header["attempt"], reader.canceled, reader.surplus) == (2, True, False)
+        for other in others:
+            await other.settled()
+            assert other.attached == []
 
 
-@pytest.mark.parametrize(
-    ("later", "cancels"),
-    [
-        ({"attempt": 2}, True),
-        ({"attempt": 2, "state": "sealed", "finish_reason": "stop"}, True),
-        ({"attempt": 1}, False),
-        ({"attempt": 2, "owner": "bob"}, False),
-    ],
-)
-async def test_an_attempt_that_was_left_behind_before_is_cancelled(later: dict[str, Any], cancels: bool) -> None:
-    async with a_control() as control:
-        first = await control.join("a", tasks=[report()])
-        second = await control.join("b", tasks=[report(**later)])
-        await first.beat(tasks=[report()])
-        await second.beat(tasks=[report(**later)])
-        await first.beat(tasks=[report()])
-        assert [each.header["attempt"] for each in first.attached] == [1, 1] * cancels
-        assert second.attached == []
-        if cancels:
-            await eventually(lambda: first.attached[0].detached == "left")
-            assert (first.attached[0].canceled, first.attached[0].surplus) == (True, True)
+async def test_a_cancel_is_taken_for_a_node_whose_link_is_not_up_yet(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        node = await control.join("a", tasks=[report()])
+        await node.cut()
+        assert (await control.ask("POST", f"/v2/tasks/{TASK}/cancel").answer()).status == 202
+        assert (await node.open_link())[0] == 101
+        reader = await node.reader()
+        await eventually(lambda: reader.detached == "left")
+        assert reader.canceled
+
+
+async def test_a_task_that_is_sent_again_is_not_the_one_that_was_canceled(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        body = json.dumps({"model": "m", "prompt": "Hello", "task_id": TASK})
+        same = {"key_digest": DIGEST, "body_digest": hashlib.sha256(body.encode()).hexdigest()}
+        node = await control.join("a", tasks=[report(**same)])
+        asking = control.ask("DELETE", f"/v2/tasks/{TASK}")
+        await eventually(lambda: len(node.calls) == 1)
+        node.calls[0].accept().head("application/json").data(b"{}").tail()
+        assert (await asking.answer()).status == 202
+        await control.join("b")
+        canceled = report(**same, state="sealed", finish_reason="canceled")
+        await node.beat(tasks=[canceled])
+        again = control.ask("POST", "/v2/tasks", data=body, headers={"Idempotency-Key": KEY})
+        attempt = (await node.asked()).begin()
+        assert attempt.attempt == 2
+        await node.beat(tasks=[canceled, report(**same, attempt=2, epoch=attempt.header["epoch"])])
+        await node.settled()
+        assert node.attached == []
+        attempt.say("anew").end()
+        assert (await again.answer()).said == "anew"
 
 
 async def test_a_reader_that_names_the_attempt_waits_for_no_other_node(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ async def test_cancel_frees_the_slot_and_closes_the_engine_connection(tmp_path: 
         await eventually(lambda: setup.node.slots_free == 1)
         if call is not None:
             await asyncio.wait_for(call.disconnected.wait(), 5.0)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 2.0  # a second, and one more for a busy machine
         assert tail["finish_reason"] == "canceled"
         assert "error" not in tail
         assert stream.head == {"status": 200, "headers": {"content-type": "text/event-stream"}}

@@ -183,7 +183,7 @@ BUGS = (
     bug(
         "an overtaken attempt is not cancelled", "lonely", "fence, one execution",
         ("node/tasklog.py", "older.opening.attempt < opening.attempt", "older.opening.attempt > opening.attempt"),
-        ("control/surplus.py", "        if task.ended or task.node_id != node_id:\n", "        if task.ended:\n"),
+        ("control/surplus.py", "            if task.ended or task.node_id != node_id:\n", "            if task.ended:\n"),
     ),
     # ---- what a control learns again, and what is asked twice
     bug(

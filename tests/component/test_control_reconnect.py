@@ -201,6 +201,21 @@ async def test_what_still_runs_of_a_task_that_was_taken_elsewhere_is_not_to_be_f
         await asking.leave()
 
 
+async def test_what_another_runs_under_the_same_id_is_left_alone() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        attempt = await node.asked()
+        attempt.begin().end()
+        await asking.answer()
+        running = {"task_id": attempt.task_id, "attempt": 1, "state": "running", "offset": 9}
+        await node.beat(tasks=[running | {"owner": "bob"}])
+        await node.settled()
+        assert node.attached == []
+        await node.beat(tasks=[running | {"owner": "alice"}])
+        assert (await node.reader()).header["task_id"] == attempt.task_id
+
+
 # ---------------------------------------------------------------- clients that go before the first byte
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.tale import POOLS, WHOLE, Tale, log
+from tests.faults.tale import POOLS, WHOLE, Tale, log, text
 from tests.faults.validator import judge
 
 
@@ -408,6 +408,29 @@ def test_a_v1_task_runs_again_if_its_client_left_and_not_if_its_control_did(
     ).answer()
     tale.chunks(3).engine("finished", "b/p0").closed().over()
     assert tale.rules() == rules
+
+
+@pytest.mark.parametrize(("kind", "rules"), [("client.reset", []), ("control.kill", ["one execution"])])
+def test_an_answer_in_one_piece_runs_again_if_its_client_left_just_as_its_engine_ended(
+    kind: str, rules: list[str]
+) -> None:
+    tale = Tale().task(form="v1-json", key="key").send().engine("arrived").wait(2.0)
+    tale.fault(kind, "clients").closed("broken").engine("finished").wait(0.1)
+    tale.send().engine("arrived", "b/p0").answer().note("body", task="k1", conn=2, text=text(3), finish="length")
+    tale.engine("finished", "b/p0").closed().over()
+    assert [rule for rule in tale.rules() if rule == "one execution"] == rules
+
+
+@pytest.mark.parametrize(("control_s", "rules"), [(1.5, []), (0.3, ["one execution"])])
+def test_a_second_execution_is_right_where_a_new_control_could_not_hear_of_the_first(
+    control_s: float, rules: list[str]
+) -> None:
+    """Its node stood still for most of the recovery window, and for the rest of it the control did."""
+    tale = begun(key="key").show(log(3)[:2]).engine("finished").fault("control.kill", "control", 1.0).closed("broken")
+    tale.wait(1.0).fault("node.stop", "a", 2.2).wait(1.9).fault("control.stop", "control", control_s).wait(0.9)
+    tale.fault("node.stop", "a", 2.0).wait(0.6).send().engine("arrived", "b/p0").answer().show(log(3, pool="b/p0"))
+    tale.engine("finished", "b/p0").closed().over()
+    assert [rule for rule in tale.rules() if rule == "one execution"][:1] == rules
 
 
 @pytest.mark.parametrize(

@@ -145,13 +145,19 @@ class Facts:
             if hit.part in ("node", "link") and hit.node == node and hit.meets(since, until)
             if hit.how in (*AWAY, "cut", "reset")
         )
-        longest, start, end = 0.0, FOREVER, -FOREVER
-        for low, high in spans:
-            if low > end:
-                start = low
-            end = max(end, high)
-            longest = max(longest, end - start)
-        return longest
+        return _longest(spans)
+
+    def unheard(self, node: str, since: float, until: float) -> float:
+        """As `away`, of a control that has just started, and stood still itself now and then. A node's way back counts
+        only where both were there for it."""
+        spans = sorted(
+            (max(hit.start, since), min(hit.end, until))
+            for hit in self.hits
+            if hit.meets(since, until)
+            and (hit.how in AWAY if hit.part in ("node", "link") and hit.node == node else hit.how == "stop")
+            and (hit.part == "control" or hit.node == node)
+        )
+        return _longest(spans)
 
     def bad(self, pool: str, since: float, until: float) -> bool:
         """Whether a pool could fail tasks then: it, its node or its link was hit, or the control did not see it."""
@@ -166,6 +172,17 @@ class Facts:
 
     def restarted(self, since: float, until: float) -> list[Hit]:
         return self.hit(since, until, parts=("control",), hows=("kill", "term"))
+
+
+def _longest(spans: Sequence[tuple[float, float]]) -> float:
+    """The longest time without a break in what sorted spans cover."""
+    longest, start, end = 0.0, FOREVER, -FOREVER
+    for low, high in spans:
+        if low > end:
+            start = low
+        end = max(end, high)
+        longest = max(longest, end - start)
+    return longest
 
 
 def _hits(entries: Iterable[dict[str, Any]]) -> list[Hit]:

@@ -236,23 +236,26 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     output = story.output_at()
     seen = output is not None and output < at and story.pool_at(at) == first.pool and first.start < at
     ended = first.end <= at + LATE_S
-    if not seen:
-        if story.ask.get("script") and facts.pools[first.pool]["obeys"]:
-            return True  # it failed because it was told to
-        if lost or facts.hit(since, at, parts=("engine",), pool=first.pool):
-            return True
-        if ended and first.step in ("aborted", "killed"):
-            return True  # it failed before it showed anything, or was fenced
-        return bool(facts.hit(since, at, parts=("control",), hows=("stop",)))
-    gone = facts.hit(since, at, parts=("node",), hows=("kill", "term"), node=first.node)
-    if gone or facts.away(first.node, first.start, at) >= facts.promises["reconnect_s"] - LATE_S:
-        return True
     # An engine may have said its last word just as the task was cancelled, for its reader had left. What stood still
     # meanwhile was told late.
     held = facts.hit(first.start, at, parts=HOLDING, hows=HOLDS, node=first.node, pool=first.pool)
     ends = [hit.end for hit in held if hit.end < FOREVER]
     told = max([first.end, *ends])
     left = not story.native and any(went(conn, facts) and conn.until <= told for conn in story.reading())
+    if not seen:
+        if story.ask.get("script") and facts.pools[first.pool]["obeys"]:
+            return True  # it failed because it was told to
+        if lost or facts.hit(since, at, parts=("engine",), pool=first.pool):
+            return True
+        if ended and (first.step in ("aborted", "killed") or left):
+            return True  # it failed before it showed anything, or was fenced, or cancelled
+        return bool(facts.hit(since, at, parts=("control",), hows=("stop",)))
+    gone = facts.hit(since, at, parts=("node",), hows=("kill", "term"), node=first.node)
+    if gone or facts.away(first.node, first.start, at) >= facts.promises["reconnect_s"] - LATE_S:
+        return True
+    window_s = facts.promises["recovery_s"] - LATE_S
+    if any(facts.unheard(first.node, hit.end, at) >= window_s for hit in facts.restarted(first.start, at)):
+        return True
     ended = ended or any(first.end <= end + LATE_S for end in ends)
     if ended and (first.step == "aborted" or left) and was_canceled(story, facts, at):
         return True

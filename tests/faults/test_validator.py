@@ -556,7 +556,13 @@ def test_what_is_left_over(left: dict[str, object]) -> None:
 
 
 def test_an_engine_that_runs_on_after_all_is_over() -> None:
-    assert begun().show(log(3)).closed().over().rules() == ["left over"]
+    tale = begun().show(log(3)).closed().over()
+    assert tale.rules() == ["left over"]
+    given_up = {
+        "pools": {**WHOLE, "a/p0": [0, 0, 0, False, "failed"]},
+        "engines": dict.fromkeys(POOLS, 1) | {"a/p0": 0},
+    }
+    assert begun().show(log(3)).closed().over().rules(**given_up) == []
 
 
 def test_a_task_that_does_not_end() -> None:

@@ -320,5 +320,6 @@ def _what_is_left(facts: Facts, entries: Sequence[dict[str, Any]]) -> Iterator[V
         yield bad(f"processes of nobody: {final['strangers']}")
     for marker, runs in facts.executions.items():
         for run in runs:
-            if run.end == FOREVER and run.start < at:
+            # The engine of a pool that was given up has died, and none has come after it to say so.
+            if run.end == FOREVER and run.start < at and final["engines"].get(run.pool, 0):
                 yield Violation("left over", marker, at, f"{run.pool} still runs it, since {run.start:.3f}")

@@ -58,8 +58,9 @@ PLANS: dict[str, Plan] = {
 # For a node in a network namespace: `a` is the one that can be cut off.
 TWO_NODES = {"a": [simulated("p0", "sim", 4, *STEADY)], "b": [simulated("p0", "sim", 4, *STEADY)]}
 PARTITIONED = {
+    # One after the other, with time to find back in between: two that run together last longer than is waited for.
     "partition": Plan(
-        1, 3, clients=12, min_rate=1.0, weights={"link.partition": 1}, pools=TWO_NODES,
+        1, 3, clients=12, min_rate=1.0, weights={"link.partition": 1}, gap_s=(6.5, 7.5), pools=TWO_NODES,
         mix=replace(USUAL, stall=0, script=0),
     ),
     # Long enough texts, and clients that see them through: what runs there when it comes is still to be told.

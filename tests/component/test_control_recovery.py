@@ -241,6 +241,17 @@ async def test_a_cancel_reaches_also_the_attempt_that_comes_back_later(tmp_path:
             assert other.attached == []
 
 
+async def test_nobody_cancels_anothers_task_of_before(tmp_path: Path) -> None:
+    async with a_control(**remembering(tmp_path, "a", "b")) as control:
+        first = await control.join("a", tasks=[report(epoch="old")])
+        answer = await control.ask("POST", f"/v2/tasks/{TASK}/cancel", who="bob").answer()
+        assert (answer.status, answer.code) == (404, "TASK_NOT_FOUND")
+        second = await control.join("b", tasks=[report(attempt=2, epoch="old")])
+        for node in (first, second):
+            await node.settled()
+            assert node.calls == node.attached == []
+
+
 async def test_a_cancel_is_taken_for_a_node_whose_link_is_not_up_yet(tmp_path: Path) -> None:
     async with a_control(**remembering(tmp_path, "a", "b")) as control:
         node = await control.join("a", tasks=[report()])

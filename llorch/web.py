@@ -1,23 +1,19 @@
 """HTTP as every role of llorch serves and calls it.
 
 Owns the route table's meaning (one scope per route, checked before the handler and before a body is asked for), request
-ids, the one error shape, bounded body reads, `serve()` as the one hardened way to listen, and the one factory of client
-sessions. What a route does is its role's.
+ids, the one error shape, bounded body reads, and the one factory of client sessions. What a route does is its role's;
+how connections come in is `listen`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import ipaddress
 import json
 import re
-import resource
 import secrets
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,20 +24,13 @@ from pydantic import BaseModel
 
 from llorch import link
 from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize
-from llorch.errors import Code, ConfigError, LlorchError
+from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import decode_object, parse
-from llorch.tasks import Guard
 
-KEEPALIVE_S = 75.0  # aiohttp's own default keeps an idle connection for an hour
-HEAD_TIMEOUT_S = 10.0  # a connection that has sent no whole request head by then is closed
-REAP_EVERY_S = 2.0
 BODY_TIMEOUT_S = 30.0  # for any body; a large one gets the time that it takes at MIN_BODY_RATE on top
 MIN_BODY_RATE = 32 * 1024  # bytes/s, less than a poor upload; slower senders only hold memory
-PEER_TIMEOUT_MS = 60_000  # a client's machine that is gone, for the kernel; twice what a slow reader is given
-PEER_IDLE_S = 15  # silence before the kernel asks whether a client's machine is still there
 MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
-_NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
 STREAM_WRITE_BUFFER_BYTES = 16 * 1024  # and about this here, if `drained` is waited for; under TLS 64 KiB more
 
@@ -204,180 +193,7 @@ def _from_http(error: web.HTTPException) -> LlorchError:
     return LlorchError(Code.INVALID_REQUEST, "the request could not be understood", status=error.status)
 
 
-# ---------------------------------------------------------------- listening
-
-
-class Server:
-    """An application that listens. `url` is where; `close` ends it: no new connections, then what runs, then all."""
-
-    def __init__(self, runner: web.AppRunner, url: str, host: str, port: int, guard: Guard) -> None:
-        self._runner = runner
-        self._guard = guard
-        self.url, self.host, self.port = url, host, port
-
-    async def close(self) -> None:
-        await self._guard.close()
-        await self._runner.cleanup()
-
-
-_CONNECTION: dict[str, Any] = {
-    "access_log": None,
-    "keepalive_timeout": KEEPALIVE_S,
-    "auto_decompress": False,  # a body is what was sent; no bomb unpacks here
-}
-
-
-class _Connection(web_protocol.RequestHandler):
-    """aiohttp's side of one connection. What it could not read is answered in our shape, and is never logged."""
-
-    __slots__ = ()
-
-    def data_received(self, data: bytes) -> None:
-        """aiohttp queues a malformed piece of a body behind the request that waits for it: that one is told here."""
-        super().data_received(data)
-        if self._messages and isinstance(self._messages[-1][0], web_protocol._ErrInfo):
-            request = self._current_request
-            if request is not None and not request.content.is_eof():
-                request.content.set_exception(web_protocol.RequestPayloadError())
-
-    def log_exception(self, *args: Any, **kw: Any) -> None:
-        if not isinstance(kw.get("exc_info"), web_protocol.RequestPayloadError):  # which has been answered
-            super().log_exception(*args, **kw)
-
-    def handle_error(
-        self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        if isinstance(exc, ConnectionError):
-            raise exc  # the client is gone, or the connection has become a link and ended: no answer, and no fault
-        request_id = request_id_of(request.headers)
-        if status < 500:
-            # aiohttp's own message and log line quote the request: a token may stand in the line that was malformed.
-            log.info("request.malformed", peer=request.remote, why=type(exc).__name__, request_id=request_id)
-            error = LlorchError(Code.INVALID_REQUEST, "the request is not well-formed HTTP", status=status)
-        else:
-            log.error("request.failed", peer=request.remote, why=type(exc).__name__, request_id=request_id)
-            error = LlorchError(Code.INTERNAL, "an unexpected fault; it was logged")
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun; another can't be sent")
-        response = error_response(error, request_id)
-        response.headers["X-Request-Id"] = response.headers["X-Correlation-Id"] = request_id
-        response.force_close()
-        return response
-
-
-class _Site(web.SockSite):
-    """One listening socket of a runner."""
-
-    async def start(self) -> None:
-        await web.BaseSite.start(self)
-        loop, manager = asyncio.get_running_loop(), self._runner.server
-        assert manager is not None
-        self._server = await loop.create_server(
-            lambda: _Connection(manager, loop=loop, **_CONNECTION),
-            sock=self._sock,
-            ssl=self._ssl_context,
-            backlog=self._backlog,
-        )
-
-
-async def serve(
-    app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None, shutdown_timeout_s: float = 5.0
-) -> Server:
-    """Listen on host:port (0: a free one). Raises ConfigError if it is taken, or is no loopback and has no TLS."""
-    shown = f"[{host}]" if ":" in host else host
-    try:
-        sockets = await _listening(host, port, loopback_only=tls is None)
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise ConfigError(f"{shown}:{port} can't be listened on: {why}", hint="give another --bind HOST:PORT") from None
-    _allow_many_files()
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,  # a client that leaves cancels its handler: the task's slot goes free
-        shutdown_timeout=shutdown_timeout_s,
-    )
-    await runner.setup()
-    try:
-        for sock in sockets:
-            await _Site(runner, sock, ssl_context=tls, backlog=1024).start()
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        await runner.cleanup()
-        raise
-    bound_port = int(runner.addresses[0][1])
-    guard = Guard("web")
-    guard.loop(_reaper(runner), "reaper")
-    return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard)
-
-
-async def _listening(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
-    """A bound socket for each address that `host` means here, all on one port; accepted ones inherit what is set."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets: list[socket.socket] = []
-    missing: OSError | None = None
-    try:
-        for family, *_, address in dict.fromkeys(found):
-            number = ipaddress.ip_address(str(address[0]).partition("%")[0])
-            if loopback_only and not (getattr(number, "ipv4_mapped", None) or number).is_loopback:
-                raise OSError(errno.EACCES, f"{host} leads beyond this machine, and there is no TLS")
-            try:
-                sockets.append(_bound(family, (address[0], port, *address[2:])))
-            except OSError as error:
-                if error.errno not in _NOT_HERE:
-                    raise
-                missing = error  # `localhost` leads to ::1 also where the kernel has no IPv6
-            else:
-                port = sockets[-1].getsockname()[1]
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    if missing is not None and not sockets:
-        raise missing
-    return sockets
-
-
-def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        link.tune_socket(sock, idle_s=PEER_IDLE_S, user_timeout_ms=PEER_TIMEOUT_MS)
-        sock.bind(address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _allow_many_files() -> None:
-    """A connection is a file; the soft limit of 1,024 is for programs that use select(2)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:
-    """Closes connections that never finish their first request head; aiohttp waits for them without end."""
-    first_seen: dict[Any, float] = {}
-
-    async def step() -> float:
-        now = time.monotonic()
-        open_now = list(runner.server.connections) if runner.server is not None else []
-        for connection in open_now:
-            since = first_seen.setdefault(connection, now)
-            started = connection._request_count > 0 or connection._request_in_progress
-            if not started and now - since > HEAD_TIMEOUT_S:
-                connection.force_close()
-        for gone in set(first_seen).difference(open_now):
-            del first_seen[gone]
-        return REAP_EVERY_S
-
-    return step
+# ---------------------------------------------------------------- streams
 
 
 def limit_send_buffer(request: web.Request) -> None:
@@ -433,68 +249,3 @@ async def client_session(
         raise_for_status=False,
     ) as session:
         yield session
-
-
-# ---------------------------------------------------------------- OpenAPI
-
-
-def openapi(routes: Sequence[Route], *, title: str, version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a route table."""
-    paths: dict[str, Any] = {}
-    schemas: dict[str, Any] = {}
-    for route in routes:
-        path = re.sub(r"\{(\w+):[^}]*\}", r"{\1}", route.path)
-        operation: dict[str, Any] = {
-            "summary": route.summary,
-            "responses": {
-                str(route.status): {"description": "done", "content": {route.returns: {}}},
-                "default": {
-                    "description": "an error",
-                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-                },
-            },
-            "security": [] if route.scope is Scope.OPEN else [{"bearer": [scope.value]} for scope in route.scopes],
-        }
-        names = re.findall(r"\{(\w+)\}", path)
-        if names:
-            operation["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-            ]
-        if route.body is not None:
-            schema = route.body.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schema.pop("$defs", {}))
-            schemas[route.body.__name__] = schema
-            reference = {"$ref": f"#/components/schemas/{route.body.__name__}"}
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
-        paths.setdefault(path, {})[route.method.lower()] = operation
-    schemas["Error"] = _ERROR_SCHEMA
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": title, "version": version, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
-        "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
-    }
-
-
-_ERROR_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["code", "message", "type", "retriable", "request_id"],
-            "properties": {
-                "code": {"enum": [code.value for code in Code]},
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "retriable": {"type": "boolean"},
-                "retry_after_ms": {"type": "integer"},
-                "hint": {"type": "string"},
-                "task_id": {"type": "string"},
-                "request_id": {"type": ["string", "null"]},
-                "details": {"type": "object"},
-            },
-        }
-    },
-}

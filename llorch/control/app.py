@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator
 from functools import partial
 
-from llorch import logs, systemd, tls, web
+from llorch import listen, logs, systemd, tls, web
 from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
 from llorch.config import ControlSettings
 from llorch.control import routes_health, routes_nodes, routes_tasks
@@ -55,12 +55,14 @@ def token_ring(settings: ControlSettings) -> TokenRing:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web.Server]]:
+async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, listen.Server]]:
     """A control that serves for as long as the block runs. At its end nodes are told, then all is closed."""
     ring = token_ring(settings)
     service = parse_tokens(settings.service_token or "", min_chars=1)
     server_tls = (
-        tls.server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+        tls.Identities(tls.server_context(settings.tls_cert, settings.tls_key))
+        if settings.tls_cert and settings.tls_key
+        else None
     )
     registry = Registry(
         epoch=secrets.token_hex(8),
@@ -110,7 +112,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, web
         )
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
-        server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
         try:
             roster.prepare()
             guard.loop(partial(expire_step, control), "expire")

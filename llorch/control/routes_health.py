@@ -12,7 +12,8 @@ from llorch import __version__
 from llorch.auth import Scope
 from llorch.control.state import CONTROL
 from llorch.control.views import storm_view
-from llorch.web import Route, json_response, openapi
+from llorch.openapi import openapi
+from llorch.web import Route, json_response
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llorch import __version__, logs, systemd, tls, web
+from llorch import __version__, listen, logs, systemd, tls, web
 from llorch.auth import MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
 from llorch.config import NodeSettings
 from llorch.config_pools import PoolSpec
@@ -122,7 +122,9 @@ async def run(settings: NodeSettings) -> int:
     stop.watch()
     ring = token_ring(settings)
     server_tls = (
-        tls.server_context(settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+        tls.Identities(tls.server_context(settings.tls_cert, settings.tls_key))
+        if settings.tls_cert and settings.tls_key
+        else None
     )
     client_tls = tls.client_context(settings.tls_ca)
     _, runtime_dir = directories(settings)
@@ -203,7 +205,7 @@ async def run(settings: NodeSettings) -> int:
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[NODE] = node
         await node.refresh()
-        server = await web.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
         exits.push_async_callback(server.close)
         guard = Guard("node")
         exits.push_async_callback(guard.close)

@@ -8,7 +8,8 @@ from llorch import __version__
 from llorch.auth import Scope
 from llorch.node import calls, routes_tasks
 from llorch.node.state import NODE
-from llorch.web import Route, json_response, openapi
+from llorch.openapi import openapi
+from llorch.web import Route, json_response
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 import aiohttp
 from aiohttp import web as aioweb
 
-from llorch import records, web
+from llorch import listen, records, web
 from llorch.auth import Scope, TokenRing
 from llorch.link import Link
 from llorch.node import pool_events as ev
@@ -262,7 +262,7 @@ class ScriptedControl:
         self.refuse_link: tuple[int, str] | None = None
         self.interval_ms = 10_000
         self.url = ""
-        self._server: web.Server | None = None
+        self._server: listen.Server | None = None
         self._port = 0
 
     async def start(self) -> None:
@@ -274,7 +274,7 @@ class ScriptedControl:
         )
         ring = TokenRing([("node", NODE_TOKEN, frozenset({Scope.NODE}))])
         app = web.make_app(table, web.Gate(ring=lambda: ring), max_body_bytes=1 << 24)
-        self._server = await web.serve(app, "127.0.0.1", self._port, shutdown_timeout_s=0.2)
+        self._server = await listen.serve(app, "127.0.0.1", self._port, shutdown_timeout_s=0.2)
         self._port = self._server.port
         self.url = self._server.url
 
@@ -385,7 +385,7 @@ class NodeUnderTest:
         ring = TokenRing([("default", SERVICE_TOKEN, frozenset({Scope.CONTROL, Scope.METRICS}))])
         app = web.make_app(routes(), web.Gate(ring=lambda: ring), max_body_bytes=64 << 20)
         app[NODE] = self.node
-        server = await web.serve(app, "127.0.0.1", 0, shutdown_timeout_s=0.2)
+        server = await listen.serve(app, "127.0.0.1", 0, shutdown_timeout_s=0.2)
         self._exits.push_async_callback(server.close)
         self.url = server.url
         self.guard.loop(self.runner.sweep, "sweep")

@@ -24,7 +24,8 @@ from llorch import sse
 from llorch.backoff import Backoff
 from llorch.client import resume
 from llorch.errors import Code, LlorchError
-from llorch.web import Server, serve
+from llorch.listen import Server, serve
+from llorch.tls import Identities
 from tests.cluster import lasting_port
 
 TASK = "00000000-0000-4000-8000-000000000001"
@@ -191,7 +192,13 @@ class ScriptedControl:
         """Serve: on the port that it had, if it was there before."""
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_route("*", "/{tail:.*}", self.handle)
-        self._server = await serve(app, "127.0.0.1", urlsplit(self.url).port or port, tls=tls, shutdown_timeout_s=0.1)
+        self._server = await serve(
+            app,
+            "127.0.0.1",
+            urlsplit(self.url).port or port,
+            tls=Identities(tls) if tls else None,
+            shutdown_timeout_s=0.1,
+        )
         self.url = self._server.url
 
     async def go(self) -> None:

@@ -18,10 +18,11 @@ import aiohttp
 import pytest
 from aiohttp import web as aiohttp_web
 
-from llorch import link, logs, web
+from llorch import link, listen, logs, web
 from llorch.auth import CLIENT_SCOPES, Scope, TokenRing
 from llorch.errors import ConfigError
-from llorch.web import Gate, Route, Server
+from llorch.listen import Server
+from llorch.web import Gate, Route
 from tests.cluster import eventually
 
 TOKEN = secrets.token_hex(16)
@@ -95,7 +96,9 @@ async def serving(
         Route("GET", "/metrics", Scope.METRICS, _metrics, ""),
         Route("GET", "/admin", Scope.ADMIN, _admin, ""),
     ]
-    server = await web.serve(web.make_app(routes, gate, max_body_bytes=8 * 1024 * 1024), host, 0, shutdown_timeout_s=1)
+    server = await listen.serve(
+        web.make_app(routes, gate, max_body_bytes=8 * 1024 * 1024), host, 0, shutdown_timeout_s=1
+    )
     try:
         yield server
     finally:
@@ -194,16 +197,16 @@ async def test_a_client_that_leaves_cancels_its_handler() -> None:
 
 @pytest.mark.parametrize("sent", ["", "GET /open HT", "GET /open HTTP/1.1\r\nHost: x\r\nX-Slow: "])
 async def test_a_connection_without_a_whole_head_is_closed(monkeypatch: pytest.MonkeyPatch, sent: str) -> None:
-    monkeypatch.setattr(web, "HEAD_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(web, "REAP_EVERY_S", 0.02)
+    monkeypatch.setattr(listen, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(listen, "REAP_EVERY_S", 0.02)
     async with serving() as server, wire(server) as slow:
         slow.send(sent)
         assert await asyncio.wait_for(slow.rest(), 5) == b""
 
 
 async def test_a_running_request_and_one_that_is_done_are_not_reaped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "HEAD_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(web, "REAP_EVERY_S", 0.01)
+    monkeypatch.setattr(listen, "HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(listen, "REAP_EVERY_S", 0.01)
     room = Room()
     async with serving(room) as server, wire(server) as running, wire(server) as idle, wire(server) as late:
         running.send(request("GET", "/wait", AUTH))
@@ -219,7 +222,7 @@ async def test_a_running_request_and_one_that_is_done_are_not_reaped(monkeypatch
 @pytest.mark.parametrize("second", ["", "GET /open HTTP/1.1\r\nHost"])
 async def test_an_idle_connection_is_closed_after_the_keepalive(monkeypatch: pytest.MonkeyPatch, second: str) -> None:
     """Also if the next request has begun and does not go on."""
-    monkeypatch.setitem(web._CONNECTION, "keepalive_timeout", 0.1)
+    monkeypatch.setitem(listen._CONNECTION, "keepalive_timeout", 0.1)
     async with serving() as server, wire(server) as client:
         client.send(request("GET", "/open"))
         assert (await client.answer())[0] == 200
@@ -228,7 +231,7 @@ async def test_an_idle_connection_is_closed_after_the_keepalive(monkeypatch: pyt
 
 
 def test_an_idle_connection_is_kept_longer_than_a_proxy_in_front_keeps_it() -> None:
-    assert web._CONNECTION["keepalive_timeout"] == web.KEEPALIVE_S == 75  # nginx: 60 s
+    assert listen._CONNECTION["keepalive_timeout"] == listen.KEEPALIVE_S == 75  # nginx: 60 s
 
 
 async def test_closing_ends_idle_connections_at_once_and_running_ones_within_the_grace() -> None:
@@ -421,7 +424,7 @@ async def test_every_socket_notices_a_peer_that_is_gone() -> None:
         (connection,) = server._runner.server.connections
         assert connection.transport is not None
         assert options(connection.transport.get_extra_info("socket")) == {
-            "keepalive": 1, "idle": web.PEER_IDLE_S, "user_timeout": web.PEER_TIMEOUT_MS, "nodelay": 1,
+            "keepalive": 1, "idle": listen.PEER_IDLE_S, "user_timeout": listen.PEER_TIMEOUT_MS, "nodelay": 1,
         }  # fmt: skip
 
 
@@ -579,7 +582,7 @@ async def test_a_taken_port_is_said_and_nothing_is_left_open() -> None:
     async with serving() as server:
         app = web.make_app([], Gate(TokenRing), max_body_bytes=1)
         with pytest.raises(ConfigError, match="already in use"):
-            await web.serve(app, server.host, server.port)
+            await listen.serve(app, server.host, server.port)
 
 
 async def test_localhost_is_served_where_the_kernel_lacks_one_of_its_families(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -589,7 +592,7 @@ async def test_localhost_is_served_where_the_kernel_lacks_one_of_its_families(mo
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
         ]
 
-    opened = web._bound
+    opened = listen._bound
 
     def no_v6(family: int, address: tuple[Any, ...]) -> socket.socket:
         if family == socket.AF_INET6:
@@ -597,8 +600,8 @@ async def test_localhost_is_served_where_the_kernel_lacks_one_of_its_families(mo
         return opened(family, address)
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
-    monkeypatch.setattr(web, "_bound", no_v6)
-    [only] = await web._listening("localhost", 0, loopback_only=True)
+    monkeypatch.setattr(listen, "_bound", no_v6)
+    [only] = await listen._listening("localhost", 0, loopback_only=True)
     with only:
         assert only.getsockname()[0] == "127.0.0.1"
 

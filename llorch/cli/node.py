@@ -9,6 +9,7 @@ import typer
 
 from llorch.cli.connection import connected
 from llorch.cli.flags import Call, client_command, flag_values, role_flags, with_flags
+from llorch.cli.loading import loading
 from llorch.cli.output import Column, Format, fields, usage
 from llorch.cli.roles import role_settings
 from llorch.cli.units import age, size
@@ -30,8 +31,8 @@ def _run(given: dict[str, Any]) -> int | None:
             raise usage(f"flags of a node mean nothing before {context.invoked_subcommand}", "put them after it")
         return None
     settings = role_settings(NodeSettings, flags, config)
-    from llorch.node.app import main
-
+    with loading():
+        from llorch.node.app import main
     return main(settings)
 
 

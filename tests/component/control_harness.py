@@ -24,7 +24,7 @@ from aiohttp import web as aioweb
 
 from llorch import records, sse, tls
 from llorch.config_kinds import HostPort
-from llorch.control import answers, app, dispatch, follow, log_reader
+from llorch.control import answers, app, dispatch, follow, log_reader, replay, sweep, waiting
 from llorch.errors import MEANINGS, Code
 from llorch.records import Record, Type
 from llorch.settings import ControlSettings
@@ -68,6 +68,19 @@ def ping_soon(monkeypatch: pytest.MonkeyPatch) -> float:
     for module in (dispatch, answers, follow):
         monkeypatch.setattr(module, "PING_AFTER_S", 0.15)
     return 0.15
+
+
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the control looks at by the clock, nodes and queue and roster, it looks at every 50 ms instead of 1 s."""
+    for module, name in (
+        (sweep, "EXPIRE_EVERY_S"), (sweep, "ROSTER_EVERY_S"), (waiting, "WAIT_TICK_S"), (follow, "LOOK_AGAIN_S"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, 0.05)
+
+
+def no_answer_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is asked for a task, and in these tests says nothing, is waited for 0.1 s instead of 1 s."""
+    monkeypatch.setattr(replay, "ASK_S", 0.1)
 
 
 def lost_soon(monkeypatch: pytest.MonkeyPatch, after_s: float = 0.1) -> None:
@@ -649,5 +662,6 @@ async def _a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
 
 __all__ = [
     "MODEL", "TOKENS", "WINDOW", "Answered", "Asking", "Attempt", "ControlUnderTest", "DialledNode", "LinkedNode",
-    "Stream", "a_control", "bearer", "error_wire", "eventually", "lost_soon", "ping_soon", "pool", "settings",
+    "Stream", "a_control", "bearer", "error_wire", "eventually", "look_often", "lost_soon", "no_answer_soon",
+    "ping_soon", "pool", "settings",
 ]  # fmt: skip

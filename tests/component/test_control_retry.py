@@ -321,7 +321,7 @@ async def test_a_full_pool_sends_the_task_to_the_front_of_the_queue_outside_the_
 
 
 async def test_the_wait_of_a_task_that_meets_full_pools_adds_up() -> None:
-    async with a_control(queue_timeout=2.0) as control:
+    async with a_control(queue_timeout=1.0) as control:
         node = await control.join("a", pool(slots=1))
         asking = control.whole()
         for number in range(20):  # in all, twice the time that it may wait
@@ -331,7 +331,7 @@ async def test_the_wait_of_a_task_that_meets_full_pools_adds_up() -> None:
             (await node.asked()).refuse(Code.ALL_SLOTS_BUSY)
             tasks = control.control.dispatcher.tasks
             await eventually(lambda t=tasks: asking.done or [x.state for x in t.running_tasks()] == ["queued"])
-            await asyncio.wait((asking._task,), timeout=0.2)  # a tenth of it, each time
+            await asyncio.wait((asking._task,), timeout=0.1)  # a tenth of it, each time
             await node.beat(pools=[pool(slots=1)])
         assert asking.done, "each wait is counted for itself"
         answer = await asking.answer()

@@ -212,6 +212,7 @@ class LinkedNode:
         self.late: list[Record] = []
         self.pongs = 0
         self.answer_pings = True
+        self.lives_when_asked = False  # something comes over the link at once; an answer to the OPEN it is not
         self.up = False
         self._cluster = cluster
         self._streams: dict[int, Stream] = {}
@@ -267,6 +268,8 @@ class LinkedNode:
             stream = self._streams[record.stream] = Stream(self, record.stream, kind, json.loads(payload))
             kept = self.attached if kind == Type.ATTACH else self.calls if "method" in stream.header else self.opened
             kept.append(stream)
+            if self.lives_when_asked:
+                self.lives()
         elif kind == Type.PING:
             if self.answer_pings:
                 self.send(records.encode(0, Type.PONG))

@@ -69,15 +69,17 @@ async def test_the_only_node_that_could_take_it_is_given_longer_to_answer(monkey
 async def test_more_tasks_than_may_try_again_wait_for_a_slow_node_instead_of_ending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.3)
     async with a_control() as control:
-        node = await control.join("a", pool("p0", slots=8), pool("p1", slots=8, slots_free=0))
-        asking = [control.whole() for _ in range(8)]
+        node = await control.join("a", pool("p0", slots=8), pool("p1", slots=8))
+        node.lives_when_asked = True
+        asking = [control.whole(placement={"prefer": ["a/p0"]}) for _ in range(8)]
         opened = [await node.asked() for _ in asking]
-        node.lives()  # its answers are on the way
-        await node.beat(pools=[pool("p0", slots=8, slots_free=0), pool("p1", slots=8)])
         again = [await node.asked() for _ in range(3)]
-        await asyncio.wait((asking[0]._task,), timeout=0.3)
+        await asyncio.wait((asking[0]._task,), timeout=0.3)  # the others have been given up by now, if they are
+        await node.settled()
+        assert ({attempt.pool_id for attempt in opened}, {attempt.pool_id for attempt in again}) == ({"p0"}, {"p1"})
+        assert (sum(attempt.canceled for attempt in opened), len(node.opened)) == (3, 11)
         for attempt in again:
             attempt.begin().end()
         for attempt in opened:

@@ -23,6 +23,12 @@ def full_beats(setup: Setup) -> list[dict[str, Any]]:
     return [beat for beat in setup.control.beats if not beat.get("delta")]
 
 
+@pytest.fixture(autouse=True)
+def tried_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control that is away is tried every 20 to 200 ms, instead of every 0.2 to 2 s."""
+    monkeypatch.setattr(heartbeat, "RETRY", Backoff(first_s=0.04, most_s=0.2))
+
+
 async def test_registration_says_what_the_node_has(tmp_path: Path) -> None:
     async with node_between(tmp_path) as setup:
         await setup.link()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from llorch.errors import ConfigError
 
+CONTROL_NAME = "llorch.control"  # a control, to nodes: under this name it asks for their certificate
+
 
 class Identities:
     """Who one listener is, by the name that a connection asks for: `named`, else `default`.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llorch.ratelimit import address_key
 
@@ -22,6 +22,7 @@ MOST_PER_ADDRESS = 512  # an office behind one NAT
 NODE_RESERVE = 256  # of all: the links, beats and new links of a hundred nodes; a quarter at most
 MOST_ARRIVING = 1_024  # each may be a TLS handshake, of some 50 KB
 ARRIVE_S = 0.5  # so long one that arrives is left alone though others wait to: a handshake takes two round trips
+FILES_KEPT = 128  # for everything else that a process opens
 FULL_PAUSE_S = 0.02  # before the next look, where all that arrive have just come
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -40,6 +41,11 @@ class Limits:
     @property
     def reserve(self) -> int:
         return min(NODE_RESERVE, self.most // 4) if self.for_nodes else 0
+
+    def within(self, files: int) -> Limits:
+        """The same, or less if this process may not have so many files: each connection is one."""
+        arriving = min(self.arriving, files // 4)
+        return replace(self, arriving=arriving, most=max(1, min(self.most, files - arriving - FILES_KEPT)))
 
 
 class Place:

@@ -13,13 +13,14 @@ import errno
 import ipaddress
 import resource
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
 from llorch import link
-from llorch.doors import Doors, Place
+from llorch.doors import Doors, Limits, Place
 from llorch.errors import ConfigError
 from llorch.http_connection import Connection
 from llorch.logs import Log
@@ -48,9 +49,10 @@ log = Log("listen")
 class Server:
     """An application that listens. `url` is where; `close` ends it: no new connections, then what runs, then all."""
 
-    def __init__(self, runner: web.AppRunner, url: str, host: str, port: int, guard: Guard) -> None:
+    def __init__(self, runner: web.AppRunner, url: str, host: str, port: int, guard: Guard, doors: Doors) -> None:
         self._runner = runner
         self._guard = guard
+        self.doors = doors
         self.url, self.host, self.port = url, host, port
 
     async def close(self) -> None:
@@ -216,6 +218,24 @@ def _says(pace: OncePer, refused: Refused) -> Refused:
     return say
 
 
+def watched_doors(
+    limits: Limits,
+    *,
+    is_node: Callable[[str], bool] = lambda _address: False,
+    refused: Callable[[str], None] = lambda _reason: None,
+) -> Doors:
+    """Doors that say whom they refuse: `refused` hears of each, the log once a second."""
+    loop, pace = asyncio.get_running_loop(), OncePer()
+
+    def say(reason: str) -> None:
+        refused(reason)
+        more = pace.told(reason, loop.time())
+        if more is not None:
+            log.warning("connection.refused", reason=reason, more=more or None)
+
+    return Doors(limits, is_node=is_node, refused=say)
+
+
 async def serve(
     app: web.Application,
     host: str,
@@ -237,8 +257,8 @@ async def serve(
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise ConfigError(f"{shown}:{port} can't be listened on: {why}", hint="give another --bind HOST:PORT") from None
-    _allow_many_files()
     doors, told = doors or Doors(), _says(OncePer(), refused)
+    doors.limits = doors.limits.within(_allow_many_files())
     runner = web.AppRunner(
         app,
         handler_cancellation=True,  # a client that leaves cancels its handler: the task's slot goes free
@@ -256,7 +276,7 @@ async def serve(
     bound_port = int(runner.addresses[0][1])
     guard = Guard("listen")
     guard.loop(_reaper(runner), "reaper")
-    return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard)
+    return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard, doors)
 
 
 async def _listening(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
@@ -301,12 +321,14 @@ def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
     return sock
 
 
-def _allow_many_files() -> None:
-    """A connection is a file; the soft limit of 1,024 is for programs that use select(2)."""
+def _allow_many_files() -> int:
+    """A connection is a file; the soft limit of 1,024 is for programs that use select(2). Returns how many may be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
 
 
 def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:

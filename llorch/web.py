@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import decode_object, parse
+from llorch.quotas import Quotas
+from llorch.ratelimit import OncePer
 
 BODY_TIMEOUT_S = 30.0  # for any body; a large one gets the time that it takes at MIN_BODY_RATE on top
 MIN_BODY_RATE = 32 * 1024  # bytes/s, less than a poor upload; slower senders only hold memory
@@ -70,6 +73,15 @@ class Gate:
     ring: Callable[[], TokenRing]
     refused: Callable[[Code], None] = field(default=lambda _code: None)
     metrics_open: bool = False  # the listener is loopback only
+    quotas: Quotas = field(default_factory=Quotas)
+
+    def failure(self, error: LlorchError, peer: str | None) -> LlorchError:
+        """What a request without a valid token is told: `error`, or that there were too many from its address."""
+        try:
+            self.quotas.failed(peer, time.monotonic())
+        except LlorchError as too_many:
+            return too_many
+        return error
 
 
 def request_id_of(headers: Any) -> str:
@@ -135,6 +147,7 @@ async def read_model(request: web.Request, model: type[M]) -> M:
 def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web.Application:
     """An application that serves exactly `routes`. Everything else is 404 or 405 in the one error shape."""
     scopes: dict[Handler, tuple[Scope, ...]] = {}
+    pace = OncePer()
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -146,12 +159,19 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
                 if Scope.METRICS in wanted and gate.metrics_open:
                     wanted = (Scope.OPEN,)
                 request[PRINCIPAL] = authorize(gate.ring(), request.headers, *wanted)
+            if request[PRINCIPAL] is not ANONYMOUS:
+                gate.quotas.request(request[PRINCIPAL], time.monotonic())
             expects = wanted is not None and request.version >= HttpVersion11
             if expects and request.headers.get("Expect", "").lower() == "100-continue":
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0  # the answer itself has not begun
             return await handler(request)
-        except LlorchError as error:
+        except LlorchError as refusal:
+            error = refusal
+            if error.code is Code.UNAUTHENTICATED:
+                error = gate.failure(error, request.remote)
+                if error is not refusal and (more := pace.told("auth", time.monotonic())) is not None:
+                    log.warning("auth.limited", peer=request.remote, more=more or None)
             if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
                 gate.refused(error.code)
                 log.warning(

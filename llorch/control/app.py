@@ -30,7 +30,9 @@ from llorch.control.replay import Replays
 from llorch.control.roster import Roster
 from llorch.control.state import CONTROL, Control
 from llorch.control.sweep import expire_step, probe_step, roster_step
+from llorch.doors import Limits
 from llorch.errors import ConfigError
+from llorch.quotas import Quotas, Rates
 from llorch.tasks import Guard
 
 LAST_BYTES_S = 2.0  # for answers that were ended, whose bytes only have to leave
@@ -54,6 +56,15 @@ def token_ring(settings: ControlSettings) -> TokenRing:
     return ring
 
 
+def rates(settings: ControlSettings) -> Rates:
+    return Rates(
+        settings.rate_requests or None,
+        settings.rate_streams or None,
+        settings.rate_tokens or None,
+        settings.rate_failures or None,
+    )
+
+
 @contextlib.asynccontextmanager
 async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, listen.Server]]:
     """A control that serves for as long as the block runs. At its end nodes are told, then all is closed."""
@@ -73,6 +84,13 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
     recovery = Recovery(settings.recovery_window, roster.saved, time.monotonic())
     metrics, links, guard = ControlMetrics(), Links(), Guard("control")
     admission = Admission(settings.queue_limit, settings.queue_body_limit)
+    quotas = Quotas(rates(settings), metrics.limits.limited)
+    doors = listen.watched_doors(
+        Limits(settings.max_connections, settings.max_connections_per_ip, trusted=settings.trusted_proxies),
+        is_node=lambda address: any(node.peer == address for node in registry.nodes.values()),
+        refused=metrics.limits.refused,
+    )
+    metrics.limits.watch(doors)
     async with NodeClient(
         links,
         registry.address_of,
@@ -84,6 +102,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             admission,
             nodes,
             metrics,
+            quotas,
             queue_timeout_s=settings.queue_timeout,
             queue_timeout_batch_s=settings.queue_timeout_batch,
             ttft_timeout_s=settings.ttft_timeout,
@@ -98,6 +117,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             guard=guard,
             recovery=recovery,
             roster=roster,
+            quotas=quotas,
             replays=Replays(dispatcher.tasks, registry, nodes, recovery),
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
@@ -109,10 +129,11 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             ring=lambda: ring,
             refused=lambda code: metrics.auth_failed(code.value),
             metrics_open=settings.bind.loopback,
+            quotas=quotas,
         )
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
-        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls, doors=doors)
         try:
             roster.prepare()
             guard.loop(partial(expire_step, control), "expire")

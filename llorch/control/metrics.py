@@ -21,6 +21,7 @@ from llorch.breaker import Phase
 from llorch.control.admission import Admission
 from llorch.control.registry import Registry
 from llorch.control.tasks import Task
+from llorch.limit_metrics import LimitMetrics
 
 FAST_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -49,6 +50,7 @@ class ControlMetrics:
         self._registrations = Counter("llorch_registrations_total", "registrations", ["outcome"], registry=r)
         self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
         self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
+        self.limits = LimitMetrics(r)
         # prometheus_client's labels() locks and hashes; label sets are few and bounded by nodes, models and codes.
         self._child_of = lru_cache(maxsize=4096)(lambda metric, *labels: metric.labels(*labels))
 

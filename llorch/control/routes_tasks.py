@@ -33,6 +33,11 @@ MAX_LISTED_TASKS = 1_000
 
 
 async def submit(request: web.Request) -> web.StreamResponse:
+    with request.app[CONTROL].quotas.stream(request[PRINCIPAL].name):
+        return await _submit(request)
+
+
+async def _submit(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     task = await _native_task(request)
     earlier = await control.replays.earlier(task)
@@ -60,6 +65,11 @@ async def _native_task(request: web.Request) -> Task:
 
 
 async def openai(request: web.Request) -> web.StreamResponse:
+    with request.app[CONTROL].quotas.stream(request[PRINCIPAL].name):
+        return await _openai(request)
+
+
+async def _openai(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     task = intake.openai_task(
         request.path,
@@ -257,7 +267,8 @@ async def follow_events(request: web.Request) -> web.StreamResponse:
     if offset:
         control.metrics.resumed("client")
     answer = NativeStream(request, mine, control.slow_reader_timeout_s, again=True)
-    return await follow(control, mine, answer, offset, attempt=attempt)
+    with control.quotas.stream(principal.name):
+        return await follow(control, mine, answer, offset, attempt=attempt)
 
 
 async def models(request: web.Request) -> web.StreamResponse:

@@ -16,6 +16,7 @@ from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
 from llorch.control.roster import Roster
+from llorch.quotas import Quotas
 from llorch.tasks import Guard
 
 
@@ -30,6 +31,7 @@ class Control:
     recovery: Recovery
     roster: Roster
     replays: Replays
+    quotas: Quotas
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

@@ -23,6 +23,7 @@ from llorch import __version__, listen, logs, systemd, tls, web
 from llorch.auth import MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
 from llorch.config import NodeSettings
 from llorch.config_pools import PoolSpec
+from llorch.doors import Limits as DoorLimits
 from llorch.errors import ConfigError
 from llorch.node import pool_events as ev
 from llorch.node.calls import LinkCalls
@@ -41,6 +42,7 @@ from llorch.node.runner import Runner
 from llorch.node.state import NODE, Node
 from llorch.node.supervisor import Supervisor
 from llorch.node.tasklog import Limits, TaskLogs
+from llorch.quotas import Quotas, Rates
 from llorch.tasks import Guard
 
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
@@ -201,11 +203,22 @@ async def run(settings: NodeSettings) -> int:
             ring=lambda: ring,
             refused=lambda code: metrics.auth_failed(code.value),
             metrics_open=settings.bind.loopback,
+            quotas=Quotas(Rates(failures_per_min=settings.rate_failures or None), metrics.limits.limited),
         )
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[NODE] = node
         await node.refresh()
-        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        doors = listen.watched_doors(
+            DoorLimits(
+                settings.max_connections,
+                settings.max_connections_per_ip,
+                trusted=settings.trusted_proxies,
+                for_nodes=False,
+            ),
+            refused=metrics.limits.refused,
+        )
+        metrics.limits.watch(doors)
+        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls, doors=doors)
         exits.push_async_callback(server.close)
         guard = Guard("node")
         exits.push_async_callback(guard.close)

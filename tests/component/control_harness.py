@@ -43,7 +43,7 @@ def settings(**more: Any) -> ControlSettings:
         admin_token=f"root={TOKENS['admin']}",
         node_token=TOKENS["node"],
         service_token=TOKENS["service"],
-        **{"shutdown_grace": 0.0, "recovery_window": 0.0, **more},
+        **{"shutdown_grace": 0.0, "recovery_window": 0.0, "rate_failures": 0, **more},
     )
 
 

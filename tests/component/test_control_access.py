@@ -208,7 +208,7 @@ def _expected_label_values(seen: set[str]) -> set[str]:
     fixed = {
         "", "m", "a", "p0", "p1", "0", "online", "offline", "registered", "draining", "unreachable", "free", "busy",
         "ok", "placed", "refused", "done", "failed", "canceled", "interactive", "input", "output", "cached", "total",
-        "used", "foreign",
+        "used", "foreign", "client", "node", "arriving",
     }  # fmt: skip
     return fixed | {value for value in seen if re.fullmatch(r"[A-Z_]+|\+Inf|[0-9.e-]+", value)}
 

@@ -51,13 +51,14 @@ class Limits:
 class Place:
     """One connection, as the doors know it. `close` ends it, from outside."""
 
-    __slots__ = ("close", "gone", "inside", "key", "node", "since")
+    __slots__ = ("close", "gone", "inside", "key", "named", "node", "since")
 
     def __init__(self, key: str | None, now: float, close: Callable[[], object]) -> None:
         self.key = key  # what it counts under; None: its address has no bound
         self.since = now
         self.close = close
-        self.node = False
+        self.node = False  # by its address, from which others may come, too; or by its name
+        self.named = False  # under which nobody comes in without a node's certificate
         self.inside = False
         self.gone = False
 
@@ -78,7 +79,8 @@ class Doors:
         self._is_node = is_node
         self._refused = refused
         self._arriving: dict[Place, None] = {}  # oldest first
-        self._idle: dict[Place, None] = {}  # longest first; no nodes
+        self._silent: dict[Place, None] = {}  # inside, and has asked for nothing yet; longest first, as the next
+        self._idle: dict[Place, None] = {}
         self._per_key: dict[str, int] = {}
 
     @property
@@ -105,32 +107,32 @@ class Doors:
             self._per_key[place.key] = self._per_key.get(place.key, 0) + 1
         return place
 
-    def admit(self, place: Place, *, node: bool = False) -> bool:
-        """Whether it may go on, to its handshake or inside. False: it was refused, and has left."""
-        place.node = place.node or node
-        limits = self.limits
-        if place.node:
-            reason = "total" if self.nodes + self.clients >= limits.most else None
-        elif place.key is not None and self._per_key[place.key] > limits.per_address:
-            reason = "address"
-        elif self.nodes + self.clients >= limits.most - limits.reserve and not self._make_room():
-            reason = "total"
-        else:
-            reason = None
-        if reason is not None:
-            self._refused(reason)
-            self.leave(place)
-        return reason is None
+    def admit(self, place: Place, *, named: bool = False) -> bool:
+        """Whether it may go on, to its handshake or inside. False: it was refused, and has left.
 
-    def enter(self, place: Place) -> bool:
+        `named`: it asks for the name under which only nodes come in.
+        """
+        place.named = place.named or named
+        place.node = place.node or named
+        if not place.node and place.key is not None and self._per_key[place.key] > self.limits.per_address:
+            return self._refuse(place, "address")
+        most = self.limits.most - (0 if place.node else self.limits.reserve)
+        while self.nodes + self.clients >= most:
+            if not self._make_room(place):
+                return self._refuse(place, "total")
+        return True
+
+    def enter(self, place: Place, now: float) -> bool:
         """Its handshake is done. False as in `admit`: others may have come in meanwhile, or it had to make room."""
         if place.gone or not self.admit(place):
             return False
-        place.inside = True
+        place.inside, place.since = True, now
         if place.node:
             self.nodes += 1
         else:
             self.clients += 1
+        if not place.named:
+            self._silent[place] = None
         return True
 
     # ---- inside
@@ -138,11 +140,12 @@ class Doors:
     def busy(self, place: Place) -> None:
         """A request has come."""
         self._idle.pop(place, None)
+        self._silent.pop(place, None)
         self._arriving.pop(place, None)
 
     def idle(self, place: Place) -> None:
         """Its request is answered, and no other is here."""
-        if place.inside and not place.node:
+        if place.inside and not place.named:
             self._idle.pop(place, None)
             self._idle[place] = None
 
@@ -150,6 +153,7 @@ class Doors:
         """It is gone; saying so again does nothing."""
         place.gone = True
         self._arriving.pop(place, None)
+        self._silent.pop(place, None)
         self._idle.pop(place, None)
         if place.inside:
             place.inside = False
@@ -166,12 +170,20 @@ class Doors:
 
     # ---- who makes room
 
-    def _make_room(self) -> bool:
-        """By the client that has been idle for longest. A client that keeps its connections is served on a new one."""
-        if not self._idle:
-            return False
-        self._evict(next(iter(self._idle)), "idle")
-        return True
+    def _make_room(self, place: Place) -> bool:
+        """By one that had its time and asked for nothing; else by the one that has been idle for longest, and can come
+        again; else by the one that has been silent for longest. Who is served stays, and who is a node by name."""
+        silent, idle = next(iter(self._silent), None), next(iter(self._idle), None)
+        if silent is not None and (idle is None or place.since - silent.since > ARRIVE_S):
+            self._evict(silent, "silent")
+        elif idle is not None:
+            self._evict(idle, "idle")
+        return silent is not None or idle is not None
+
+    def _refuse(self, place: Place, reason: str) -> bool:
+        self._refused(reason)
+        self.leave(place)
+        return False
 
     def _evict(self, place: Place, reason: str) -> None:
         self._refused(reason)

@@ -54,9 +54,9 @@ class Connection(web_protocol.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.head_since = self._loop.time()
+        self.head_since = now = self._loop.time()
         self._place.close = self.force_close
-        if not self._doors.enter(self._place):
+        if not self._doors.enter(self._place, now):
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:

@@ -139,7 +139,7 @@ class Acceptor:
                 return
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 name = await self._server_name(sock) if self._tls.named else None
-                if CONTROL_NAME in self._tls.named and not self._doors.admit(place, node=is_control(name)):
+                if CONTROL_NAME in self._tls.named and not self._doors.admit(place, named=is_control(name)):
                     sock.close()
                     return
                 await self._loop.connect_accepted_socket(

@@ -76,6 +76,7 @@ def server_context(cert_file: str, key_file: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
+    context.options |= ssl.OP_NO_RENEGOTIATION  # each costs us a handshake, and the client nothing
     try:
         # The pass phrase of an encrypted key would be asked for on the terminal, which a service does not have.
         context.load_cert_chain(cert_file, key_file, password=lambda: "")

@@ -31,7 +31,7 @@ class World:
     def come_in(self, address: str = HERE, now: float = NOW, *, name: bool = False) -> Place | None:
         """All the way to a first request."""
         place = self.arrive(address, now)
-        if not self.doors.admit(place, node=name) or not self.doors.enter(place):
+        if not self.doors.admit(place, named=name) or not self.doors.enter(place, now):
             return None
         self.doors.busy(place)
         return place
@@ -97,17 +97,18 @@ def test_where_all_that_arrive_have_just_come_the_next_waits_and_then_the_oldest
     assert world.doors.pause_s(NOW + ARRIVE_S) == 0.0
     assert world.closed == places[:1]
     assert world.refused == {"arriving": 1}
-    assert not world.doors.enter(places[0])  # whose handshake ends in this moment
+    assert not world.doors.enter(places[0], NOW)  # whose handshake ends in this moment
     world.arrive(now=NOW + ARRIVE_S)
     assert world.doors.pause_s(NOW + ARRIVE_S) > 0
-    world.doors.enter(places[1])
+    world.doors.enter(places[1], NOW)
     world.doors.busy(places[1])  # a request has come: it arrives no more
     assert world.doors.pause_s(NOW + ARRIVE_S) == 0.0
 
 
 def test_where_it_is_full_the_client_that_is_idle_for_longest_goes_and_no_node() -> None:
     world = World(Limits(most=40, per_address=1_000))
-    node, *others = world.fill(1, NODE) + world.fill(29)
+    node, others = world.come_in(name=True), world.fill(29)
+    assert node is not None
     for place in (node, others[3], others[1]):
         world.doors.idle(place)
     assert world.come_in() is not None
@@ -118,6 +119,36 @@ def test_where_it_is_full_the_client_that_is_idle_for_longest_goes_and_no_node()
     assert world.closed == [others[3], others[5]]
     assert world.come_in() is None
     assert world.refused == {"idle": 2, "total": 1}
+
+
+def test_where_it_is_full_who_asked_for_nothing_goes_before_who_was_idle_longer() -> None:
+    world = World(Limits(most=40, per_address=1_000))
+    used = world.fill(28)
+    world.doors.idle(used[0])
+    silent = [world.arrive(now=NOW + after) for after in (0.0, 1.0)]
+    for place in silent:
+        assert world.doors.admit(place)
+        assert world.doors.enter(place, place.since)
+    assert world.come_in(now=NOW + 1.2) is not None
+    assert world.closed == [silent[0]]
+    assert world.come_in(now=NOW + 1.2) is not None
+    assert world.closed == [silent[0], used[0]]  # the other one has just come
+    assert world.come_in(now=NOW + 1.2) is not None
+    assert world.closed == [silent[0], used[0], silent[1]]
+    assert world.come_in(now=NOW + 1.2) is None
+
+
+def test_an_address_of_a_node_gives_its_clients_no_hold_on_what_they_do_not_use() -> None:
+    """A node behind the same proxy as everybody: all seem to be nodes, and still nobody is locked out."""
+    world = World(Limits(most=40, per_address=1_000))
+    for place in world.fill(40, NODE):
+        world.doors.idle(place)
+    assert world.come_in(NODE) is not None
+    assert len(world.closed) == 1
+    assert world.come_in(HERE) is not None
+    assert (world.doors.clients, world.doors.nodes) == (1, 29)
+    world.fill(10, NODE)
+    assert world.come_in(NODE) is not None
 
 
 def test_a_listener_without_nodes_keeps_nothing_for_them() -> None:
@@ -164,9 +195,9 @@ def test_whatever_comes_and_goes_the_counts_are_right_and_nothing_is_kept_of_who
                 if place.inside:
                     continue
                 if step == "enter":
-                    doors.enter(place)
+                    doors.enter(place, now)
                 else:
-                    doors.admit(place, node=step == "name")
+                    doors.admit(place, named=step == "name")
             else:
                 getattr(doors, step)(place)
         inside = [place for place in places if place.inside]
@@ -179,4 +210,10 @@ def test_whatever_comes_and_goes_the_counts_are_right_and_nothing_is_kept_of_who
         assert sum(doors._per_key.values()) == len([place for place in here if place.key is not None])
     for place in places:
         doors.leave(place)
-    assert (doors._arriving, doors._idle, doors._per_key, doors.nodes, doors.clients) == ({}, {}, {}, 0, 0)
+    assert (doors._arriving | doors._silent, doors._idle, doors._per_key, doors.nodes, doors.clients) == (
+        {},
+        {},
+        {},
+        0,
+        0,
+    )

@@ -58,7 +58,7 @@ class Quotas:
 
     def request(self, principal: Principal, now: float) -> None:
         """Count a request. Raises RATE_LIMITED."""
-        if self._requests is None or _of_the_cluster(principal):
+        if self._requests is None or of_the_cluster(principal):
             return
         wait_s = self._requests.take(principal.name, now)
         if wait_s:
@@ -121,5 +121,6 @@ class Quotas:
         )
 
 
-def _of_the_cluster(principal: Principal) -> bool:
+def of_the_cluster(principal: Principal) -> bool:
+    """Whether it is a node or a control."""
     return Scope.NODE in principal.scopes or Scope.CONTROL in principal.scopes

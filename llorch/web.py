@@ -28,11 +28,14 @@ from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import decode_object, parse
-from llorch.quotas import Quotas
+from llorch.quotas import Quotas, of_the_cluster
 from llorch.ratelimit import OncePer
 
 BODY_TIMEOUT_S = 30.0  # for any body; a large one gets the time that it takes at MIN_BODY_RATE on top
 MIN_BODY_RATE = 32 * 1024  # bytes/s, less than a poor upload; slower senders only hold memory
+BODIES_AT_ONCE = 2  # of the largest size, or as many bytes of smaller ones, may be arriving from clients
+MIN_ARRIVING_BYTES = 32 * 1024 * 1024  # where the largest size is small
+BODIES_RETRY_MS = 1_000
 MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
 STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
 STREAM_WRITE_BUFFER_BYTES = 16 * 1024  # and about this here, if `drained` is waited for; under TLS 64 KiB more
@@ -114,25 +117,55 @@ def error_response(error: LlorchError, request_id: str, task_id: str | None = No
     return json_response(error.envelope(request_id=request_id, task_id=task_id), status=error.status, headers=headers)
 
 
+class Arriving:
+    """Bytes of the clients' bodies that are being read: those who send much and never finish hold no more than this."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._now = 0
+
+    def add(self, size: int) -> None:
+        """Raises RATE_LIMITED if there is no room; what was added counts until it is taken off."""
+        self._now += size
+        if self._now > self._most:
+            words = "too many large requests are arriving at once"
+            raise LlorchError(Code.RATE_LIMITED, words, retry_after_ms=BODIES_RETRY_MS, details={"limit": "bodies"})
+
+    def take_off(self, size: int) -> None:
+        self._now -= size
+
+
+ARRIVING = web.AppKey("arriving", Arriving)
+
+
 async def read_body(request: web.Request, *, most_bytes: int) -> bytes:
-    """The whole body, or PAYLOAD_TOO_LARGE / REQUEST_TIMEOUT. A stated length is believed before a byte is read."""
+    """The whole body, or PAYLOAD_TOO_LARGE, REQUEST_TIMEOUT, or RATE_LIMITED where too much arrives at once.
+
+    A stated length is believed before a byte is read.
+    """
     if request.content_length is not None and request.content_length > most_bytes:
         raise LlorchError(Code.PAYLOAD_TOO_LARGE, f"the body is over {most_bytes} bytes")
     chunks: list[bytes] = []
     size = 0
+    arriving = None if of_the_cluster(request[PRINCIPAL]) else request.app[ARRIVING]
     until = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
     try:
         async with asyncio.timeout_at(until) as limit:
             while chunk := await request.content.readany():
-                size += len(chunk)
-                if size > most_bytes:
+                if size + len(chunk) > most_bytes:
                     raise LlorchError(Code.PAYLOAD_TOO_LARGE, f"the body is over {most_bytes} bytes")
+                size += len(chunk)
+                if arriving is not None:
+                    arriving.add(len(chunk))
                 chunks.append(chunk)
                 limit.reschedule(until + size / MIN_BODY_RATE)
     except TimeoutError:
         raise LlorchError(Code.REQUEST_TIMEOUT, "the body did not arrive in time") from None
     except (web_protocol.RequestPayloadError, aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError):
         raise LlorchError(Code.INVALID_REQUEST, "the body could not be read") from None
+    finally:
+        if arriving is not None:
+            arriving.take_off(size)
     return b"".join(chunks)
 
 
@@ -191,6 +224,7 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
         response.headers["X-Request-Id"] = response.headers["X-Correlation-Id"] = request_id
 
     app = web.Application(middlewares=[guard], client_max_size=max_body_bytes)
+    app[ARRIVING] = Arriving(max(BODIES_AT_ONCE * max_body_bytes, MIN_ARRIVING_BYTES))
     app.on_response_prepare.append(stamp)
     for route in routes:
         if scopes.setdefault(route.handler, route.scopes) != route.scopes:

@@ -23,7 +23,7 @@ from llorch.quotas import Quotas, Rates
 from llorch.tls import CONTROL_NAME, Identities, server_context
 from llorch.web import Gate, Route
 from tests.cluster import eventually
-from tests.component.control_harness import a_control
+from tests.component.control_harness import TOKENS, a_control
 from tests.e2e.test_tls import certificate
 
 TOKEN, HEAD = secrets.token_hex(16), "GET /open HTTP/1.1\r\nHost: x\r\n"
@@ -204,6 +204,32 @@ async def test_a_greeting_that_does_not_come_is_given_up_and_takes_no_place(
 
 
 # ---------------------------------------------------------------- rates
+
+
+async def test_bodies_that_arrive_at_once_are_bounded_in_all_and_a_nodes_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(web, "MIN_ARRIVING_BYTES", 100_000)
+    async with a_control(max_body=50_000) as control:
+        node = await control.join("a")
+        server, name = control.server, "Authorization: Bearer"
+        head = f"POST /v2/tasks HTTP/1.1\r\nHost: x\r\n{name} {TOKENS['alice']}\r\nContent-Length: 40000\r\n\r\n"
+        async with visits(server) as visit:
+            slow = [await visit() for _ in range(2)]
+            for each in slow:
+                each.writer.write(head.encode() + b" " * 39_999)
+            arriving = server._runner.app[web.ARRIVING]
+            await eventually(lambda: arriving._now == 2 * 39_999)
+            third = await control.whole(prompt="x" * 40_000).answer()
+            assert (third.status, third.json["error"]["details"]) == (429, {"limit": "bodies"})
+            assert third.headers["X-Backoff-Ms"] == "1000"
+            assert (await node.beat(padding="x" * 40_000))[0] == 200
+            assert await slow[0].status(b" ") == 400  # an empty body
+            await eventually(lambda: arriving._now == 39_999)
+            other = control.whole(prompt="x" * 40_000)
+            (await node.asked()).begin().end()
+            assert (await other.answer()).status == 200
+        await eventually(lambda: arriving._now == 0)
 
 
 async def test_requests_over_the_rate_are_429_until_the_time_they_were_told() -> None:

@@ -267,7 +267,8 @@ async def test_json_bombs_are_400_and_nothing_explodes(plain: Cluster) -> None:
         "[" * mega, '{"a":' * (mega // 5), '{"prompt":' + "9" * mega + "}", "[" + "1," * (mega // 2) + "1]",
         '{"a":1,' * 2 + '"b":"' + "\\u0000" * (mega // 6) + '"}', '{"' + '":0,"'.join(map(str, range(60_000))) + '":0}',
         '{"model":"sim","prompt":"x","metadata":' + '{"a":' * 20_000 + "0" + "}" * 20_001,
-        '"' + "\\ud800" * 1_000 + '"',
+        '"' + "\\ud800" * 1_000 + '"', '{"a":[' + "[]," * mega + "0]}",
+        '{"a":' + "[" * 30 + "]" * 30 + ',"b":' + "[" * 30 + "]" * 30 + ',"c":"' + "x, " * (4 * mega) + '"}',
     ]  # fmt: skip
 
     async def throw(session: aiohttp.ClientSession, path: str, bomb: str) -> int:

@@ -78,13 +78,15 @@ class Gate:
     metrics_open: bool = False  # the listener is loopback only
     quotas: Quotas = field(default_factory=Quotas)
 
-    def failure(self, error: LlorchError, peer: str | None) -> LlorchError:
-        """What a request without a valid token is told: `error`, or that there were too many from its address."""
+    def too_many(self, error: LlorchError, peer: str | None) -> LlorchError | None:
+        """What a request without a valid token is told instead, if there were too many from its address."""
+        if error.code is not Code.UNAUTHENTICATED:
+            return None
         try:
             self.quotas.failed(peer, time.monotonic())
         except LlorchError as too_many:
             return too_many
-        return error
+        return None
 
 
 def request_id_of(headers: Any) -> str:
@@ -182,6 +184,18 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
     scopes: dict[Handler, tuple[Scope, ...]] = {}
     pace = OncePer()
 
+    def refuse(request: web.Request, error: LlorchError, request_id: str) -> web.Response:
+        """Not in the guard itself: an error that its frame keeps would keep that frame, and the body, for a while."""
+        too_many = gate.too_many(error, request.remote)
+        if too_many is not None:
+            if (more := pace.told("auth", time.monotonic())) is not None:
+                log.warning("auth.limited", peer=request.remote, more=more or None)
+            return error_response(too_many, request_id)
+        if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
+            gate.refused(error.code)
+            log.warning("auth.failed", code=error.code, path=request.path, peer=request.remote, request_id=request_id)
+        return error_response(error, request_id)
+
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         request_id = request[REQUEST_ID] = request_id_of(request.headers)
@@ -199,18 +213,8 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0  # the answer itself has not begun
             return await handler(request)
-        except LlorchError as refusal:
-            error = refusal
-            if error.code is Code.UNAUTHENTICATED:
-                error = gate.failure(error, request.remote)
-                if error is not refusal and (more := pace.told("auth", time.monotonic())) is not None:
-                    log.warning("auth.limited", peer=request.remote, more=more or None)
-            if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
-                gate.refused(error.code)
-                log.warning(
-                    "auth.failed", code=error.code, path=request.path, peer=request.remote, request_id=request_id
-                )
-            return error_response(error, request_id)
+        except LlorchError as error:
+            return refuse(request, error, request_id)
         except web.HTTPException as error:
             return error_response(_from_http(error), request_id)
         except (ConnectionError, asyncio.CancelledError):

@@ -38,7 +38,8 @@ MOST = 1_200  # connections that the control takes in all; 256 of them are for n
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     async def start(cluster: Cluster) -> None:
-        await cluster.start_control("--max-connections", str(MOST), "--heartbeat-interval", "1s")
+        flags = ("--heartbeat-interval", "1s", "--max-body", "16MiB")
+        await cluster.start_control("--max-connections", str(MOST), *flags)
         await cluster.start_node("a")
         await cluster.complete()
 
@@ -188,11 +189,25 @@ async def test_slow_loris_a_body_that_trickles_is_408(plain: Cluster) -> None:
 
 async def test_large_bodies_that_are_declared_and_never_sent_hold_nothing(plain: Cluster) -> None:
     async with visiting(plain), under(plain) as attack:
-        length = f"Content-Length: {60 << 20}\r\n\r\n"
+        length = f"Content-Length: {15 << 20}\r\n\r\n"
         strangers = await attack.many(100, f"POST /v2/tasks HTTP/1.1\r\nHost: x\r\n{length}")
         mine = await attack.many(100, f"POST /v1/chat/completions HTTP/1.1\r\n{attack.mine}{length}")
         assert statuses(await asyncio.gather(*map(answer, strangers))) <= {b"401", b"429"}
         assert statuses(await asyncio.gather(*map(answer, mine))) == {b"408"}
+
+
+async def test_large_bodies_that_never_end_hold_no_more_than_two_of_them(plain: Cluster) -> None:
+    body = b"x" * (15 << 20)
+    async with visiting(plain), under(plain) as attack:
+        head = f"POST /v2/tasks HTTP/1.1\r\n{attack.mine}Content-Length: {len(body) + 1}\r\n\r\n"
+        readers = await attack.many(20, head)
+        for writer in attack.open:
+            writer.write(body)
+        answers = [asyncio.create_task(answer(reader)) for reader in readers]
+        await eventually(lambda: sum(task.done() for task in answers) >= 17, within_s=60)
+        assert statuses([task.result() for task in answers if task.done()]) <= {b"429", b""}
+        for task in answers:
+            task.cancel()
 
 
 async def test_header_flood_is_refused_at_its_bound(plain: Cluster) -> None:

@@ -261,3 +261,9 @@ def test_a_long_text_beside_many_brackets_is_measured_in_little_memory() -> None
         assert tracemalloc.get_traced_memory()[1] < 5 * len(raw)
     finally:
         tracemalloc.stop()
+
+
+def test_a_body_that_is_wrong_in_a_thousand_places_is_told_so_in_one_line() -> None:
+    with pytest.raises(LlorchError, match="5001 fields are unknown or wrong") as caught:
+        parse(TaskBody, {f"k{number}": 0 for number in range(5_000)})
+    assert caught.value.details is None

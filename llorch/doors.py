@@ -15,7 +15,7 @@ import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from llorch.ratelimit import address_key
+from llorch.ratelimit import address_key, number_of
 
 MOST = 4_096
 MOST_PER_ADDRESS = 512  # an office behind one NAT
@@ -191,12 +191,7 @@ class Doors:
         place.close()
 
     def _key(self, address: str) -> str | None:
-        key = address_key(address)
-        try:
-            number = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
-            return key
-        number = getattr(number, "ipv4_mapped", None) or number
-        if number.is_loopback or any(number in network for network in self.limits.trusted):
+        number = number_of(address)
+        if number is not None and (number.is_loopback or any(number in each for each in self.limits.trusted)):
             return None
-        return key
+        return address_key(address)

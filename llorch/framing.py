@@ -12,18 +12,21 @@ import re
 
 MAX_LINE_BYTES = 8 * 1024  # of a head; what nginx and most proxies take
 MAX_FIELDS = 64  # header lines; a browser behind two proxies sends thirty
+LEAST_FIELD_BYTES = 4  # `a:` and the end of the line
 MAX_HEAD_BYTES = 32 * 1024  # all of it: a prompt belongs into a body
 MAX_WAITING_BYTES = 64 * 1024  # of requests behind the one that is served; what is more waits at its sender
 MAX_CHUNKS = 64 * 1024  # of one body; each costs as much as a kilobyte
 
 # A target has a path of visible ASCII and no fragment: not `*`, not another server's URL.
-_REQUEST_LINE = re.compile(rb"[A-Z]{1,20} /[!\"$-~]*+ HTTP/1\.([01])\r\n")
-_FIELD_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
+_FIRST = rb"[A-Z]{1,20} /[!\"$-~]*+ HTTP/1\.([01])\r\n"
+_FIELDS = rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+"
+_REQUEST_LINE, _FIELD_LINES = re.compile(_FIRST), re.compile(_FIELDS)
+_HEAD_AT_ONCE = re.compile(_FIRST + _FIELDS + rb"(?=\r\n)")  # nearly every head comes in one piece
 # Those that say where a body ends or who asks: of each there may be one. It begins at the end of the line before.
 _SINGLE = re.compile(
     rb"\r\n((?i:host|content-length|transfer-encoding|authorization|api-key|x-api-key)):[ \t]*+([^\r]*+)"
 )
-_HOST = re.compile(rb"[A-Za-z0-9._~%:\[\]-]{0,260}")
+_HOST = re.compile(rb"[A-Za-z0-9._~%:\[\]-]{0,260}[ \t]*")
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,15}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")  # no extensions: nobody uses them, and parsers differ over them
 _MAX_CHUNK_LINE = 10
@@ -74,6 +77,11 @@ class Framer:
         return self._at == _DONE
 
     @property
+    def rested(self) -> bool:
+        """As `done`, and nothing waits behind it."""
+        return self._at == _DONE and not self._held
+
+    @property
     def held_bytes(self) -> int:
         return len(self._held) - self._begin
 
@@ -121,6 +129,13 @@ class Framer:
 
     def _head(self, data: bytes, begin: int) -> int:
         """The end of the head that begins there, 0 if it is not whole. Raises Malformed."""
+        whole = None if self._checked else _HEAD_AT_ONCE.match(data, begin)
+        if whole is not None:
+            end = whole.end()
+            if end - begin > LEAST_FIELD_BYTES * MAX_FIELDS:
+                self._check_size(data, begin, end)
+            self._frame(data, whole.end(1), end)
+            return end + 2
         start = begin + 2 if data.startswith(b"\r\n", begin) else begin  # RFC 9112, 2.2: one empty line is passed over
         if self._checked:
             at = begin + self._checked
@@ -136,7 +151,7 @@ class Framer:
             self._check_rest(data, end, "a header line is malformed", 431)
             self._checked = end - begin
             return 0
-        self._frame(data, start, end)
+        self._frame(data, data.index(b"\r\n", start), end)
         return end + 2
 
     def _check_first(self, data: bytes, start: int) -> None:
@@ -165,15 +180,15 @@ class Framer:
             if max(map(len, lines)) > MAX_LINE_BYTES:
                 raise Malformed(f"a line of the head is over {MAX_LINE_BYTES} bytes", 431)
 
-    def _frame(self, data: bytes, start: int, end: int) -> None:
+    def _frame(self, data: bytes, first_end: int, end: int) -> None:
         """How long the body is, from a head whose lines are good. Raises Malformed where there are two ways to say."""
-        first_end = data.index(b"\r\n", start)
         old = data[first_end - 1] == 48  # the 0 of HTTP/1.0
         found = _SINGLE.findall(data, first_end, end)
         fields = {name.lower(): value for name, value in found}
         if len(fields) < len(found):
             raise Malformed("a header that there may be one of is there twice")
-        if not _HOST.fullmatch(fields.get(b"host", b"" if old else b"?").rstrip(b" \t")):
+        host = fields.get(b"host", b"" if old else b"?")
+        if _HOST.fullmatch(host) is None:
             raise Malformed("there is no Host, or no valid one")
         length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
         self._left = self._chunks = 0

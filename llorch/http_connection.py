@@ -69,8 +69,14 @@ class Connection(web_protocol.RequestHandler):
         if not data:  # aiohttp goes on with a parser that it had paused
             super().data_received(data)
             return
-        first = self._framer.between
-        self._pass_on(self._framer.feed(data), first)
+        framer = self._framer
+        first = framer.between
+        ours = framer.feed(data)
+        if first and framer.rested:  # one whole request, and no more: nearly always so
+            self._begin()
+            super().data_received(ours)
+        else:
+            self._pass_on(ours, first)
 
     # ---- from one request to the next
 
@@ -79,8 +85,7 @@ class Connection(web_protocol.RequestHandler):
         framer = self._framer
         if ours:
             if first:
-                self._answered, self.head_since = False, None
-                self._doors.busy(self._place)
+                self._begin()
             super().data_received(ours)
             self._tell_its_reader()
         if framer.fault is not None:
@@ -92,6 +97,11 @@ class Connection(web_protocol.RequestHandler):
             self._next()
         elif framer.held_bytes > MAX_WAITING_BYTES and not self._buffer_paused:
             self._pause_reading_for_buffer()
+
+    def _begin(self) -> None:
+        """The head of a request has come."""
+        self._answered, self.head_since = False, None
+        self._doors.busy(self._place)
 
     def _next(self) -> None:
         """A request has come whole and is answered: go on with what waits behind it."""
@@ -111,7 +121,11 @@ class Connection(web_protocol.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         finished = await super().finish_response(request, resp, start_time)
         self._answered = True
-        if self._framer.done:
+        framer = self._framer
+        if framer.rested:
+            framer.proceed()
+            self._doors.idle(self._place)
+        elif framer.done:
             self._next()
         return finished
 

@@ -46,15 +46,18 @@ class Quotas:
     """`limited` hears of every refusal."""
 
     def __init__(self, rates: Rates | None = None, limited: Callable[[Limit], None] = lambda _limit: None) -> None:
-        rates = rates or Rates()
+        self._streams: dict[str, int] = {}  # of those that have any
+        self._charged: dict[str, tuple[str, float]] = {}  # by task: whom, and how many tokens
+        self._limited = limited
+        self.adopt(rates or Rates())
+
+    def adopt(self, rates: Rates) -> None:
+        """Have other rates from now on. Who has waited for one that is changed starts anew; answers stay counted."""
         per_s, tokens, failures = rates.requests_per_s, rates.tokens_per_min, rates.failures_per_min
         self._requests = None if per_s is None else Gcra(Rate(per_s, max(1.0, per_s * BURST_S)))
         self._tokens = None if tokens is None else Gcra(Rate(tokens / 60, tokens))
         self._failures = None if failures is None else Gcra(Rate(failures / 60, failures))
         self._most_streams = rates.streams
-        self._streams: dict[str, int] = {}  # of those that have any
-        self._charged: dict[str, tuple[str, float]] = {}  # by task: whom, and how many tokens
-        self._limited = limited
 
     def request(self, principal: Principal, now: float) -> None:
         """Count a request. Raises RATE_LIMITED."""
@@ -75,11 +78,8 @@ class Quotas:
     @contextmanager
     def stream(self, owner: str) -> Iterator[None]:
         """An answer is given for as long as the block runs. Raises RATE_LIMITED."""
-        if self._most_streams is None:
-            yield
-            return
         running = self._streams.get(owner, 0)
-        if running >= self._most_streams:
+        if self._most_streams is not None and running >= self._most_streams:
             words = f"{running} answers at a time are as many as one principal may have"
             raise self._refusal(Limit.STREAMS, words, STREAMS_RETRY_MS / 1_000)
         self._streams[owner] = running + 1

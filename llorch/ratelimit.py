@@ -12,9 +12,12 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_KEYS = 10_000  # about 100 bytes each; beyond it the least recently used are forgotten, and start anew
+KNOWN_ADDRESSES = 1_024  # read once and kept: most connections come from few
 IPV6_PREFIX_BITS = 64  # what one customer has at least: its addresses are one key, or a key each would cost nothing
+Number = ipaddress.IPv4Address | ipaddress.IPv6Address
 ROUNDING_S = 1e-6  # who waits as long as it was told passes, whatever floats make of the sum
 
 
@@ -98,14 +101,22 @@ class OncePer:
         return self._held.pop(kind, 0)
 
 
-def address_key(address: str | None) -> str:
-    """Whom an address counts as: itself, or with IPv6 its /64. An IPv4 address in IPv6 clothes is itself."""
+@lru_cache(maxsize=KNOWN_ADDRESSES)
+def number_of(address: str | None) -> Number | None:
+    """An address as a number; one of IPv4 in IPv6 clothes without them. None if it is none."""
     try:
         number = ipaddress.ip_address((address or "").partition("%")[0])
     except ValueError:
+        return None
+    return getattr(number, "ipv4_mapped", None) or number
+
+
+@lru_cache(maxsize=KNOWN_ADDRESSES)
+def address_key(address: str | None) -> str:
+    """Whom an address counts as: itself, or with IPv6 its /64."""
+    number = number_of(address)
+    if number is None:
         return "unknown"
-    if isinstance(number, ipaddress.IPv4Address):
+    if number.version == 4:
         return str(number)
-    if number.ipv4_mapped is not None:
-        return str(number.ipv4_mapped)
     return str(ipaddress.ip_network((int(number) >> 64 << 64, IPV6_PREFIX_BITS)))

@@ -116,3 +116,14 @@ def test_without_rates_nothing_is_refused_and_nothing_kept() -> None:
             pass
     assert quotas._charged == {}
     assert quotas._streams == {}
+
+
+def test_other_rates_hold_from_now_on_and_answers_stay_counted() -> None:
+    quotas = Quotas(Rates(requests_per_s=1))
+    with quotas.stream("alice"):
+        quotas.adopt(Rates(streams=1))
+        refusal(quotas.stream("alice").__enter__)
+        for _ in range(10):
+            quotas.request(ALICE, NOW)
+    with quotas.stream("alice"):
+        pass

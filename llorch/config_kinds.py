@@ -225,6 +225,14 @@ class HostPort:
     def loopback(self) -> bool:
         return is_loopback(self.host)
 
+    @property
+    def everywhere(self) -> bool:
+        """Every address of the machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can be meant. A name other than localhost is taken to lead elsewhere."""
@@ -349,6 +357,16 @@ def listed(item: Kind[T], example: str) -> Kind[tuple[T, ...]]:
     return Kind(f"{item.name} list", parse, example, schema, show, item=item, join=join)
 
 
+def _name(value: str) -> str:
+    if _HOST_NAME.fullmatch(value) and len(value) <= 253:
+        return value
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise BadValue(f"{quote(value)} is neither a host name nor an address", "for example desk.example") from None
+
+
+NAMES = listed(Kind("name", _name, "desk.example", _string()), "desk.example,10.0.0.5")
 URLS = listed(URL, "https://control.example:8080")
 CIDRS = listed(_CIDR, "10.0.0.0/8")
 GPUS = listed(integer(0, 255), "0,1")

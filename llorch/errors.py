@@ -54,6 +54,7 @@ class Code(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
     ENGINE_STALLED = "ENGINE_STALLED"
+    INSUFFICIENT_STORAGE = "INSUFFICIENT_STORAGE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ MEANINGS: Mapping[Code, Meaning] = {
     Code.DEADLINE_EXCEEDED: Meaning(504, _FAULT, False, "allow more time with deadline_ms"),
     Code.QUEUE_TIMEOUT: Meaning(504, _FAULT, True, "no slot became free in time; `llorch status` shows the load"),
     Code.ENGINE_STALLED: Meaning(504, _FAULT, True, "the engine stopped answering; `llorch pool ls` shows its state"),
+    Code.INSUFFICIENT_STORAGE: Meaning(507, _FAULT, True, "make room on the disk that holds --data-dir"),
 }
 
 

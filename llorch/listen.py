@@ -221,16 +221,18 @@ async def serve(
     port: int,
     *,
     tls: Identities | None = None,
+    mesh: bool = False,
     refused: Refused = _refused_quietly,
     shutdown_timeout_s: float = 5.0,
 ) -> Server:
     """Listen on host:port (0: a free one). Raises ConfigError if it is taken, or is no loopback and has no TLS.
 
+    `mesh`: beyond loopback without TLS all the same, for something around this process encrypts what it sends.
     `refused` hears of every TLS handshake that failed for a reason.
     """
     shown = f"[{host}]" if ":" in host else host
     try:
-        sockets = await _listening(host, port, loopback_only=tls is None)
+        sockets = await _listening(host, port, loopback_only=tls is None and not mesh)
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise ConfigError(f"{shown}:{port} can't be listened on: {why}", hint="give another --bind HOST:PORT") from None

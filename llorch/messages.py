@@ -306,6 +306,25 @@ class PoolReady(Wire):
     pool_id: PoolId
 
 
+class CertificateRequest(Wire):
+    """POST /v2/nodes/csr: a PKCS#10 request in PEM."""
+
+    node_id: NodeId
+    csr: Annotated[str, StringConstraints(max_length=16_384)]
+
+
+class NewToken(Wire):
+    """POST /v2/tokens. `join`: for a machine that is to become a node, else for a client."""
+
+    join: bool = False
+    name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    scopes: Annotated[list[str], Field(max_length=16)] | None = None
+    expires_s: Annotated[float, Field(gt=0, le=3_153_600_000, allow_inf_nan=False)] | None = None
+    models: Annotated[list[Annotated[str, StringConstraints(max_length=128)]], Field(max_length=1_000)] | None = None
+    uses: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    node_id: NodeId | None = None
+
+
 class Open(Wire):
     """OPEN: a task for a pool. Its body follows as BODY records, then the prefix."""
 

@@ -19,6 +19,7 @@ from llorch.config_kinds import (
     GPUS,
     HOST_PORT,
     MODEL_REF,
+    NAMES,
     NODE_ID_PATTERN,
     PATH,
     POOL_ID_PATTERN,
@@ -172,6 +173,25 @@ class ControlSettings(ServerSettings):
     tls_key: str | None = setting(
         None, PATH, _TLS_KEY, example="/etc/llorch/tls.key", aliases=("ORCHESTRATORD_TLS_KEY",)
     )
+    tls: str = setting(
+        "auto",
+        choice("auto", "on", "off-mesh"),
+        "auto: TLS wherever it listens beyond loopback, with a certificate of the cluster's own authority if tls-cert "
+        "is not given. on: on loopback too. off-mesh: none, for a service mesh that encrypts and authenticates.",
+    )
+    tls_names: tuple[str, ...] = setting(
+        "", NAMES, "Further names and addresses for the certificate that the cluster's authority gives this control."
+    )
+    ca_passphrase: str | None = setting(
+        None,
+        TOKEN,
+        "Encrypts the key of the cluster's authority on disk. Without it, the file's mode alone guards it.",
+    )
+    node_cert_life: float = setting(
+        "30d",
+        duration("1m", "3650d"),
+        "How long a node's certificate is valid. It is renewed after two thirds; a node away for longer joins again.",
+    )
     api_token: str | None = setting(
         None, TOKENS, "Client tokens (scopes submit and read): a comma or line list, all valid; name=token names one."
     )
@@ -233,6 +253,11 @@ class NodeSettings(ServerSettings):
     )
     tls_key: str | None = setting(
         None, PATH, _TLS_KEY, example="/etc/llorch/tls.key", aliases=("POOL_MANAGERD_TLS_KEY",)
+    )
+    join_token: str | None = setting(
+        None,
+        TOKEN,
+        "What `llorch token join` on the control printed. The node gets its certificate for it and needs it only once.",
     )
     join: tuple[str, ...] = setting("", URLS, "URLs of the controls to register with; all of them, for availability.")
     node_id: str | None = setting(

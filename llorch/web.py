@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,11 +23,12 @@ import aiohttp
 from aiohttp import HttpVersion11, web, web_protocol
 from pydantic import BaseModel
 
-from llorch import link
-from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize
+from llorch import link, tls
+from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize, identify
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import decode_object, parse
+from llorch.sessions import Sessions
 
 BODY_TIMEOUT_S = 30.0  # for any body; a large one gets the time that it takes at MIN_BODY_RATE on top
 MIN_BODY_RATE = 32 * 1024  # bytes/s, less than a poor upload; slower senders only hold memory
@@ -70,6 +72,20 @@ class Gate:
     ring: Callable[[], TokenRing]
     refused: Callable[[Code], None] = field(default=lambda _code: None)
     metrics_open: bool = False  # the listener is loopback only
+    certified: Callable[[tls.Peer], Principal] | None = None  # whom a certificate stands for; raises LlorchError
+    identified: Callable[[Principal], None] = field(default=lambda _principal: None)  # hears of each that is served
+    sessions: Sessions = field(default_factory=Sessions)
+
+    def identify(self, request: web.Request) -> Principal | None:
+        """Who sends this. Where a certificate was shown it alone counts. Raises LlorchError for one that is no good."""
+        if self.certified is not None and request.transport is not None:
+            try:
+                peer = tls.peer_of(request.transport.get_extra_info("ssl_object"))
+            except ValueError as error:
+                raise LlorchError(Code.UNAUTHENTICATED, str(error)) from None
+            if peer is not None:
+                return self.certified(peer)
+        return identify(self.ring(), request.headers, time.time())
 
 
 def request_id_of(headers: Any) -> str:
@@ -145,17 +161,26 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
             if wanted is not None:
                 if Scope.METRICS in wanted and gate.metrics_open:
                     wanted = (Scope.OPEN,)
-                request[PRINCIPAL] = authorize(gate.ring(), request.headers, *wanted)
+                request[PRINCIPAL] = authorize(gate.identify(request), *wanted)
             expects = wanted is not None and request.version >= HttpVersion11
             if expects and request.headers.get("Expect", "").lower() == "100-continue":
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0  # the answer itself has not begun
-            return await handler(request)
+            if request[PRINCIPAL] is ANONYMOUS:
+                return await handler(request)
+            gate.identified(request[PRINCIPAL])
+            with gate.sessions.serving(request[PRINCIPAL]):
+                return await handler(request)
         except LlorchError as error:
             if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
                 gate.refused(error.code)
                 log.warning(
-                    "auth.failed", code=error.code, path=request.path, peer=request.remote, request_id=request_id
+                    "auth.failed",
+                    code=error.code,
+                    reason=error.message,
+                    path=request.path,
+                    peer=request.remote,
+                    request_id=request_id,
                 )
             return error_response(error, request_id)
         except web.HTTPException as error:

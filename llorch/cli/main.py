@@ -15,6 +15,7 @@ import typer
 
 from llorch import __version__
 from llorch.cli import (
+    certs,
     chat,
     completion,
     config,
@@ -27,6 +28,7 @@ from llorch.cli import (
     status,
     submit,
     task,
+    token,
     version,
 )
 from llorch.cli.completion import COMPLETE_VARIABLE, accept_completion
@@ -68,6 +70,8 @@ status.register(app)
 app.add_typer(pool.app, name="pool")
 app.add_typer(task.app, name="task")
 explain.register(app)
+app.add_typer(token.app, name="token")
+app.add_typer(certs.app, name="certs")
 app.add_typer(config.app, name="config")
 app.add_typer(context.app, name="context")
 completion.register(app)

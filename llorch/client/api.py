@@ -161,6 +161,18 @@ class LlorchClient:
     async def models(self) -> list[str]:
         return [str(model.get("id")) for model in await self._list("/v1/models", "data")]
 
+    async def tokens(self) -> list[dict[str, Any]]:
+        return await self._list("/v2/tokens", "tokens")
+
+    async def new_token(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Its view, and for this once its text as `token`."""
+        return await self.call("POST", "/v2/tokens", wanted)
+
+    async def revoke_token(self, which: str) -> list[str]:
+        """By id or name; the ids of those that were in force until now."""
+        revoked = (await self.call("DELETE", f"/v2/tokens/{_path(which)}")).get("revoked")
+        return [str(token_id) for token_id in revoked] if isinstance(revoked, list) else []
+
     async def ready(self) -> dict[str, Any]:
         """`{status, version, role}`: a control that drains says so, which is no error."""
         return await self.call("GET", "/readyz", accept=(200, 503))

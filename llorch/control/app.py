@@ -16,21 +16,22 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from llorch import listen, logs, systemd, tls, web
-from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
+from llorch.auth import parse_tokens
 from llorch.config import ControlSettings
-from llorch.control import routes_health, routes_nodes, routes_tasks
+from llorch.control import routes_health, routes_nodes, routes_tasks, routes_trust
+from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics, registry_metrics
 from llorch.control.node_client import NodeClient
+from llorch.control.place import url_for_others, write_place
 from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
 from llorch.control.roster import Roster
 from llorch.control.state import CONTROL, Control
 from llorch.control.sweep import expire_step, probe_step, roster_step
-from llorch.errors import ConfigError
 from llorch.tasks import Guard
 
 LAST_BYTES_S = 2.0  # for answers that were ended, whose bytes only have to leave
@@ -38,32 +39,11 @@ LAST_BYTES_S = 2.0  # for answers that were ended, whose bytes only have to leav
 log = logs.Log("control")
 
 
-def token_ring(settings: ControlSettings) -> TokenRing:
-    """Every token that is valid here, with what it may do. Raises ConfigError when nobody could use this control."""
-    shortest = 1 if settings.dev else MIN_TOKEN_CHARS
-    entries: list[tuple[str, str, frozenset[Scope]]] = []
-    for text, scopes in (
-        (settings.api_token, CLIENT_SCOPES),
-        (settings.admin_token, ADMIN_SCOPES),
-        (settings.node_token or settings.service_token, frozenset({Scope.NODE})),
-    ):
-        entries += [(name, token, scopes) for name, token in parse_tokens(text or "", min_chars=shortest)]
-    ring = TokenRing(entries)
-    if len(ring) == 0:
-        raise ConfigError("no tokens: nobody could use this control")
-    return ring
-
-
 @contextlib.asynccontextmanager
 async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, listen.Server]]:
     """A control that serves for as long as the block runs. At its end nodes are told, then all is closed."""
-    ring = token_ring(settings)
+    access = await asyncio.to_thread(Access.open, settings)
     service = parse_tokens(settings.service_token or "", min_chars=1)
-    server_tls = (
-        tls.Identities(tls.server_context(settings.tls_cert, settings.tls_key))
-        if settings.tls_cert and settings.tls_key
-        else None
-    )
     registry = Registry(
         epoch=secrets.token_hex(8),
         heartbeat_interval_s=settings.heartbeat_interval,
@@ -78,6 +58,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         registry.address_of,
         lambda: service[0][1] if service else "",
         tls.client_context(settings.tls_ca),
+        lambda node_id: access.outgoing if node_id in registry.nodes and registry.nodes[node_id].certified else None,
     ) as nodes:
         dispatcher = Dispatcher(
             registry,
@@ -99,6 +80,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             recovery=recovery,
             roster=roster,
             replays=Replays(dispatcher.tasks, registry, nodes, recovery),
+            access=access,
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
             heartbeat_interval_s=settings.heartbeat_interval,
@@ -106,15 +88,23 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         )
         metrics.scrape_state(lambda: registry_metrics(registry, admission, time.monotonic()))
         gate = web.Gate(
-            ring=lambda: ring,
+            ring=lambda: access.ring,
             refused=lambda code: metrics.auth_failed(code.value),
             metrics_open=settings.bind.loopback,
+            certified=access.certified if access.authority is not None else None,
+            identified=access.identified,
+            sessions=access.sessions,
         )
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
-        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        server = await listen.serve(
+            app, settings.bind.host, settings.bind.port, tls=access.identities, mesh=settings.tls == "off-mesh"
+        )
         try:
             roster.prepare()
+            if not settings.dev:
+                write_place(settings.data_dir, url_for_others(settings, server.url, server.port))
+            guard.loop(access.step, "access")
             guard.loop(partial(expire_step, control), "expire")
             guard.loop(partial(roster_step, control), "roster")
             guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
@@ -130,7 +120,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
 
 def routes() -> tuple[web.Route, ...]:
     """Every route of a control."""
-    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES))
+    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_trust.ROUTES))
 
 
 async def run(settings: ControlSettings) -> int:

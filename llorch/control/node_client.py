@@ -22,6 +22,7 @@ from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import Head, Tail, decode_json
 from llorch.tasks import Guard
+from llorch.tls import node_name
 
 CALL_TIMEOUT_S = 5.0
 MAX_CALL_BYTES = 4 * 1024 * 1024
@@ -31,7 +32,9 @@ log = Log("control.node_client")
 
 
 class NodeClient:
-    """Opens tasks on nodes, attaches to logs, calls nodes' routes. `address_of` gives a node's base URL, or None."""
+    """Opens tasks on nodes, attaches to logs, calls nodes' routes. `address_of` gives a node's base URL, or None;
+    `cluster_tls` what to dial one with that has a certificate: it gets ours, and no token.
+    """
 
     def __init__(
         self,
@@ -39,11 +42,13 @@ class NodeClient:
         address_of: Callable[[str], str | None],
         service_token: Callable[[], str],
         tls: ssl.SSLContext | None,
+        cluster_tls: Callable[[str], ssl.SSLContext | None] = lambda _node_id: None,
     ) -> None:
         self._links = links
         self._address_of = address_of
         self._token = service_token
         self._tls = tls
+        self._cluster_tls = cluster_tls
         self._guard = Guard("control.node_client")
         self._stack = AsyncExitStack()
         self._session: aiohttp.ClientSession | None = None
@@ -149,17 +154,29 @@ class NodeClient:
             raise LlorchError(Code.NODE_LOST, "the node has neither a link nor an address")
         return base
 
-    def _request(self, method: str, url: str, headers: dict[str, str], body: bytes) -> Any:
+    def _request(self, node_id: str, method: str, url: str, headers: dict[str, str], body: bytes) -> Any:
         assert self._session is not None
-        headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json", **headers}
-        return self._session.request(method, url, headers=headers, data=body or None, allow_redirects=False)
+        headers = {"Content-Type": "application/json", **headers}
+        context = self._cluster_tls(node_id) if url.startswith("https:") else None
+        if context is None:
+            headers["Authorization"] = f"Bearer {self._token()}"
+            return self._session.request(method, url, headers=headers, data=body or None, allow_redirects=False)
+        return self._session.request(
+            method,
+            url,
+            headers=headers,
+            data=body or None,
+            ssl=context,
+            server_hostname=node_name(node_id),
+            allow_redirects=False,
+        )
 
     async def _call_http(
         self, node_id: str, method: str, path: str, body: bytes, timeout_s: float = CALL_TIMEOUT_S
     ) -> Any:
         url = self._base(node_id) + path
         try:
-            async with asyncio.timeout(timeout_s), self._request(method, url, {}, body) as response:
+            async with asyncio.timeout(timeout_s), self._request(node_id, method, url, {}, body) as response:
                 return _answer(response.status, await _whole(response))
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise LlorchError(Code.NODE_LOST, "the node did not answer") from None
@@ -170,7 +187,7 @@ class NodeClient:
         url = self._base(node_id) + path
         headers["Accept"] = records.CONTENT_TYPE
         room = _Room()
-        reading = self._guard.spawn(self._read(method, url, headers, body, feed, room), f"read.{task_id}")
+        reading = self._guard.spawn(self._read(node_id, method, url, headers, body, feed, room), f"read.{task_id}")
         reading.add_done_callback(lambda _: room.begun.set())
 
         def cancel() -> None:
@@ -188,11 +205,13 @@ class NodeClient:
         except LlorchError as error:
             log.info("task.cancel_failed", task_id=task_id, node_id=node_id, code=error.code)
 
-    async def _read(self, method: str, url: str, headers: dict[str, str], body: bytes, feed: Feed, room: _Room) -> None:
+    async def _read(
+        self, node_id: str, method: str, url: str, headers: dict[str, str], body: bytes, feed: Feed, room: _Room
+    ) -> None:
         decoder = records.Decoder()
         headed = False
         try:
-            async with self._request(method, url, headers, body) as response:
+            async with self._request(node_id, method, url, headers, body) as response:
                 if response.status != 200:
                     feed.put(Refused(_error_of(response.status, await _whole(response))))
                     return

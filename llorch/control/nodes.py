@@ -209,6 +209,7 @@ class Node:
     doubted: bool = False  # its link is up and silent, and was asked whether it lives
     probe_ok: bool | None = None
     held: bool = False  # a storm: beats that it misses are the control's own fault
+    certified: bool = False  # it showed a certificate of the cluster, so it can be asked for it
     beats: int = 0
     seq: int | None = None
     rtt_ms: float | None = None

@@ -28,9 +28,17 @@ OLD_LINK_ANSWERS_WITHIN_S = 1.0
 log = Log("control.nodes")
 
 
+def _must_be(request: web.Request, node_id: str) -> None:
+    """Path, body and certificate agree on the node. A shared node token is for any."""
+    own = request[PRINCIPAL].node_id
+    if own is not None and own != node_id:
+        raise LlorchError(Code.FORBIDDEN, f"this certificate is that of {own}", param="node_id")
+
+
 async def register(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     message = await read_model(request, Register)
+    _must_be(request, message.node_id)
     lease_id = secrets.token_hex(8)
     try:
         if message.address is not None:
@@ -48,6 +56,7 @@ async def register(request: web.Request) -> web.StreamResponse:
         control.metrics.registered("refused")
         log.warning("node.refused", node_id=message.node_id, code=error.code, peer=request.remote)
         raise
+    control.registry.nodes[message.node_id].certified = request[PRINCIPAL].issued is not None
     control.metrics.registered("ok")
     control.recovery.returned(message.node_id)
     link = control.links.get(message.node_id)
@@ -65,6 +74,7 @@ async def register(request: web.Request) -> web.StreamResponse:
             "epoch": control.registry.epoch,
             "heartbeat_interval_ms": round(control.heartbeat_interval_s * 1_000),
             "offline_after_ms": round(control.offline_after_s * 1_000),
+            **control.access.told(),
         }
     )
 
@@ -84,6 +94,7 @@ async def _check_address(address: str, peer: str | None) -> None:
 
 async def heartbeat(request: web.Request) -> web.StreamResponse:
     control, node_id = request.app[CONTROL], request.match_info["node_id"]
+    _must_be(request, node_id)
     started = time.monotonic()
     try:
         message = await read_model(request, Heartbeat)
@@ -98,12 +109,14 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
     if not message.delta and control.links.get(node_id) is not None:
         control.dispatcher.surplus.cancel(node_id)
     control.dispatcher.registry_changed()
-    return json_response({"success": True, "next_heartbeat_ms": round(control.heartbeat_interval_s * 1_000)})
+    next_ms = round(control.heartbeat_interval_s * 1_000)
+    return json_response({"success": True, "next_heartbeat_ms": next_ms, **control.access.told()})
 
 
 async def deregister(request: web.Request) -> web.StreamResponse:
     """By the node itself or an admin: the node's token and the admin's both pass."""
     control, node_id = request.app[CONTROL], request.match_info["node_id"]
+    _must_be(request, node_id)
     control.registry.deregister(node_id, time.monotonic())
     link = control.links.get(node_id)
     if link is not None:
@@ -116,6 +129,7 @@ async def deregister(request: web.Request) -> web.StreamResponse:
 async def open_link(request: web.Request) -> web.StreamResponse:
     """Switch this connection to records, and keep it until it ends."""
     control, node_id = request.app[CONTROL], request.match_info["node_id"]
+    _must_be(request, node_id)
     words = {word.strip().lower() for word in request.headers.get("Connection", "").split(",")}
     if "upgrade" not in words or request.headers.get("Upgrade", "").lower() != records.UPGRADE:
         raise LlorchError(Code.UPGRADE_REQUIRED, "this route only switches to records")
@@ -135,7 +149,11 @@ async def open_link(request: web.Request) -> web.StreamResponse:
     log.info("link.up", node_id=node_id)
     control.dispatcher.surplus.cancel(node_id, link_is_new=True)
     control.dispatcher.registry_changed()
-    await asyncio.shield(connection.lost)
+    try:
+        await asyncio.shield(connection.lost)
+    except asyncio.CancelledError as ended:
+        link.abort(str(ended) or "the control ends it")
+        raise
     raise ConnectionResetError("the link has ended")
 
 
@@ -151,6 +169,7 @@ def _link_lost(control: Control, link: NodeLink, reason: str) -> None:
 async def pool_ready(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     message = await read_model(request, PoolReady)
+    _must_be(request, message.node_id)
     if message.node_id not in control.registry.nodes:
         raise LlorchError(Code.NODE_UNKNOWN, "this node is not registered")
     control.guard.spawn(read_pool(control, message.node_id, message.pool_id), f"pool_ready.{message.node_id}")

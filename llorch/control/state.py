@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from llorch.control.access import Access
 from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics
@@ -30,6 +31,7 @@ class Control:
     recovery: Recovery
     roster: Roster
     replays: Replays
+    access: Access
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

@@ -78,7 +78,7 @@ async def test_metrics_are_open_on_a_loopback_listener_alone() -> None:
 
 def test_a_cluster_of_llorch_dev_takes_tokens_of_any_length_and_another_does_not() -> None:
     short = dataclasses.replace(settings(), dev=True, api_token="short")
-    assert app.token_ring(short).identify("short") is not None
+    assert app.token_ring(short).identify("short", 0) is not None
     with pytest.raises(ValueError, match="shorter than 32"):
         app.token_ring(dataclasses.replace(short, dev=False))
 

@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 
@@ -214,7 +214,7 @@ class SimNode:
         self.node = Node(node_id, self.pools, self.runner, metrics, 1 << 20, 30.0)
         identity = Identity(node_id, f"{node_id}-boot-{boot}", "0", 1, 1)
         self.membership = Membership(
-            self.node, identity, "http://control", lambda: "token", Session(self), self,  # type: ignore[arg-type]
+            self.node, identity, "http://control", Shown(self), Session(self),  # type: ignore[arg-type]
             LinkCalls(self.node), early_beat_s=0.25,
         )  # fmt: skip
         self.pools.subscribe(lambda _: self.membership.notify())
@@ -298,9 +298,22 @@ class Network:
         return node_end
 
 
-async def _dial(url: str, node_id: str, lease_id: str, token: str, tls: SimNode, epoch: str, take: Any) -> Any:
-    """In the place of node.dial.dial; `tls` carries the node."""
-    return tls.network.link(tls, lease_id, epoch, take)
+async def _dial(url: str, node_id: str, lease_id: str, shown: Shown, epoch: str, take: Any) -> Any:
+    """In the place of node.dial.dial; what is shown carries the node."""
+    return shown.node.network.link(shown.node, lease_id, epoch, take)
+
+
+class Shown:
+    """Credentials that nobody looks at."""
+
+    headers: ClassVar[Mapping[str, str]] = {}
+    context = server_name = None
+
+    def __init__(self, node: SimNode) -> None:
+        self.node = node
+
+    def heard(self, authorities: object) -> None:
+        """There are none."""
 
 
 class Session:
@@ -311,7 +324,15 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def request(
-        self, method: str, url: str, *, data: bytes | None, headers: Any, ssl: Any, allow_redirects: bool
+        self,
+        method: str,
+        url: str,
+        *,
+        data: bytes | None,
+        headers: Any,
+        ssl: Any,
+        server_hostname: Any,
+        allow_redirects: bool,
     ) -> AsyncIterator[Any]:
         value = json.loads(data) if data else None
         status, body = await self.node.network.http(self.node, method, url.removeprefix("http://control"), value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -114,6 +114,9 @@ class TokenRing:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[Principal]:
+        return iter(self._entries.values())
 
     def __repr__(self) -> str:
         return f"TokenRing({len(self)} tokens)"

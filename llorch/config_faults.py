@@ -99,6 +99,14 @@ def _check_listener(checked: Checked[S], settings: ControlSettings | NodeSetting
         checked.fault("tls-cert tls-key", "needs tls-key too", "give --tls-key PATH")
     if key and not cert:
         checked.fault("tls-key tls-cert", "needs tls-cert too", "give --tls-cert PATH")
+    joins_securely = isinstance(settings, NodeSettings) and any(url.startswith("https:") for url in settings.join)
+    has_authority = isinstance(settings, ControlSettings) and not settings.dev
+    if not settings.bind.loopback and not (cert or key or joins_securely or has_authority):
+        checked.fault(
+            "bind tls-cert tls-key",
+            f"{settings.bind} is reachable from outside this machine, and there is no TLS",
+            f"give --tls-cert and --tls-key, or bind 127.0.0.1:{settings.bind.port}",
+        )
     if isinstance(settings, ControlSettings) and settings.tls == "off-mesh":
         if cert or key:
             checked.fault("tls tls-cert tls-key", "off-mesh serves without TLS, yet there is a tls-cert", "give one")

@@ -54,6 +54,8 @@ class Access:
     def open(cls, settings: ControlSettings) -> Access:
         """Blocking. Makes the authority at the first start. Raises ConfigError."""
         authority = None
+        if settings.tls_cert and settings.tls_key:
+            tls.server_context(settings.tls_cert, settings.tls_key)  # before anything is made
         if serves_tls(settings):
             from llorch.control.authority import Authority  # 50 ms that a control without certificates need not pay
 
@@ -66,6 +68,8 @@ class Access:
             access.files.load_use()
         access._make_ring()
         access._make_identities()
+        if not any(principal.may(Scope.SUBMIT) for principal in access.ring):
+            log.warning("tokens.none", hint="nobody can send a task yet: `llorch token new` makes a token")
         return access
 
     # ------------------------------------------------------------ who comes in

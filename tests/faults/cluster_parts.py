@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import aiohttp
 
+from llorch.auth import Principal, Scope
 from llorch.control import follow, replay, routes_nodes, sweep
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
@@ -43,11 +44,13 @@ from llorch.node.runner import Runner
 from llorch.node.state import Node
 from llorch.node.tasklog import Limits, TaskLogs
 from llorch.tasks import Guard
+from llorch.web import PRINCIPAL
 from tests.faults.virtual import Engine, Uncounted, VirtualLoop, Wire
 
 LIMITS = Limits(kept_bytes=1 << 20, all_kept_bytes=1 << 22, sealed_native_s=600.0, reconnect_grace_s=10.0)
 RECOVERY_WINDOW_S = 15.0
 MODEL = "m"
+NODES = Principal("default", frozenset({Scope.NODE}))
 LOST, ANSWER_LOST, TWICE, LATE = range(4)  # what may happen to a request of a node
 
 
@@ -108,6 +111,7 @@ class SimControl:
             guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(),  # type: ignore[arg-type]
             replays=Replays(dispatcher.tasks, registry, nodes, recovery), max_body_bytes=1 << 20,
             slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
+            access=SimpleNamespace(told=dict),  # type: ignore[arg-type]
         )  # fmt: skip
         self.state.guard.loop(lambda: sweep.expire_step(self.state), "expire")
         self.wires: list[Wire] = []
@@ -264,7 +268,7 @@ class Network:
         return answer
 
     async def handle(self, control: SimControl, node: SimNode, method: str, path: str, value: Any) -> tuple[int, bytes]:
-        request: Any = SimpleNamespace(
+        request: Any = Asked(
             app={CONTROL: control.state}, value=value, remote=node.node_id, match_info={"node_id": node.node_id}
         )
         handler = routes_nodes.heartbeat if path.endswith("/heartbeat") else routes_nodes.register
@@ -296,6 +300,14 @@ class Network:
         state.dispatcher.surplus.cancel(node.node_id, link_is_new=True)
         state.dispatcher.registry_changed()
         return node_end
+
+
+class Asked(SimpleNamespace):
+    """A request of somebody who showed the nodes' shared token."""
+
+    def __getitem__(self, key: object) -> Principal:
+        assert key is PRINCIPAL
+        return NODES
 
 
 async def _dial(url: str, node_id: str, lease_id: str, shown: Shown, epoch: str, take: Any) -> Any:

@@ -29,10 +29,10 @@ def _run(given: dict[str, Any]) -> int | None:
         if config is not None or any(value not in (None, []) for value in flags.values()):
             raise usage(f"flags of a node mean nothing before {context.invoked_subcommand}", "put them after it")
         return None
-    settings = role_settings(NodeSettings, flags, config)
+    settings, source = role_settings(NodeSettings, flags, config)
     from llorch.node.app import main
 
-    return main(settings)
+    return main(settings, source)
 
 
 app.callback(invoke_without_command=True)(with_flags(_run, node, role_flags(NodeSettings), group=True))

@@ -6,21 +6,48 @@ when one of them is to run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from llorch.cli.output import warn
-from llorch.cli.sources import resolve_here
-from llorch.config import RoleSettings
+from llorch.cli.output import Failure, warn
+from llorch.cli.sources import read_secret, resolve_here, settings_paths
+from llorch.config import Resolved, RoleSettings
+from llorch.errors import ConfigError
+from llorch.reload import Source
 
 S = TypeVar("S", bound=RoleSettings)
 
 
-def role_settings(cls: type[S], flags: Mapping[str, Any], config: str | None) -> S:
-    """The role's settings on this machine. A role of `llorch dev` reads no file that it was not given: what is meant
-    for this machine's own roles is not meant for it.
+def role_settings(cls: type[S], flags: Mapping[str, Any], config: str | None) -> tuple[S, Source[S]]:
+    """The role's settings on this machine, and how to read them again. A role of `llorch dev` reads no file that it was
+    not given: what is meant for this machine's own roles is not meant for it.
     """
-    resolved = resolve_here(cls, flags, config=config, local=True, search=not flags.get("dev"))
+    search = not flags.get("dev")
+    piped: dict[str, str] = {}
+
+    def read_file(path: str) -> str:
+        """Standard input is there once; what it said stays."""
+        if path != "-":
+            return read_secret(path)
+        if path not in piped:
+            piped[path] = read_secret(path)
+        return piped[path]
+
+    def read() -> Resolved[S]:
+        return resolve_here(cls, flags, config=config, local=True, search=search, read_file=read_file)
+
+    resolved = read()
     for warning in resolved.warnings:
         warn(warning)
-    return resolved.settings
+    files = (*settings_paths(config, local=True, env=os.environ, search=search), *resolved.files_read)
+    paths = tuple(Path(path).expanduser().absolute() for path in files)
+    return resolved.settings, Source(lambda: _again(read), paths)
+
+
+def _again(read: Callable[[], Resolved[S]]) -> S:
+    try:
+        return read().settings
+    except Failure as error:
+        raise ConfigError(error.message, hint=error.hint) from None

@@ -33,10 +33,7 @@ def config_files(explicit: str | None, *, local: bool, env: Mapping[str, str], s
             files.append(ConfigFile(explicit, _read(path)))
         except (OSError, ValueError) as error:
             raise usage(f"the settings file {explicit} can't be read: {_why(error)}") from None
-    if not search:
-        return files
-    places = [LOCAL_FILE] if local and explicit is None else []
-    for path in (*places, config_home(env) / "config.yaml", SYSTEM_FILE):
+    for path in _searched(explicit, local=local, env=env) if search else ():
         try:
             files.append(ConfigFile(str(path), _read(path)))
         except (FileNotFoundError, NotADirectoryError):
@@ -44,6 +41,17 @@ def config_files(explicit: str | None, *, local: bool, env: Mapping[str, str], s
         except (OSError, ValueError) as error:
             raise usage(f"the settings file {path} can't be read: {_why(error)}") from None
     return files
+
+
+def _searched(explicit: str | None, *, local: bool, env: Mapping[str, str]) -> list[Path]:
+    places = [LOCAL_FILE] if local and explicit is None else []
+    return [*places, config_home(env) / "config.yaml", SYSTEM_FILE]
+
+
+def settings_paths(explicit: str | None, *, local: bool, env: Mapping[str, str], search: bool = True) -> list[str]:
+    """The settings files that count, whether or not they are there."""
+    given = [] if explicit is None else [explicit]
+    return given + ([str(path) for path in _searched(explicit, local=local, env=env)] if search else [])
 
 
 def _why(error: Exception) -> str:

@@ -46,6 +46,7 @@ class Access:
         self.pair: tuple[bytes, bytes] | None = None  # our certificate within the cluster, and its key
         self.outgoing: ssl.SSLContext | None = None  # for calls to nodes that have certificates
         self._pair_made = 0.0
+        self._shown_until: float | None = None
         self._tls_stamps: tuple[object, ...] = ()
         self._use_saved = time.monotonic()
         self._failed = ""
@@ -163,6 +164,28 @@ class Access:
         self._make_ring()
         return chain
 
+    def service_token(self) -> str:
+        """What is presented to nodes that have no certificate: the first of the service tokens."""
+        tokens = parse_tokens(self.settings.service_token or "", min_chars=1)
+        return tokens[0][1] if tokens else ""
+
+    # ------------------------------------------------------------ for metrics
+
+    def ages_s(self) -> dict[str, float]:
+        """The age of the newest token of each name, by name."""
+        now = time.time()
+        valid = [one for one in self.files.tokens.records if one.kind is Kind.CLIENT and one.ended(now) is None]
+        return {record.name: now - record.created for record in valid}
+
+    def expiries_s(self) -> dict[str, float]:
+        """How long each certificate of this control is still good, by what it is for."""
+        now, found = time.time(), {}
+        if self.authority is not None:
+            found = {"authority": self.authority.trust.ends - now, "control": self._pair_made + PAIR_LIFE_S - now}
+        if self._shown_until is not None:
+            found["tls-cert"] = self._shown_until - now
+        return found
+
     # ------------------------------------------------------------ who we are
 
     def _make_identities(self) -> None:
@@ -181,6 +204,7 @@ class Access:
         shown = own
         if settings.tls_cert and settings.tls_key:
             shown = tls.server_context(settings.tls_cert, settings.tls_key)
+            self._shown_until = authority.read_expiry(Path(settings.tls_cert))
         named = {tls.CONTROL_NAME: mutual, tls.JOIN_NAME: own}
         if self.identities is None:
             self.identities = tls.Identities(shown, named)
@@ -243,6 +267,8 @@ class Access:
     def settled(self, settings: ControlSettings) -> None:
         """Take over settings that were read anew. Raises ConfigError, and changes nothing."""
         before, self.settings = self.settings, settings
+        if settings.tls_names != before.tls_names:
+            self.pair = None
         try:
             self._make_identities()
         except ConfigError:

@@ -16,14 +16,13 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from llorch import listen, logs, systemd, tls, web
-from llorch.auth import parse_tokens
 from llorch.config import ControlSettings
 from llorch.control import routes_health, routes_nodes, routes_tasks, routes_trust
 from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
-from llorch.control.metrics import ControlMetrics, registry_metrics
+from llorch.control.metrics import ControlMetrics, registry_metrics, trust_metrics
 from llorch.control.node_client import NodeClient
 from llorch.control.place import url_for_others, write_place
 from llorch.control.recovery import Recovery
@@ -32,9 +31,15 @@ from llorch.control.replay import Replays
 from llorch.control.roster import Roster
 from llorch.control.state import CONTROL, Control
 from llorch.control.sweep import expire_step, probe_step, roster_step
+from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
 LAST_BYTES_S = 2.0  # for answers that were ended, whose bytes only have to leave
+
+LIVE = (
+    "api_token", "admin_token", "node_token", "service_token", "tls_cert", "tls_key", "tls_names", "node_cert_life",
+    "log_level", "queue_limit", "queue_body_limit",
+)  # fmt: skip
 
 log = logs.Log("control")
 
@@ -43,7 +48,6 @@ log = logs.Log("control")
 async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, listen.Server]]:
     """A control that serves for as long as the block runs. At its end nodes are told, then all is closed."""
     access = await asyncio.to_thread(Access.open, settings)
-    service = parse_tokens(settings.service_token or "", min_chars=1)
     registry = Registry(
         epoch=secrets.token_hex(8),
         heartbeat_interval_s=settings.heartbeat_interval,
@@ -56,7 +60,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
     async with NodeClient(
         links,
         registry.address_of,
-        lambda: service[0][1] if service else "",
+        access.service_token,
         tls.client_context(settings.tls_ca),
         lambda node_id: access.outgoing if node_id in registry.nodes and registry.nodes[node_id].certified else None,
     ) as nodes:
@@ -81,12 +85,19 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             roster=roster,
             replays=Replays(dispatcher.tasks, registry, nodes, recovery),
             access=access,
+            admission=admission,
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
             heartbeat_interval_s=settings.heartbeat_interval,
             offline_after_s=settings.offline_after,
         )
         metrics.scrape_state(lambda: registry_metrics(registry, admission, time.monotonic()))
+        metrics.scrape_state(lambda: trust_metrics(access.expiries_s(), access.ages_s()))
+
+        def refused_tls(peer: str, why: str) -> None:
+            metrics.auth_failed("tls")
+            log.warning("auth.failed", layer="tls", reason=why, peer=peer)
+
         gate = web.Gate(
             ring=lambda: access.ring,
             refused=lambda code: metrics.auth_failed(code.value),
@@ -98,7 +109,12 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
         server = await listen.serve(
-            app, settings.bind.host, settings.bind.port, tls=access.identities, mesh=settings.tls == "off-mesh"
+            app,
+            settings.bind.host,
+            settings.bind.port,
+            tls=access.identities,
+            mesh=settings.tls == "off-mesh",
+            refused=refused_tls,
         )
         try:
             roster.prepare()
@@ -123,10 +139,19 @@ def routes() -> tuple[web.Route, ...]:
     return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_trust.ROUTES))
 
 
-async def run(settings: ControlSettings) -> int:
+def settle(control: Control, settings: ControlSettings) -> None:
+    """Take over settings that were read anew. Raises ConfigError, and changes nothing."""
+    control.access.settled(settings)
+    control.admission.bound(settings.queue_limit, settings.queue_body_limit)
+    logs.configure(settings.log_level)
+
+
+async def run(settings: ControlSettings, source: Source[ControlSettings]) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     async with serving(settings) as (control, server):
-        _watch_signals(control)
+        reloader = Reloader(settings, source, LIVE, partial(settle, control))
+        control.guard.loop(reloader.step, "reload")
+        _watch_signals(control, reloader)
         print(f"ready url={server.url}", file=sys.stderr, flush=True)
         systemd.notify("READY=1")
         try:
@@ -137,7 +162,7 @@ async def run(settings: ControlSettings) -> int:
     return 0
 
 
-def _watch_signals(control: Control) -> None:
+def _watch_signals(control: Control, reloader: Reloader[ControlSettings]) -> None:
     """The first signal drains; the next one does not wait."""
     loop = asyncio.get_running_loop()
 
@@ -149,6 +174,7 @@ def _watch_signals(control: Control) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, reloader.ask)
 
 
 async def _drain(control: Control, grace_s: float) -> None:
@@ -160,11 +186,11 @@ async def _drain(control: Control, grace_s: float) -> None:
     await dispatcher.quiet(LAST_BYTES_S)
 
 
-def main(settings: ControlSettings) -> int:
+def main(settings: ControlSettings, source: Source[ControlSettings]) -> int:
     """Run a control in this process, on the fastest loop there is."""
     logs.configure(settings.log_level)
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(run(settings))
-    return int(uvloop.run(run(settings)))
+        return asyncio.run(run(settings, source))
+    return int(uvloop.run(run(settings, source)))

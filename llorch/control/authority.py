@@ -58,6 +58,10 @@ class Trust:
         return pki.sha256(self.signer.cert)
 
     @property
+    def ends(self) -> float:
+        return pki.ends(self.signer.cert)
+
+    @property
     def bundle_pem(self) -> bytes:
         return pki.pem_of(self.bundle)
 
@@ -225,6 +229,14 @@ class Authority:
         key = pki.make_key()
         cert = self.trust.signer.issue_control(key.public_key(), name, names, now, life_s)
         return self.trust.chain_pem(cert), pki.key_pem(key)
+
+    @staticmethod
+    def read_expiry(path: Path) -> float | None:
+        """Until when the certificate in a file is good, in seconds since 1970; None if that can't be read."""
+        try:
+            return pki.ends(pki.read_certs(path.read_bytes())[0])
+        except (OSError, ValueError, IndexError):
+            return None
 
     # ------------------------------------------------------------ rotation
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -134,6 +134,17 @@ class _Scraped(Collector):
 
     def describe(self) -> list[Metric]:
         return []
+
+
+def trust_metrics(expiries_s: Mapping[str, float], ages_s: Mapping[str, float]) -> Iterator[Metric]:
+    """How long certificates are still good, and how old tokens are."""
+    expiry = GaugeMetricFamily("llorch_cert_expiry_seconds", "until a certificate expires", labels=["name"])
+    age = GaugeMetricFamily("llorch_token_age_seconds", "of the newest token of a name", labels=["name"])
+    for name, seconds in expiries_s.items():
+        expiry.add_metric([name], seconds)
+    for name, seconds in ages_s.items():
+        age.add_metric([name], seconds)
+    yield from (expiry, age)
 
 
 def registry_metrics(registry: Registry, admission: Admission, now: float) -> Iterator[Metric]:

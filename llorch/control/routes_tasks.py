@@ -49,7 +49,7 @@ async def submit(request: web.Request) -> web.StreamResponse:
 
 async def _native_task(request: web.Request) -> Task:
     """The task of a request. Its body is the task's alone: no frame keeps it for as long as the answer takes."""
-    return intake.native_task(
+    task = intake.native_task(
         await read_body(request, most_bytes=request.app[CONTROL].max_body_bytes),
         request.headers,
         owner=request[PRINCIPAL].name,
@@ -57,6 +57,19 @@ async def _native_task(request: web.Request) -> Task:
         task_id=str(uuid.uuid4()),
         now=time.monotonic(),
     )
+    return _allowed(request, task)
+
+
+def _allowed(request: web.Request, task: Task) -> Task:
+    """Raises FORBIDDEN for a model that this token is not for."""
+    if not request[PRINCIPAL].may_use(task.wish.model):
+        raise LlorchError(
+            Code.FORBIDDEN,
+            "this token is not for this model",
+            param="model",
+            hint="GET /v1/models lists those it is for",
+        )
+    return task
 
 
 async def openai(request: web.Request) -> web.StreamResponse:
@@ -70,7 +83,7 @@ async def openai(request: web.Request) -> web.StreamResponse:
         task_id=str(uuid.uuid4()),
         now=time.monotonic(),
     )
-    earlier = await control.replays.earlier(task)
+    earlier = await control.replays.earlier(_allowed(request, task))
     return await _serve(control, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s), earlier)
 
 
@@ -234,7 +247,7 @@ async def dry_run(request: web.Request) -> web.StreamResponse:
     task = intake.native_task(
         raw, request.headers, owner=request[PRINCIPAL].name, request_id="", task_id="", now=time.monotonic()
     )
-    return json_response(control.dispatcher.explain(task.wish).to_wire())
+    return json_response(control.dispatcher.explain(_allowed(request, task).wish).to_wire())
 
 
 # ---------------------------------------------------------------- following
@@ -263,6 +276,7 @@ async def follow_events(request: web.Request) -> web.StreamResponse:
 async def models(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     listed = openai_models(control.registry)
+    listed["data"] = [entry for entry in listed["data"] if request[PRINCIPAL].may_use(entry["id"])]
     if not listed["data"]:  # a client that takes the only one there is would be told that there is none
         control.recovery.check(time.monotonic(), "its nodes may still bring their models")
     return json_response(listed)
@@ -271,7 +285,7 @@ async def models(request: web.Request) -> web.StreamResponse:
 async def model(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     for entry in openai_models(control.registry)["data"]:
-        if entry["id"] == request.match_info["model_id"]:
+        if entry["id"] == request.match_info["model_id"] and request[PRINCIPAL].may_use(entry["id"]):
             return json_response(entry)
     control.recovery.check(time.monotonic(), "its nodes may still bring this model")
     raise LlorchError(Code.MODEL_NOT_FOUND, "no node has this model", param="model")

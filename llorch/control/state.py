@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from llorch.control.access import Access
+from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics
@@ -32,6 +33,7 @@ class Control:
     roster: Roster
     replays: Replays
     access: Access
+    admission: Admission
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,10 +43,12 @@ from llorch.node.runner import Runner
 from llorch.node.state import NODE, Node
 from llorch.node.supervisor import Supervisor
 from llorch.node.tasklog import Limits, TaskLogs
+from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
 
+LIVE = ("service_token", "node_token", "tls_cert", "tls_key", "tls_ca", "log_level")
 T = TypeVar("T")
 
 log = logs.Log("node")
@@ -122,7 +125,7 @@ class Stop:
         self.wanted.set()
 
 
-async def run(settings: NodeSettings) -> int:
+async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     stop = Stop(asyncio.Event(), asyncio.Event())
     stop.watch()
@@ -206,16 +209,26 @@ async def run(settings: NodeSettings) -> int:
             certified=access.certified if access.certificate is not None else None,
             sessions=access.sessions,
         )
+
+        def refused_tls(peer: str, why: str) -> None:
+            metrics.auth_failed("tls")
+            log.warning("auth.failed", layer="tls", reason=why, peer=peer, node_id=node_id)
+
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[NODE] = node
         await node.refresh()
-        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=access.identities)
+        server = await listen.serve(
+            app, settings.bind.host, settings.bind.port, tls=access.identities, refused=refused_tls
+        )
         exits.push_async_callback(server.close)
         guard = Guard("node")
         exits.push_async_callback(guard.close)
         guard.loop(runner.sweep, "sweep")
         guard.loop(lambda: _refresh(node, changed), "refresh")
         guard.spawn(_digest(catalog, node, changed), "digests")
+        reloader = Reloader(settings, source, LIVE, partial(_settle, access))
+        guard.loop(reloader.step, "reload")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
         calls = LinkCalls(node)
         memberships += [
             Membership(node, identity, url, access.credentials(url), controls, calls, early_beat_s=settings.early_beat)
@@ -231,7 +244,7 @@ async def run(settings: NodeSettings) -> int:
             await supervisor.start()
             for membership in memberships:
                 members.spawn(membership.run(), membership.url)
-            _settle()
+            _freeze()
             print(f"ready url={server.url}", file=sys.stderr, flush=True)
             systemd.notify("READY=1")
             await stop.wanted.wait()
@@ -263,6 +276,11 @@ async def _digest(catalog: Catalog, node: Node, changed: Callable[[], None]) -> 
         changed()
 
 
+def _settle(access: Access, settings: NodeSettings) -> None:
+    access.settled(settings)
+    logs.configure(settings.log_level)
+
+
 async def _drain(runner: Runner, grace_s: float, stop: Stop) -> None:
     """Let running tasks end, up to `grace_s` or the next signal."""
     log.info("node.draining", node_id=runner.node_id, running=len(runner), grace_s=grace_s)
@@ -274,18 +292,18 @@ async def _drain(runner: Runner, grace_s: float, stop: Stop) -> None:
             wait.cancel()
 
 
-def _settle() -> None:
+def _freeze() -> None:
     """What was made while starting stays: the collector need not look at it again with every stream."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
-def main(settings: NodeSettings) -> int:
+def main(settings: NodeSettings, source: Source[NodeSettings]) -> int:
     """Run a node in this process, on the fastest loop there is."""
     logs.configure(settings.log_level)
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(run(settings))
-    return int(uvloop.run(run(settings)))
+        return asyncio.run(run(settings, source))
+    return int(uvloop.run(run(settings, source)))

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from llorch.control import app
+from llorch.reload import Source
 from tests.component.control_harness import ControlUnderTest, a_control, eventually, pool, settings
 
 
@@ -31,7 +32,7 @@ async def a_running_control(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Asy
 
     monkeypatch.setattr(app, "serving", seen)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        running = asyncio.create_task(app.run(settings(**more)))
+        running = asyncio.create_task(app.run(settings(**more), Source(settings, ())))
         await eventually(lambda: made)
         control = ControlUnderTest(session, *made[0])
         try:

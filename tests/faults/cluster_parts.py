@@ -111,7 +111,7 @@ class SimControl:
             guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(),  # type: ignore[arg-type]
             replays=Replays(dispatcher.tasks, registry, nodes, recovery), max_body_bytes=1 << 20,
             slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
-            access=SimpleNamespace(told=dict),  # type: ignore[arg-type]
+            admission=self.admission, access=SimpleNamespace(told=dict),  # type: ignore[arg-type]
         )  # fmt: skip
         self.state.guard.loop(lambda: sweep.expire_step(self.state), "expire")
         self.wires: list[Wire] = []

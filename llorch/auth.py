@@ -142,12 +142,6 @@ def presented_token(headers: Mapping[str, str]) -> str | None:
     return headers.get("api-key") or headers.get("x-api-key") or None
 
 
-def identify(ring: TokenRing, headers: Mapping[str, str], now: float) -> Principal | None:
-    """Whose token a request presents. Of one that names two, the first counts."""
-    token = presented_token(headers)
-    return ring.identify(token, now) if token is not None else None
-
-
 def authorize(principal: Principal | None, *scopes: Scope) -> Principal:
     """The principal of a request that needs one of `scopes`. Missing and wrong are the same 401, too little is 403."""
     if Scope.OPEN in scopes:

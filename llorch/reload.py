@@ -35,7 +35,7 @@ class Source(Generic[S]):
 
 
 class Reloader(Generic[S]):
-    """`step` is a loop's. `live`: the fields that `apply` takes over; one that raises ConfigError has changed nothing."""
+    """`step` is a loop's. `live`: the fields that `apply` takes over; if it raises ConfigError, nothing has changed."""
 
     def __init__(self, settings: S, source: Source[S], live: Iterable[str], apply: Callable[[S], None]) -> None:
         self.settings = settings

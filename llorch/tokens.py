@@ -216,6 +216,14 @@ class Tokens:
             return self
         return self._map(lambda one: replace(one, uses_left=(one.uses_left or 1) - 1) if one is found else one)
 
+    def give_back(self, token_id: str) -> Tokens:
+        """A use of a join token that came to nothing."""
+        return self._map(
+            lambda one: (
+                replace(one, uses_left=one.uses_left + 1) if one.id == token_id and one.uses_left is not None else one
+            )
+        )
+
     def without_old(self, now: float) -> Tokens:
         """Without those that ended so long ago that nobody asks for them any more."""
 

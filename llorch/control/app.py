@@ -102,6 +102,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             ring=lambda: access.ring,
             refused=lambda code: metrics.auth_failed(code.value),
             metrics_open=settings.bind.loopback,
+            look_again=access.look_again,
             certified=access.certified if access.authority is not None else None,
             identified=access.identified,
             sessions=access.sessions,

@@ -87,6 +87,13 @@ class TokenFiles:
         """A join token is used: once fewer for everybody. Raises UNAUTHENTICATED if another was faster."""
         self._change(lambda tokens: (tokens.use(token_id, now), None))
 
+    def give_back(self, token_id: str) -> None:
+        """The use came to nothing. Where that can't be written, the token is good once less, which is told."""
+        try:
+            self._change(lambda tokens: (tokens.give_back(token_id), None))
+        except LlorchError as error:
+            log.warning("tokens.use_lost", token_id=token_id, reason=error.message)
+
     def merge(self, other: Tokens) -> None:
         self._change(lambda tokens: (tokens.merged(other), None))
 

@@ -32,7 +32,7 @@ async def a_running_control(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Asy
 
     monkeypatch.setattr(app, "serving", seen)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        running = asyncio.create_task(app.run(settings(**more), Source(settings, ())))
+        running = asyncio.create_task(app.run(settings(**more), Source(lambda: settings(**more), ())))
         await eventually(lambda: made)
         control = ControlUnderTest(session, *made[0])
         try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 
 import pytest
 
@@ -12,13 +13,18 @@ from llorch.auth import (
     TokenRing,
     authorize,
     digest,
-    identify,
     parse_tokens,
+    presented_token,
 )
 from llorch.errors import Code, LlorchError
 
 ONE, TWO, ADMIN = (secrets.token_hex(16) for _ in range(3))
 RING = TokenRing([("alice", ONE, CLIENT_SCOPES), ("bob", TWO, CLIENT_SCOPES), ("root", ADMIN, ADMIN_SCOPES)])
+
+
+def identify(ring: TokenRing, headers: Mapping[str, str], now: float) -> Principal | None:
+    token = presented_token(headers)
+    return None if token is None else ring.identify(token, now)
 
 
 def bearer(token: str) -> dict[str, str]:

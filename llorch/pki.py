@@ -55,6 +55,12 @@ def read_key(pem: bytes, passphrase: bytes | None = None) -> Key:
     return key
 
 
+def key_digest(public: PublicKey) -> str:
+    """SHA-256 of a key, in hex."""
+    spki = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).hexdigest()
+
+
 def pem_of(certs: Iterable[Cert]) -> bytes:
     return b"".join(cert.public_bytes(serialization.Encoding.PEM) for cert in certs)
 

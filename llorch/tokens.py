@@ -25,6 +25,7 @@ SECRET_BYTES = 32
 ID_BYTES = 5
 KEEP_ENDED_S = 30 * 86_400.0  # revoked and expired ones are listed for so long
 MAX_TOKENS = 10_000
+USED = "used"
 GRANTABLE = (Scope.SUBMIT, Scope.READ, Scope.METRICS, Scope.ADMIN)
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -98,7 +99,7 @@ class Record:
             return "revoked"
         if self.expires is not None and now >= self.expires:
             return "expired"
-        return "used" if self.uses_left == 0 else None
+        return USED if self.uses_left == 0 else None
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = {

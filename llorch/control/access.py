@@ -168,9 +168,12 @@ class Access:
         if principal.issued is not None:
             return self.authority.issue_node(csr, node_id, now, life_s, take_over=True)
         token_id = principal.token_id or ""
+        if self.authority.is_repeated(csr, node_id, token_id):
+            return self.authority.issue_node(csr, node_id, now, life_s, take_over=True, token=token_id)
         self.files.use(token_id, now)  # first, so that of many at once no more get one than it has uses
         try:
-            return self.authority.issue_node(csr, node_id, now, life_s, take_over=principal.node_id == node_id)
+            take_over = principal.node_id == node_id
+            return self.authority.issue_node(csr, node_id, now, life_s, take_over=take_over, token=token_id)
         except LlorchError:
             self.files.give_back(token_id)
             raise

@@ -36,6 +36,8 @@ class Issued:
     issued: float
     ends: float
     authority: str
+    key: str = ""  # SHA-256 of its key
+    token: str = ""  # the id of the join token that it was issued for; empty for one that was renewed
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,9 @@ class Authority:
 
     # ------------------------------------------------------------ certificates
 
-    def issue_node(self, csr: bytes, node_id: str, now: float, life_s: float, *, take_over: bool = False) -> bytes:
+    def issue_node(
+        self, csr: bytes, node_id: str, now: float, life_s: float, *, take_over: bool = False, token: str = ""
+    ) -> bytes:
         """A certificate for a node, with its chain (PEM). Raises NODE_ID_CONFLICT for an id whose certificate is in
         force, unless it is to `take_over`: a new machine can't become one that is there.
         """
@@ -204,12 +208,19 @@ class Authority:
                 )
             cert = trust.signer.issue_node(public, node_id, now, life_s)
             made.append(cert)
-            new = Issued(node_id, f"{cert.serial_number:x}", now, pki.ends(cert), pki.pin_of(trust.signer.cert))
+            signer = pki.pin_of(trust.signer.cert)
+            serial = f"{cert.serial_number:x}"
+            new = Issued(node_id, serial, now, pki.ends(cert), signer, pki.key_digest(public), token)
             kept = {one.node_id: one for one in trust.issued.values() if one.ends > now}
             self._store_issued(kept | {node_id: new}, trust.revoked)
 
         self._change(issue)
         return self.trust.chain_pem(made[0])
+
+    def is_repeated(self, csr: bytes, node_id: str, token: str) -> bool:
+        """Whether this node was issued a certificate for this key and join token: its answer may have been lost."""
+        held = self.trust.issued.get(node_id)
+        return held is not None and (held.key, held.token) == (pki.key_digest(pki.read_request(csr)), token)
 
     def revoke(self, node_id: str, now: float) -> bool:
         """No certificate that a node was issued until now is good any more. False if it had none."""

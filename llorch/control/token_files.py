@@ -16,7 +16,7 @@ from llorch import private
 from llorch.auth import ADMIN_SCOPES, Principal, Scope
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
-from llorch.tokens import ID_BYTES, SECRET_BYTES, Kind, Record, Tokens, Wish
+from llorch.tokens import ID_BYTES, SECRET_BYTES, USED, Kind, Record, Tokens, Wish
 
 FILE_NAME = "tokens.json"
 USE_FILE_NAME = "tokens-used.json"
@@ -127,8 +127,9 @@ class TokenFiles:
 
 
 def principals(tokens: Tokens, now: float) -> list[tuple[bytes, Principal]]:
-    """Those in force, for a ring."""
-    return [(record.digest, principal_of(record)) for record in tokens.records if record.ended(now) is None]
+    """Those in force, for a ring; join tokens that are used up too, for whoever did not get the answer to its use."""
+    known = [record for record in tokens.records if record.ended(now) in (None, USED)]
+    return [(record.digest, principal_of(record)) for record in known]
 
 
 def principal_of(record: Record) -> Principal:

@@ -34,6 +34,7 @@ MAX_ANSWER_BYTES = 256 * 1024
 RETRY = Backoff(first_s=1.0, most_s=15.0)
 RENEW_RETRY = Backoff(first_s=5.0, most_s=600.0)
 AGAIN_AFTER_S = 1.0  # between two renewals, whatever controls say
+_USED = "a join token is good for an hour, and once, unless it was made for more: `llorch token join` makes another"
 _IN_VAIN = frozenset({Code.UNAUTHENTICATED, Code.FORBIDDEN, Code.NODE_ID_CONFLICT, Code.INVALID_REQUEST})
 
 log = Log("node.join")
@@ -73,17 +74,18 @@ async def join(
 
     Raises ConfigError where asking again would be in vain: another cluster answers, or the token is no good (any more).
     """
-    digest = read_join_token(token)
+    digest, key = read_join_token(token), pki.make_key()  # one key: an answer that was lost is asked for again with it
     failures = 0
     while True:
         for url in urls:
             try:
-                holding = await _first(session, url.rstrip("/"), digest, token, node_id)
+                holding = await _first(session, url.rstrip("/"), digest, token, key, node_id)
             except WrongAuthority:
                 raise
             except LlorchError as error:
                 if error.code in _IN_VAIN:
-                    raise ConfigError(f"{url} does not let {node_id} join: {error.message}", hint=error.hint) from None
+                    hint = _USED if error.code is Code.UNAUTHENTICATED else error.hint
+                    raise ConfigError(f"{url} does not let {node_id} join: {error.message}", hint=hint) from None
                 failures += 1
                 tell = log.warning if failures in (1, 10) or failures % 100 == 0 else log.debug
                 tell("join.failed", node_id=node_id, url=url, reason=error.message, hint=error.hint)
@@ -94,7 +96,9 @@ async def join(
         await asyncio.sleep(RETRY.delay_s(failures, random.random()))
 
 
-async def _first(session: aiohttp.ClientSession, url: str, digest: bytes, token: str, node_id: str) -> Holding:
+async def _first(
+    session: aiohttp.ClientSession, url: str, digest: bytes, token: str, key: pki.Key, node_id: str
+) -> Holding:
     anybody = tls.cluster_client_context(b"", check=False)
     status, answer = await _ask(session, "GET", f"{url}/cacerts", anybody, tls.JOIN_NAME)
     authority = None
@@ -109,7 +113,7 @@ async def _first(session: aiohttp.ClientSession, url: str, digest: bytes, token:
             hint="check the URL; `llorch token join` on that cluster's control prints both",
         )
     trusting = tls.cluster_client_context(pki.pem_of([authority]))
-    return await _certificate(session, url, trusting, tls.JOIN_NAME, {"Authorization": f"Bearer {token}"}, node_id)
+    return await _certificate(session, url, trusting, tls.JOIN_NAME, {"Authorization": f"Bearer {token}"}, key, node_id)
 
 
 async def _certificate(
@@ -118,10 +122,10 @@ async def _certificate(
     context: ssl.SSLContext,
     server_name: str,
     headers: Mapping[str, str],
+    key: pki.Key,
     node_id: str,
 ) -> Holding:
-    """A certificate for a new key, which has not left this machine."""
-    key = pki.make_key()
+    """A certificate for `key`, which does not leave this machine."""
     body = {"node_id": node_id, "csr": pki.make_request(key, node_id).decode("ascii")}
     status, answer = await _ask(session, "POST", f"{url}/v2/nodes/csr", context, server_name, headers, body)
     try:
@@ -207,7 +211,7 @@ class Renewal:
         for url in self._urls:
             try:
                 holding = await _certificate(
-                    self._session, url, certificate.outgoing, tls.CONTROL_NAME, {}, certificate.node_id
+                    self._session, url, certificate.outgoing, tls.CONTROL_NAME, {}, pki.make_key(), certificate.node_id
                 )
                 await asyncio.to_thread(certificate.replace, holding)
             except LlorchError as error:

@@ -243,7 +243,21 @@ async def test_a_join_token_gives_one_certificate_for_the_key_of_whoever_asks(tm
         assert pki.common_name(pki.read_certs(answer["certificate"].encode())[0]) == "a"
         assert pki.read_certs(answer["authorities"].encode()) == list(control.authority.trust.bundle)
         assert code(await control.sign("b", token=token)) == (401, "UNAUTHENTICATED")
-        assert code(await control.ask("GET", "/v2/nodes", token=token)) == (401, "UNAUTHENTICATED")
+        assert code(await control.ask("GET", "/v2/nodes", token=token)) == (403, "FORBIDDEN")
+
+
+async def test_who_did_not_get_the_answer_asks_again_with_the_same_key(tmp_path: Path) -> None:
+    async with trusted(tmp_path) as control:
+        token, key = await control.join_token(), pki.make_key()
+        csr = pki.make_request(key, "a").decode()
+        for _ in range(3):
+            status, _ = await control.ask("POST", "/v2/nodes/csr", {"node_id": "a", "csr": csr}, token=token)
+            assert status == 200
+        other = pki.make_request(key, "b").decode()
+        assert code(await control.ask("POST", "/v2/nodes/csr", {"node_id": "b", "csr": other}, token=token)) == (
+            401, "UNAUTHENTICATED",
+        )  # fmt: skip
+        assert code(await control.sign("a", token=token)) == (401, "UNAUTHENTICATED")
 
 
 async def test_a_join_token_opens_no_other_door(tmp_path: Path) -> None:

@@ -210,9 +210,9 @@ def _reason(error: OSError, if_tls: str) -> str:
     return if_tls if isinstance(error, ssl.SSLError) else error.strerror or type(error).__name__
 
 
-def client_context(ca_file: str | None) -> ssl.SSLContext:
-    """For calls: the system's authorities, and `ca_file` if one is given."""
-    context = ssl.create_default_context()
+def client_context(ca_file: str | None, *, only: bool = False) -> ssl.SSLContext:
+    """For calls: the system's authorities, and `ca_file` if one is given; that alone, if `only`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if only and ca_file else ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file is not None:
         try:

@@ -205,6 +205,8 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
     app = web.Application(middlewares=[guard], client_max_size=max_body_bytes)
     app.on_response_prepare.append(stamp)
     for route in routes:
+        if not all(isinstance(scope, Scope) for scope in route.scopes):
+            raise ValueError(f"{route.method} {route.path}: it has no scope, so nobody knows who may ask")
         if scopes.setdefault(route.handler, route.scopes) != route.scopes:
             raise ValueError(f"{route.path}: one handler, two scopes")
         app.router.add_route(route.method, route.path, route.handler, expect_handler=_say_nothing)

@@ -116,6 +116,18 @@ async def new(
     else:
         write_out(f"{made['token']}\n")
     write_err(f"{_where(call, directory)}: token {made['id']} of {made['name']}, shown this once\n")
+    pin = _pin_of(directory)
+    if pin is not None:
+        hint(f"for a client: llorch context add NAME --url URL --token - --ca-pin {pin}")
+
+
+def _pin_of(directory: str | None) -> str | None:
+    """The digest of the authority here, for clients of a control that shows its certificate."""
+    from llorch.control.authority import Authority
+
+    if directory is None or not Authority.exists(directory):
+        return None
+    return Authority.pin_in(directory)
 
 
 async def join(

@@ -70,17 +70,19 @@ class _Lost(Exception):
 
 
 class LlorchClient:
-    """An async context manager. `url` is a control's base URL; `tls_ca` names a file with further authorities."""
+    """An async context manager. `url` is a control's base URL; `tls_ca` names a file with further authorities, or, if
+    it is `pinned`, with the only ones.
+    """
 
-    def __init__(self, url: str, token: str | None = None, *, tls_ca: str | None = None) -> None:
+    def __init__(self, url: str, token: str | None = None, *, tls_ca: str | None = None, pinned: bool = False) -> None:
         self.url = url.rstrip("/")
         self._token = token
-        self._tls_ca = tls_ca
+        self._tls_ca, self._pinned = tls_ca, pinned
         self._stack = contextlib.AsyncExitStack()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> LlorchClient:
-        context = tls.client_context(self._tls_ca) if urlsplit(self.url).scheme == "https" else None
+        context = tls.client_context(self._tls_ca, only=self._pinned) if urlsplit(self.url).scheme == "https" else None
         self._session = await self._stack.enter_async_context(web.client_session(tls=context))
         return self
 

@@ -22,6 +22,7 @@ from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.sessions import Sessions
 from llorch.tokens import Kind, Record, Wish, is_whole
+from llorch.web import Gate
 
 if TYPE_CHECKING:
     from llorch.control.authority import Authority
@@ -74,6 +75,18 @@ class Access:
         return access
 
     # ------------------------------------------------------------ who comes in
+
+    def gate(self, refused: Callable[[Code], None]) -> Gate:
+        """What stands before every route of this control."""
+        return Gate(
+            ring=lambda: self.ring,
+            refused=refused,
+            metrics_open=self.settings.bind.loopback,
+            look_again=self.look_again,
+            certified=self.certified if self.authority is not None else None,
+            identified=self.identified,
+            sessions=self.sessions,
+        )
 
     def _make_ring(self) -> None:
         now = time.time()

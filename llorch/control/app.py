@@ -98,15 +98,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             metrics.auth_failed("tls")
             log.warning("auth.failed", layer="tls", reason=why, peer=peer)
 
-        gate = web.Gate(
-            ring=lambda: access.ring,
-            refused=lambda code: metrics.auth_failed(code.value),
-            metrics_open=settings.bind.loopback,
-            look_again=access.look_again,
-            certified=access.certified if access.authority is not None else None,
-            identified=access.identified,
-            sessions=access.sessions,
-        )
+        gate = access.gate(lambda code: metrics.auth_failed(code.value))
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
         server = await listen.serve(

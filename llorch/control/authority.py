@@ -118,6 +118,15 @@ class Authority:
     def exists(cls, data_dir: str | Path) -> bool:
         return (Path(data_dir).expanduser() / DIRECTORY / FILE_NAME).exists()
 
+    @classmethod
+    def pin_in(cls, data_dir: str | Path) -> str | None:
+        """The digest of the authority that signs: for that its key need not be opened."""
+        data = private.read(Path(data_dir).expanduser() / DIRECTORY / FILE_NAME)
+        try:
+            return pki.pin_of(pki.read_certs(_KEY.sub(b"", data or b""))[0])
+        except (ValueError, IndexError):
+            return None
+
     # ------------------------------------------------------------ reading
 
     def refresh(self) -> bool:

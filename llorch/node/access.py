@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -18,6 +19,7 @@ from llorch.config import NodeSettings
 from llorch.errors import Code, LlorchError
 from llorch.node.credentials import CertificateCredentials, Credentials, TokenCredentials
 from llorch.sessions import Sessions
+from llorch.web import Gate
 
 if TYPE_CHECKING:
     from llorch.node.certificate import NodeCertificate
@@ -60,6 +62,16 @@ class Access:
         if self.certificate is not None and url.startswith("https:"):
             return CertificateCredentials(self.certificate)
         return TokenCredentials(lambda: self._token, self._outgoing)
+
+    def gate(self, refused: Callable[[Code], None]) -> Gate:
+        """What stands before every route of this node."""
+        return Gate(
+            ring=lambda: self.ring,
+            refused=refused,
+            metrics_open=self._settings.bind.loopback,
+            certified=self.certified if self.certificate is not None else None,
+            sessions=self.sessions,
+        )
 
     def certified(self, peer: tls.Peer) -> Principal:
         """Whom a certificate stands for: a node obeys controls, and nobody else."""

@@ -202,13 +202,7 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
             zone=settings.zone,
             cost_weight=settings.cost_weight,
         )
-        gate = web.Gate(
-            ring=lambda: access.ring,
-            refused=lambda code: metrics.auth_failed(code.value),
-            metrics_open=settings.bind.loopback,
-            certified=access.certified if access.certificate is not None else None,
-            sessions=access.sessions,
-        )
+        gate = access.gate(lambda code: metrics.auth_failed(code.value))
 
         def refused_tls(peer: str, why: str) -> None:
             metrics.auth_failed("tls")

@@ -53,6 +53,7 @@ class Principal:
     models: frozenset[str] | None = None
     token_id: str | None = None
     issued: float | None = None
+    issuer: str = ""  # of a certificate: the authority's name
     expires: float | None = None
 
     def may(self, scope: Scope) -> bool:

@@ -46,6 +46,7 @@ class Peer:
     begins: float
     ends: float
     serial: str
+    issuer: str  # the common name of the authority that signed it
 
     @property
     def issued(self) -> float:
@@ -72,7 +73,8 @@ def peer_of(connection: object) -> Peer | None:
     if names[0] != name:
         raise ValueError("the certificate's common name and its URI differ")
     begins, ends = (ssl.cert_time_to_seconds(str(shown[when])) for when in ("notBefore", "notAfter"))
-    return Peer(Role(role), name, begins, ends, str(shown.get("serialNumber", "")))
+    signers = [value for entry in shown.get("issuer", ()) for key, value in entry if key == "commonName"]
+    return Peer(Role(role), name, begins, ends, str(shown.get("serialNumber", "")), str(*signers[:1]))
 
 
 class Identities:

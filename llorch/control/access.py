@@ -103,6 +103,7 @@ class Access:
             fingerprint=peer.serial[:8].lower(),
             node_id=peer.name,
             issued=peer.issued,
+            issuer=peer.issuer,
             expires=peer.ends,
         )
         refusal = self._refusal(principal, time.time())
@@ -114,7 +115,8 @@ class Access:
 
     def _refusal(self, principal: Principal, now: float) -> str | None:
         assert self.authority is not None and principal.issued is not None and principal.expires is not None
-        return self.authority.trust.refusal(principal.node_id or "", principal.issued, principal.expires, now)
+        node_id, issued, ends = principal.node_id or "", principal.issued, principal.expires
+        return self.authority.trust.refusal(node_id, issued, ends, now, principal.issuer)
 
     def _still_good(self, principal: Principal) -> bool:
         now = time.time()

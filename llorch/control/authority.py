@@ -76,8 +76,10 @@ class Trust:
         """A certificate with what leads from it to any authority of the bundle."""
         return pki.pem_of((cert, *self.crosses))
 
-    def refusal(self, node_id: str, issued: float, ends: float, now: float) -> str | None:
+    def refusal(self, node_id: str, issued: float, ends: float, now: float, issuer: str | None = None) -> str | None:
         """Why a certificate that its authority did sign is no good any more; None if it is."""
+        if issuer is not None and issuer not in map(pki.common_name, self.bundle):
+            return "the authority that signed the certificate is trusted no more"
         if now >= ends:
             return "the certificate has expired"
         if issued <= self.revoked.get(node_id, 0.0):

@@ -27,6 +27,7 @@ from llorch.control.tasks import ENDED, State, Task, view_of_report
 from llorch.control.views import openai_models
 from llorch.errors import Code, LlorchError
 from llorch.messages import TaskBody
+from llorch.openai_paths import served
 from llorch.web import PRINCIPAL, REQUEST_ID, Route, json_response, read_body
 
 MAX_LISTED_TASKS = 1_000
@@ -74,8 +75,9 @@ def _allowed(request: web.Request, task: Task) -> Task:
 
 async def openai(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
+    where = served(request.path)  # before a byte of the body is read
     task = intake.openai_task(
-        request.path,
+        where.path,
         await read_body(request, most_bytes=control.max_body_bytes),
         request.headers,
         owner=request[PRINCIPAL].name,

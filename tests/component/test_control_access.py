@@ -366,7 +366,7 @@ async def test_other_content_types_are_routed_by_a_header_or_refused() -> None:
 
         def post(kind: str, data: bytes, **headers: str) -> Any:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
-            return control.ask("POST", "/v1/audio/transcriptions", data=data, headers={"Content-Type": kind} | named)
+            return control.ask("POST", "/v1/embeddings", data=data, headers={"Content-Type": kind} | named)
 
         answer = await post("multipart/form-data; boundary=x", b"--x").answer()
         assert (answer.status, answer.code) == (415, "UNSUPPORTED_MEDIA")
@@ -375,7 +375,7 @@ async def test_other_content_types_are_routed_by_a_header_or_refused() -> None:
         asking = post("audio/wav", b"RIFF", X_Llorch_Model=MODEL)
         attempt = await node.asked()
         await eventually(lambda: attempt.body == b"RIFF")
-        assert attempt.header["path"] == "/v1/audio/transcriptions"
+        assert attempt.header["path"] == "/v1/embeddings"
         assert attempt.header["headers"]["content-type"] == "audio/wav"
         assert attempt.header["stream"] is False
         attempt.accept().head("application/json").data(b"{}").tail()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
+from llorch.config_engine_args import why_not_arg
 from llorch.config_yaml import Items, Node, Scalar, YamlFault
 
 # The wire's rules for names, as in `llorch.messages`, which takes 130 ms to import: more than `--help` can spend.
@@ -374,14 +375,18 @@ GPUS = listed(integer(0, 255), "0,1")
 
 def _arguments(value: str) -> tuple[str, ...]:
     try:
-        return tuple(shlex.split(value))
+        words = shlex.split(value)
     except ValueError:
         raise BadValue("a quote is not closed", "quote as in a shell: --flag 'two words'") from None
+    return tuple(map(_argument, words))
 
 
 def _argument(value: str) -> str:
     if "\0" in value:
         raise BadValue("has a NUL character")
+    why = why_not_arg(value)
+    if why is not None:  # the flag alone is quoted: what is behind a `=` may be a key
+        raise BadValue(f"{value.partition('=')[0]} can't be given to an engine: {why}", "remove it")
     return value
 
 

@@ -1,7 +1,7 @@
 """How a role is started: flags, environment and files to settings, then the role's own main.
 
-Owns the order: everything that is wrong is told at once and nothing is started. The roles themselves are imported only
-when one of them is to run.
+Owns the order: everything that is wrong is told at once and nothing is started; secrets, once read, leave the
+environment. The roles themselves are imported only when one of them is to run.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llorch import own_process
 from llorch.cli.output import Failure, warn
 from llorch.cli.sources import read_secret, resolve_here, settings_paths
-from llorch.config import Resolved, RoleSettings
+from llorch.config import SETTINGS, Resolved, RoleSettings
 from llorch.errors import ConfigError
 from llorch.reload import Source
 
@@ -24,7 +25,7 @@ def role_settings(cls: type[S], flags: Mapping[str, Any], config: str | None) ->
     """The role's settings on this machine, and how to read them again. A role of `llorch dev` reads no file that it was
     not given: what is meant for this machine's own roles is not meant for it.
     """
-    search = not flags.get("dev")
+    search, env = not flags.get("dev"), dict(os.environ)  # as it was before its secrets are forgotten
     piped: dict[str, str] = {}
 
     def read_file(path: str) -> str:
@@ -36,12 +37,14 @@ def role_settings(cls: type[S], flags: Mapping[str, Any], config: str | None) ->
         return piped[path]
 
     def read() -> Resolved[S]:
-        return resolve_here(cls, flags, config=config, local=True, search=search, read_file=read_file)
+        return resolve_here(cls, flags, config=config, local=True, search=search, read_file=read_file, env=env)
 
     resolved = read()
+    own_process.close_to_others()
+    own_process.forget(secret_variables())
     for warning in resolved.warnings:
         warn(warning)
-    files = (*settings_paths(config, local=True, env=os.environ, search=search), *resolved.files_read)
+    files = (*settings_paths(config, local=True, env=env, search=search), *resolved.files_read)
     paths = tuple(Path(path).expanduser().absolute() for path in files)
     return resolved.settings, Source(lambda: _again(read), paths)
 
@@ -51,3 +54,8 @@ def _again(read: Callable[[], Resolved[S]]) -> S:
         return read().settings
     except Failure as error:
         raise ConfigError(error.message, hint=error.hint) from None
+
+
+def secret_variables() -> set[str]:
+    """Every environment name that may hold a secret of any role: a machine's profile may set them all."""
+    return {name for setting in SETTINGS if setting.secret for name in setting.env}

@@ -80,10 +80,11 @@ def resolve_here(
     local: bool,
     search: bool = True,
     read_file: Callable[[str], str] = read_secret,
+    env: Mapping[str, str] = os.environ,
 ) -> Resolved[S]:
     """The settings of a role on this machine, with every path expanded. Raises ConfigFaults, or Failure."""
-    files = config_files(config, local=local, env=os.environ, search=search)
-    resolved = resolve(cls, flags=flags, env=os.environ, files=files, read_file=read_file)
+    files = config_files(config, local=local, env=env, search=search)
+    resolved = resolve(cls, flags=flags, env=env, files=files, read_file=read_file)
     return dataclasses.replace(resolved, settings=_expanded(resolved))
 
 

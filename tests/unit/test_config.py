@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llorch import config_kinds as kinds
@@ -35,6 +35,7 @@ from llorch.config import (
     settings_markdown,
     show,
 )
+from llorch.config_engine_args import why_not_arg
 from llorch.config_kinds import BadValue, Kind
 from llorch.config_pools import ENGINE, FIELDS, MAX_POOLS
 from llorch.config_yaml import MAX_CHARS, read_yaml
@@ -549,7 +550,7 @@ def assert_hidden(secrets: Sequence[str], *things: object) -> None:
 
 def test_nothing_that_can_be_printed_holds_a_secret() -> None:
     env = {"LLORCH_ADMIN_TOKEN": ADMIN}
-    pools = f"pools: [{{id: p, engine: simulated, env: {{HF_TOKEN: {NODE[::-1]}}}, args: [--api-key, {API[::-1]}]}}]\n"
+    pools = f"pools: [{{id: p, engine: simulated, env: {{HF_TOKEN: {NODE[::-1]}}}, args: [--special, {API[::-1]}]}}]\n"
     got = control({}, env)
     on_node = node(yaml=pools)
     assert on_node.settings.pools[0].env == (("HF_TOKEN", NODE[::-1]),)
@@ -905,6 +906,7 @@ def test_a_list_reads_as_it_is_shown(gpus: tuple[int, ...]) -> None:
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))).map(tuple))
 def test_arguments_read_as_they_are_shown(arguments: tuple[str, ...]) -> None:
+    assume(all(why_not_arg(word) is None for word in arguments))
     assert kinds.ARGUMENTS.parse(kinds.ARGUMENTS.show(arguments)) == arguments
 
 
@@ -1071,3 +1073,28 @@ def test_the_table_for_the_docs_has_every_setting() -> None:
         if not setting.hidden:
             assert sum(f"`{name}`" in line for line in lines for name in setting.env[:1]) >= bool(setting.env)
             assert any(setting.name in line and setting.doc.replace("|", "\\|") in line for line in lines)
+
+
+# ---------------------------------------------------------------- what a pool may give its engine
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--host", "--api-key=k3y", "--api_key", "--ssl-key-file", "--path", "--props", "--tools", "--slot-save-path", "-v",
+     "--media-path", "--log-file", "-np", "-c"],
+)  # fmt: skip
+def test_an_argument_that_llorch_rests_on_is_refused_where_it_stands_with_the_reason(word: str) -> None:
+    fault = only(faults(node, yaml=f"pools:\n  - id: a\n    args:\n      - --flash-attn\n      - {word}\n"))
+    assert (fault.where, fault.key) == ("llorch.yaml:5", "pools[0].args")
+    flag = word.partition("=")[0]
+    assert fault.message.startswith(f"{flag} can't be given to an engine: ") and "k3y" not in fault.message
+    assert only(faults(node, yaml=f"pools: [{{id: a, args: '--x 1 {word}'}}]\n")).message == fault.message
+    flagged = only(faults(node, {"model": "demo", "engine-arg": [f"--x {word}"]}))
+    assert flagged.message.endswith(fault.message) or fault.message in flagged.message
+
+
+@pytest.mark.parametrize("name", ["LLAMA_ARG_HOST", "LLAMA_API_KEY", "LLORCH_ADMIN_TOKEN"])
+def test_an_environment_name_that_says_the_same_is_refused_too(name: str) -> None:
+    fault = only(faults(node, yaml=f"pools:\n  - id: a\n    env:\n      HF_HOME: /x\n      {name}: k3y\n"))
+    assert fault.where == "llorch.yaml:5" and fault.message.startswith(f"{name} can't be given to an engine: ")
+    assert "k3y" not in fault.message

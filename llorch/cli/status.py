@@ -65,13 +65,14 @@ def _print(
 ) -> None:
     free, total = (sum(pool.get(name) or 0 for pool in pools) for name in ("slots_free", "slots_total"))
     ready = sum(bool(pool.get("ready")) for pool in pools)
+    from llorch.client.text import one_line
+
+    told, version = (one_line(str(control.get(name))) for name in ("status", "version"))
     write_out(
-        f"control  {url}  {control.get('status')}  version {control.get('version')}\n"
+        f"control  {url}  {told}  version {version}\n"
         f"nodes    {sum(node.get('state') == 'online' for node in nodes)} of {len(nodes)} online\n"
         f"pools    {ready} of {len(pools)} ready, {free} of {total} slots free\n"
     )
-    from llorch.client.text import one_line
-
     write_out("".join(f"problem  {one_line(problem)}\n" for problem in found) + ("\n" if nodes else ""))
 
 

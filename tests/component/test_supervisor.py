@@ -295,6 +295,8 @@ async def test_real_llama_cpp_becomes_ready_and_answers_through_its_lease(tmp_pa
         assert decoder.usage.tokens_out == 3 and decoder.finish_reason == "length"
         async with client_session() as http, http.post(lease.url + made.path, data=made.body) as response:
             assert response.status == 401
+        for what in ("cmdline", "environ"):
+            assert read_key(lease.api_key_file).encode() not in Path(f"/proc/{pid_of(tmp_path)}/{what}").read_bytes()
 
 
 # ---------------------------------------------------------------- engines of others

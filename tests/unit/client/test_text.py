@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llorch.client.text import one_line, plain, unbroken
 
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 ANY = st.text(st.one_of(st.characters(), st.characters(categories=["Cc", "Cf", "Zl", "Zp"])))
 
 
@@ -17,8 +18,7 @@ ANY = st.text(st.one_of(st.characters(), st.characters(categories=["Cc", "Cf", "
 def test_control_characters_and_marks_that_turn_text_around_never_stay(text: str) -> None:
     for clean in (plain(text), unbroken(text), one_line(text)):
         assert not any(unicodedata.category(char) == "Cc" and char not in "\t\n" for char in clean)
-        assert not any(unicodedata.bidirectional(char) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-                       for char in clean)  # fmt: skip
+        assert not any(unicodedata.bidirectional(char) in TURNING for char in clean)
     for inside in (unbroken(text), one_line(text)):
         assert len(inside.splitlines()) <= 1 and "\t" not in inside
     assert one_line(text) == one_line(one_line(text)) == " ".join(unbroken(text).split())

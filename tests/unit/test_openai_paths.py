@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from llorch.errors import Code, LlorchError
@@ -23,6 +25,11 @@ ELSEWHERE = (
 def test_what_is_served_is_itself(path: str) -> None:
     assert served(path).path == path
     assert path.startswith("/v1/") and path == path.strip().lower() and ".." not in path and "//" not in path
+
+
+def test_the_readme_has_every_path() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert [path for path in SERVED if f"`{path}`" not in readme] == []
 
 
 @pytest.mark.parametrize("path", ELSEWHERE)

@@ -220,6 +220,10 @@ def test_pickled_tensors_are_no_content() -> None:
     assert refused({"messages": [{"role": "user", "content": [part]}]}) == "messages.0.content.0.image_embeds"
 
 
+def test_no_field_is_both_bounded_and_refused() -> None:
+    assert [name for name in fields.BOUNDED if fields.why_refused(name)] == []
+
+
 # ---------------------------------------------------------------- whatever is sent
 
 NAMES = st.sampled_from(sorted({*fields.REFUSED, *fields.BOUNDED, *NATIVE_PARAMETERS, "speculative.x", "new_field"}))

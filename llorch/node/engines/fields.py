@@ -34,6 +34,7 @@ MAX_IDS = 65_536
 MAX_PROBABILITIES = 100  # per token; OpenAI's own limit is 20. vLLM's -1 would be the whole vocabulary
 MAX_TEMPLATE_ARGUMENTS, MAX_TEMPLATE_CHARS = 32, 256
 MAX_SALT_CHARS = 1_024
+MAX_SCHEME_CHARS = 64  # of a URL; base64 has no colon anywhere
 
 # ---------------------------------------------------------------- refused
 
@@ -232,6 +233,7 @@ def _structured_outputs(name: str, value: Any) -> None:
 # ---------------------------------------------------------------- prompts
 
 _URL_FIELDS = ("image_url", "video_url", "audio_url", "file_url")
+_MEDIA_FIELDS = ("image", "video", "audio")  # the medium itself in base64, for some engines a URL too
 _DATA_HINT = "send it with the request, as data:image/png;base64,..."
 
 
@@ -269,6 +271,10 @@ def _check_part(part: Mapping[str, Any], at: str) -> None:
     for field in _URL_FIELDS:
         if field in part:
             _check_url(part[field], f"{at}.{field}")
+    for field in _MEDIA_FIELDS:
+        given = part.get(field)
+        if isinstance(given, str) and ":" in given[:MAX_SCHEME_CHARS]:
+            _check_url(given, f"{at}.{field}")
     source = part.get("source")  # Anthropic's form
     if isinstance(source, dict) and "url" in source:
         _check_url(source["url"], f"{at}.source")
@@ -281,6 +287,13 @@ def _check_url(value: Any, at: str) -> None:
     url = value.get("url") if isinstance(value, dict) else value
     if url is not None and not (isinstance(url, str) and url[:5].lower() == "data:"):
         _refuse(at, "is not a data: URL, and engines fetch nothing for a client", _DATA_HINT)
+
+
+def _tools(name: str, value: Any) -> None:
+    """Tools are the client's to run, unless they are a server's that the engine would call."""
+    for number, tool in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(tool, dict) and (tool.get("type") == "mcp" or "server_url" in tool):
+            _refuse(f"{name}.{number}", f"can't be set in a request: {_FETCHES}")
 
 
 # ---------------------------------------------------------------- the table
@@ -320,7 +333,7 @@ BOUNDED: Mapping[str, Check] = {
     "use_beam_search": _off(_SLOTS), "background": _off(_KEPT),
     # what it is asked
     "messages": check_media, "system": check_media, "prompt": _prompt, "input": _prompt,
-    "documents": check_media, "query": check_media,
+    "documents": check_media, "query": check_media, "tools": _tools,
 }  # fmt: skip
 
 

@@ -166,6 +166,10 @@ def test_an_engine_internal_field_is_refused_by_name_on_every_path(name: str) ->
         ({"structured_outputs": {"regex": "(a+)+$"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"grammar": 1}}, "structured_outputs.grammar"),
         ({"structured_outputs": 1}, "structured_outputs"),
+        ({"tools": [{"type": "function"}, {"type": "mcp", "server_label": "x"}]}, "tools.1"),
+        ({"tools": [{"server_url": "http://10.0.0.1/"}]}, "tools.0"),
+        ({"input": [{"text": "x", "image": "http://10.0.0.1/"}]}, "input.0.image"),
+        ({"documents": {"content": [{"video": "file:///etc/passwd"}]}}, "documents.0.content.0.video"),
         ({"prompt": [1, -1]}, "prompt"),
         ({"prompt": [2**31]}, "prompt"),
         ({"prompt": [1.5]}, "prompt"),
@@ -209,6 +213,8 @@ def test_what_comes_with_the_request_is_passed_on() -> None:
         {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}},
         {"type": "text", "text": "https://example.com/ is only mentioned"},
+        {"type": "image", "image": "/9j/4AAQSkZJRg=="},
+        {"type": "image", "image": PIXEL},
     ]
     body = {"messages": [{"role": "user", "content": content}]}
     assert sent(body)["messages"] == body["messages"]

@@ -4,7 +4,8 @@ Surface:
     exposed(pid)        the addresses beyond loopback at which a process, or one of its session, listens for TCP
     listening(table)    the listening sockets of a /proc/net/tcp or tcp6
 
-Owns the reading of /proc (Linux; elsewhere nothing is found). Blocking and short. Never ends anything.
+Owns the reading of /proc (Linux; elsewhere nothing is found, nor of a program that may not be looked into: its flags
+are then all there is). Blocking and short. Never ends anything.
 Format: Documentation/networking/proc_net_tcp.rst of the kernel.
 """
 

@@ -60,10 +60,11 @@ def _loopback(address: Address) -> bool:
 
 def _session(pid: int) -> Iterator[int]:
     yield pid
-    for stat in PROC.glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if int(stat.read_bytes().rpartition(b")")[2].split()[SESSION_FIELD]) == pid:
-                yield int(stat.parent.name)
+    for entry in PROC.iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended, or is no process
+            member = int(entry.name)
+            if int((entry / "stat").read_bytes().rpartition(b")")[2].split()[SESSION_FIELD]) == pid != member:
+                yield member
 
 
 def _sockets(pid: int) -> Iterator[str]:

@@ -40,8 +40,8 @@ REMOVED = "audit.removed"  # the oldest file went, as its owner wished, and with
 
 # All that a record can say, in the order in which it says it. There is no place for a prompt, a token or a body.
 FIELDS = (
-    "principal", "fingerprint", "scope", "peer", "node_id", "request_id", "task_id", "decision", "reason", "method",
-    "path", "model", "detach", "version", "bind", "tls", "count", "bytes", "sha256", "file", "to_seq",
+    "principal", "fingerprint", "scope", "peer", "node_id", "request_id", "task_id", "decision", "reason", "owner",
+    "method", "path", "model", "detach", "version", "bind", "tls", "count", "bytes", "sha256", "file", "to_seq",
 )  # fmt: skip
 
 Value: TypeAlias = str | int | None

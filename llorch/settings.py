@@ -239,6 +239,12 @@ class ControlSettings(ServerSettings):
         duration("100ms", "1d"),
         "How long a placed stream may take to its first token before it is tried elsewhere. Long prompts need long.",
     )
+    audit_files: int | None = setting(
+        None,
+        integer(2, 1_000_000, example=100),
+        "How many files of the audit log are kept, 64 MiB each; the oldest goes first, and the log says so. All of "
+        "them without it.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,10 +67,11 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What stands before every handler: who may pass, and what a refusal is counted as."""
+    """What stands before every handler: who may pass, what a refusal is counted as, and who is told of it."""
 
     ring: Callable[[], TokenRing]
     refused: Callable[[Code], None] = field(default=lambda _code: None)
+    denied: Callable[[web.Request, Code, Sequence[Scope]], None] = field(default=lambda _request, _code, _wanted: None)
     metrics_open: bool = False  # the listener is loopback only
     look_again: Callable[[str], bool] = field(default=lambda _token: False)  # a strange token: is the ring another now?
     certified: Callable[[tls.Peer], Principal] | None = None  # whom a certificate stands for; raises LlorchError
@@ -163,8 +164,8 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         request_id = request[REQUEST_ID] = request_id_of(request.headers)
         request[PRINCIPAL] = ANONYMOUS
+        wanted = scopes.get(request.match_info.handler)
         try:
-            wanted = scopes.get(request.match_info.handler)
             if wanted is not None:
                 if Scope.METRICS in wanted and gate.metrics_open:
                     wanted = (Scope.OPEN,)
@@ -181,6 +182,7 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
         except LlorchError as error:
             if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
                 gate.refused(error.code)
+                gate.denied(request, error.code, wanted or ())
                 log.warning(
                     "auth.failed",
                     code=error.code,

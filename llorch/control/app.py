@@ -17,7 +17,7 @@ from functools import partial
 
 from llorch import listen, logs, systemd, tls, web
 from llorch.config import ControlSettings
-from llorch.control import routes_health, routes_nodes, routes_tasks, routes_trust
+from llorch.control import on_record, routes_health, routes_nodes, routes_tasks, routes_trust
 from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
@@ -57,13 +57,16 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
     recovery = Recovery(settings.recovery_window, roster.saved, time.monotonic())
     metrics, links, guard = ControlMetrics(), Links(), Guard("control")
     admission = Admission(settings.queue_limit, settings.queue_body_limit)
-    async with NodeClient(
-        links,
-        registry.address_of,
-        access.service_token,
-        tls.client_context(settings.tls_ca),
-        lambda node_id: access.outgoing if node_id in registry.nodes and registry.nodes[node_id].certified else None,
-    ) as nodes:
+    async with (
+        on_record.opened(settings, metrics) as audit,
+        NodeClient(
+            links,
+            registry.address_of,
+            access.service_token,
+            tls.client_context(settings.tls_ca),
+            lambda node_id: access.outgoing if node_id in registry.nodes and registry.nodes[node_id].certified else None,
+        ) as nodes,
+    ):
         dispatcher = Dispatcher(
             registry,
             admission,
@@ -86,6 +89,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             replays=Replays(dispatcher.tasks, registry, nodes, recovery),
             access=access,
             admission=admission,
+            audit=audit,
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
             heartbeat_interval_s=settings.heartbeat_interval,
@@ -93,12 +97,14 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         )
         metrics.scrape_state(lambda: registry_metrics(registry, admission, time.monotonic()))
         metrics.scrape_state(lambda: trust_metrics(access.expiries_s(), access.ages_s()))
+        doorkeeper = on_record.Doorkeeper(audit, lambda: access.ring)
 
         def refused_tls(peer: str, why: str) -> None:
             metrics.auth_failed("tls")
             log.warning("auth.failed", layer="tls", reason=why, peer=peer)
+            doorkeeper.refused_tls(peer, why)
 
-        gate = access.gate(lambda code: metrics.auth_failed(code.value))
+        gate = access.gate(lambda code: metrics.auth_failed(code.value), doorkeeper.denied)
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
         server = await listen.serve(
@@ -110,10 +116,12 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             refused=refused_tls,
         )
         try:
+            on_record.started(audit, host=settings.bind.host, port=server.port, tls=server_tls is not None)
             roster.prepare()
             if not settings.dev:
                 write_place(settings.data_dir, url_for_others(settings, server.url, server.port))
             guard.loop(access.step, "access")
+            guard.loop(doorkeeper.step, "doorkeeper")
             guard.loop(partial(expire_step, control), "expire")
             guard.loop(partial(roster_step, control), "roster")
             guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
@@ -125,6 +133,8 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             await server.close()
             await dispatcher.close()
             await guard.close()
+            doorkeeper.sum_up()
+            on_record.stopped(audit)
 
 
 def routes() -> tuple[web.Route, ...]:

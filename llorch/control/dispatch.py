@@ -127,13 +127,15 @@ class Dispatcher:
         audience.running = self._guard.spawn(self._run(task, audience), f"task.{task.task_id}")
         return audience
 
-    async def serve(self, task: Task, client: Client) -> Tail:
-        """Run `task` for `client`. Returns its TAIL; raises LlorchError when it fails before or without one.
+    async def serve(self, task: Task, client: Client, *, started: Callable[[], None] = lambda: None) -> Tail:
+        """Run `task` for `client`; `started` is called once it is taken in. Returns its TAIL; raises LlorchError when
+        it fails before or without one.
 
         Cancelled (the client left): the task goes on for those who still listen, or may come back. Raises ShuttingDown
         when the control goes first.
         """
         audience = self.start(task, client)
+        started()
         assert audience.running is not None
         try:
             outcome = await asyncio.shield(audience.running)

@@ -49,6 +49,9 @@ class ControlMetrics:
         self._registrations = Counter("llorch_registrations_total", "registrations", ["outcome"], registry=r)
         self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
         self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
+        self._unaudited = Counter(
+            "llorch_audit_unwritten_total", "audit records that could not be written when they were made", registry=r
+        )
         # prometheus_client's labels() locks and hashes; label sets are few and bounded by nodes, models and codes.
         self._child_of = lru_cache(maxsize=4096)(lambda metric, *labels: metric.labels(*labels))
 
@@ -116,6 +119,10 @@ class ControlMetrics:
 
     def auth_failed(self, layer: str) -> None:
         self._child_of(self._auth_failures, layer).inc()
+
+    def unaudited(self, count: int) -> None:
+        """From any thread."""
+        self._unaudited.inc(count)
 
     def scrape_state(self, collect: Callable[[], Iterator[Metric]]) -> None:
         """Have `collect` called on every scrape."""

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from llorch import records
 from llorch.auth import Scope
-from llorch.control import views
+from llorch.control import on_record, views
 from llorch.control.links import NodeLink
 from llorch.control.registry import check_address
 from llorch.control.state import CONTROL, Control, wall_time
@@ -43,6 +43,7 @@ async def register(request: web.Request) -> web.StreamResponse:
     try:
         if message.address is not None:
             await _check_address(message.address, request.remote)
+        await on_record.node_joins(request, message.node_id)
         link = control.links.get(message.node_id)
         taken = control.registry.register(
             message,
@@ -55,6 +56,7 @@ async def register(request: web.Request) -> web.StreamResponse:
     except LlorchError as error:
         control.metrics.registered("refused")
         log.warning("node.refused", node_id=message.node_id, code=error.code, peer=request.remote)
+        on_record.node_registered(request, message.node_id, refusal=error)
         raise
     control.registry.nodes[message.node_id].certified = request[PRINCIPAL].issued is not None
     control.metrics.registered("ok")
@@ -63,6 +65,7 @@ async def register(request: web.Request) -> web.StreamResponse:
     if taken.replaced and link is not None:
         link.abort("another process has its node id now")
     log.info("node.registered", node_id=message.node_id, peer=request.remote, pools=len(message.pools))
+    on_record.node_registered(request, message.node_id)
     control.dispatcher.registry_changed()
     if message.boot_id is None:
         control.guard.spawn(probe(control, message.node_id), f"probe.{message.node_id}")
@@ -117,6 +120,7 @@ async def deregister(request: web.Request) -> web.StreamResponse:
     """By the node itself or an admin: the node's token and the admin's both pass."""
     control, node_id = request.app[CONTROL], request.match_info["node_id"]
     _must_be(request, node_id)
+    await on_record.node_deregisters(request, node_id)
     control.registry.deregister(node_id, time.monotonic())
     link = control.links.get(node_id)
     if link is not None:
@@ -147,6 +151,7 @@ async def open_link(request: web.Request) -> web.StreamResponse:
     connection.start(transport)
     control.links.put(link)
     log.info("link.up", node_id=node_id)
+    on_record.link_up(request, node_id)
     control.dispatcher.surplus.cancel(node_id, link_is_new=True)
     control.dispatcher.registry_changed()
     try:
@@ -160,6 +165,7 @@ async def open_link(request: web.Request) -> web.StreamResponse:
 def _link_lost(control: Control, link: NodeLink, reason: str) -> None:
     if control.links.drop(link):
         log.info("link.lost", node_id=link.node_id, reason=reason)
+        on_record.link_lost(control, link.node_id, reason)
         if reason == "shutdown":
             return  # we end it; nothing is placed any more, and the node is not missing
         control.registry.link_lost(link.node_id, time.monotonic())

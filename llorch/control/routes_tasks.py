@@ -9,7 +9,7 @@ import uuid
 from aiohttp import web
 
 from llorch.auth import Principal, Scope
-from llorch.control import intake
+from llorch.control import intake, on_record
 from llorch.control.answers import (
     Answer,
     Detached,
@@ -38,14 +38,14 @@ async def submit(request: web.Request) -> web.StreamResponse:
     task = await _native_task(request)
     earlier = await control.replays.earlier(task)
     if task.detach:
-        return await (_detach(control, task) if earlier is None else _taken_before(control, task, earlier))
+        return await (_detach(request, task) if earlier is None else _taken_before(request, task, earlier))
     accept = request.headers.get("Accept", "")
     answer: Answer
     if "application/json" in accept and "text/event-stream" not in accept:
         answer = NativeJson(task)
     else:
         answer = NativeStream(request, task, control.slow_reader_timeout_s, again=earlier is not None)
-    return await _serve(control, task, answer, earlier)
+    return await _serve(request, task, answer, earlier)
 
 
 async def _native_task(request: web.Request) -> Task:
@@ -86,16 +86,17 @@ async def openai(request: web.Request) -> web.StreamResponse:
         now=time.monotonic(),
     )
     earlier = await control.replays.earlier(_allowed(request, task))
-    return await _serve(control, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s), earlier)
+    return await _serve(request, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s), earlier)
 
 
-async def _serve(control: Control, task: Task, answer: Answer, earlier: str | None) -> web.StreamResponse:
+async def _serve(request: web.Request, task: Task, answer: Answer, earlier: str | None) -> web.StreamResponse:
     """Run the task, or read the `earlier` one that it repeats."""
+    control = request.app[CONTROL]
     if earlier is not None:
-        _repeats(control, task, earlier)
+        _repeats(request, task, earlier)
         return await follow(control, task, answer)
     try:
-        tail = await control.dispatcher.serve(task, answer)
+        tail = await control.dispatcher.serve(task, answer, started=lambda: on_record.task_accepted(request, task))
         return await answer.ended(tail)
     except ShuttingDown:
         return await answer.stopped(task.request_id)
@@ -103,13 +104,15 @@ async def _serve(control: Control, task: Task, answer: Answer, earlier: str | No
         return await answer.failed(error, task.request_id)
 
 
-def _repeats(control: Control, task: Task, earlier: str) -> None:
+def _repeats(request: web.Request, task: Task, earlier: str) -> None:
     task.task_id, task.replayed, task.body = earlier, True, b""
-    control.metrics.resumed("key")
+    request.app[CONTROL].metrics.resumed("key")
+    on_record.task_accepted(request, task)
 
 
-async def _detach(control: Control, task: Task) -> web.StreamResponse:
-    audience = control.dispatcher.start(task, Detached())
+async def _detach(request: web.Request, task: Task) -> web.StreamResponse:
+    audience = request.app[CONTROL].dispatcher.start(task, Detached())
+    on_record.task_accepted(request, task)
     try:
         await audience.taken.wait()
     except asyncio.CancelledError:
@@ -126,8 +129,9 @@ def _check_taken(audience: Audience) -> None:
         raise stopping() if task.stopped else task.error.copy()
 
 
-async def _taken_before(control: Control, task: Task, earlier: str) -> web.StreamResponse:
-    _repeats(control, task, earlier)
+async def _taken_before(request: web.Request, task: Task, earlier: str) -> web.StreamResponse:
+    control = request.app[CONTROL]
+    _repeats(request, task, earlier)
     audience = control.dispatcher.audience(earlier)
     if audience is not None:
         with audience.listening():
@@ -178,7 +182,15 @@ def _view(control: Control, task_id: str, principal: Principal) -> dict[str, obj
         return task.view(position=position, eta_ms=eta_ms)
     if known is not None and _may_see(principal, known[1].owner):
         return view_of_report(*known)
+    owner = _owner(control, task_id)
+    if owner is not None:
+        on_record.task_hidden(control, principal, task_id, owner)
     raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
+
+
+def _owner(control: Control, task_id: str) -> str | None:
+    task, known = control.dispatcher.tasks.get(task_id), control.registry.task(task_id)
+    return task.owner if task is not None else known[1].owner if known is not None else None
 
 
 async def list_tasks(request: web.Request) -> web.StreamResponse:
@@ -205,6 +217,8 @@ async def show_task(request: web.Request) -> web.StreamResponse:
 async def cancel_task(request: web.Request) -> web.StreamResponse:
     control, principal = request.app[CONTROL], request[PRINCIPAL]
     task_id = await _sought(control, request)
+    _view(control, task_id, principal)
+    await on_record.task_canceled(request, task_id, _owner(control, task_id))
     view = _view(control, task_id, principal)
     task, known = _find(control, task_id, principal), control.registry.task(task_id)
     remembered = task is not None

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from llorch.control.access import Access
 from llorch.control.admission import Admission
+from llorch.audit import Audit
 from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics
@@ -34,6 +35,7 @@ class Control:
     replays: Replays
     access: Access
     admission: Admission
+    audit: Audit
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

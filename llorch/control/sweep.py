@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from llorch.control import on_record
 from llorch.control.state import Control, wall_time
 from llorch.errors import LlorchError
 from llorch.logs import Log
@@ -22,6 +23,7 @@ async def expire_step(control: Control) -> float:
     for node in control.registry.expire(now):
         control.metrics.beat(node.node_id, "missed")
         log.warning("node.expired", node_id=node.node_id)
+        on_record.node_expired(control, node.node_id)
     control.dispatcher.registry_changed()
     return EXPIRE_EVERY_S
 

@@ -282,7 +282,7 @@ class _Writer:
         self._put([*batch, *gap], checkpoint, sync=checkpoint or closing or waited_for or self._sync_due(now))
         self._lost_told += untold
         self._begun = self._begun or made > 0
-        if self._files.length >= MAX_FILE_BYTES:
+        if self._files.length >= MAX_FILE_BYTES and not closing:
             self._rotate()
 
     def _sync_due(self, now: float) -> bool:

@@ -37,6 +37,7 @@ MAX_KEY_FILE_BYTES = 4 * 1024
 MAX_CONTROLS = 16  # on one data directory at a time; each has a chain
 TAIL_BYTES = 512 * 1024  # read first to find the last checkpoint; 1,000 records are 350 KB
 _ROTATED = re.compile(r"audit-([0-9]{8})\.jsonl")
+_FIRST = re.compile(rb'\{"time":"[^"]*","seq":([0-9]{1,16}),"event":"checkpoint","chain":"([0-9a-f]{32})"')
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 log = Log("audit")
@@ -174,10 +175,16 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 def first_seq(path: Path) -> int:
     """The number of a file's first record. Raises OSError if it has none: it is not one of ours."""
-    found = re.match(rb'\{"time":"[^"]*","seq":([0-9]{1,16}),', next(read_lines(path), b""))
+    found = first_checkpoint(path)
     if found is None:
-        raise OSError(errno.EINVAL, "it does not begin with a record", str(path))
-    return int(found[1])
+        raise OSError(errno.EINVAL, "it does not begin with a checkpoint", str(path))
+    return found[1]
+
+
+def first_checkpoint(path: Path) -> tuple[str, int] | None:
+    """The chain and the number that a file's first line names, as it says; nothing of it is checked."""
+    found = _FIRST.match(next(read_lines(path), b""))
+    return None if found is None else (found[2].decode(), int(found[1]))
 
 
 # ---------------------------------------------------------------- one chain, to write to

@@ -15,6 +15,7 @@ import typer
 
 from llorch import __version__
 from llorch.cli import (
+    audit,
     certs,
     chat,
     completion,
@@ -74,6 +75,7 @@ app.add_typer(token.app, name="token")
 app.add_typer(certs.app, name="certs")
 app.add_typer(config.app, name="config")
 app.add_typer(context.app, name="context")
+app.add_typer(audit.app, name="audit")
 completion.register(app)
 version.register(app)
 

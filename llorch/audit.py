@@ -59,6 +59,12 @@ class Audit(Protocol):
     async def require(self, event: str, **fields: Value) -> None:
         """Put it on record now. Raises INSUFFICIENT_STORAGE if it is not on disk: then it must not be done."""
 
+    async def start(self) -> None:
+        """Raises ConfigError where the log can't be gone on with."""
+
+    async def close(self) -> None:
+        """What was put on record is on disk, or was said not to be."""
+
 
 class Unaudited:
     """For `llorch dev`: a run that leaves nothing behind."""
@@ -67,6 +73,12 @@ class Unaudited:
         pass
 
     async def require(self, event: str, **fields: Value) -> None:
+        pass
+
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
         pass
 
 
@@ -84,14 +96,21 @@ def _check(event: str, fields: Mapping[str, Value]) -> None:
 
 
 class AuditLog:
-    """One chain, open for writing. `keep_files`: how many files stay, that which is written among them; None: all.
+    """The log under `data_dir`, for one process. `keep_files`: how many files of it stay; None: all.
 
     `unwritten` is called, from any thread, with the number of records that could not be written when they were made.
+    What is put on record before `start` waits for it.
     """
 
     def __init__(
-        self, files: ChainFiles, chain: Chain, *, keep_files: int | None, unwritten: Callable[[int], None]
+        self,
+        data_dir: str | Path,
+        *,
+        keep_files: int | None = None,
+        unwritten: Callable[[int], None] = lambda _count: None,
     ) -> None:
+        self._data_dir = data_dir
+        self._keep_files = keep_files
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Entry] = deque()
         self._wake = threading.Event()  # there is something to write
@@ -99,28 +118,22 @@ class AuditLog:
         self._closing = False
         self._lost = 0  # counted by the loop's thread only
         self._alarm = _Alarm(unwritten)
-        self._writer = _Writer(files, chain, keep_files)
-        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread: threading.Thread | None = None
         self._failing = False
         self._late = 0  # entries at the left of the queue that were counted as unwritten
 
-    @classmethod
-    async def open(
-        cls,
-        data_dir: str | Path,
-        *,
-        keep_files: int | None = None,
-        unwritten: Callable[[int], None] = lambda _count: None,
-    ) -> AuditLog:
-        """Go on with the log under `data_dir`, or begin one. Raises ConfigError where that can't be."""
-        files, chain, torn = await asyncio.to_thread(_open, data_dir)
-        audit = cls(files, chain, keep_files=keep_files, unwritten=unwritten)
+    async def start(self) -> None:
+        """Go on with the log, or begin one. Raises ConfigError where that can't be."""
+        files, chain, torn = await asyncio.to_thread(_open, self._data_dir)
         log.info("audit.opened", path=files.folder, seq=chain.seq, key=chain.fingerprint)
         if torn is not None:
             log.warning("audit.torn", **torn)
-            audit.record(TORN, **torn)
-        audit._thread.start()
-        return audit
+            self._queue.appendleft(_Entry(time.time(), TORN, torn))
+        self._thread = threading.Thread(
+            target=self._run, args=(_Writer(files, chain, self._keep_files),), name="audit", daemon=True
+        )
+        self._wake.set()
+        self._thread.start()
 
     # ---- what the event loop calls
 
@@ -152,39 +165,40 @@ class AuditLog:
     async def close(self) -> None:
         """Write what waits, and a last checkpoint."""
         self._closing = True
+        if self._thread is None:
+            return
         self._hurry.set()
         self._wake.set()
         await asyncio.to_thread(self._thread.join, CLOSE_WITHIN_S)
         if self._queue or self._thread.is_alive():
             log.error("audit.unwritten", count=len(self._queue), reason="the control ends, and they can't be written")
-        if not self._thread.is_alive():
-            self._writer.close()
 
     # ---- the thread
 
-    def _run(self) -> None:
-        closing = False
-        while not closing:
-            self._pause()
-            self._wake.clear()
-            self._hurry.clear()
-            closing = self._closing
-            while self._write_some(closing) and self._queue:
-                pass
+    def _run(self, writer: _Writer) -> None:
+        with contextlib.closing(writer):
+            closing = False
+            while not closing:
+                self._pause(writer)
+                self._wake.clear()
+                self._hurry.clear()
+                closing = self._closing
+                while self._write_some(writer, closing) and self._queue:
+                    pass
 
-    def _pause(self) -> None:
+    def _pause(self, writer: _Writer) -> None:
         """Until there is something to do, and enough of it."""
         if self._failing:
             self._hurry.wait(RETRY_AFTER_S)
-        elif self._wake.wait(self._writer.idle_s(time.monotonic())):
+        elif self._wake.wait(writer.idle_s(time.monotonic())):
             self._hurry.wait(GATHER_S)
 
-    def _write_some(self, closing: bool) -> bool:
+    def _write_some(self, writer: _Writer, closing: bool) -> bool:
         """Write what waits, up to a batch. False if that can't be done now."""
         batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH_RECORDS))]
         last = not self._queue
         try:
-            self._writer.write(batch, lost=self._lost if last else None, closing=closing and last)
+            writer.write(batch, lost=self._lost if last else None, closing=closing and last)
         except OSError as error:
             self._failed(batch, error.strerror or type(error).__name__)
             return False
@@ -272,6 +286,8 @@ class _Writer:
 
     def write(self, batch: Sequence[_Entry], *, lost: int | None, closing: bool) -> None:
         """`lost`: how many records were lost so far, if those of the batch are the last that wait. Raises OSError."""
+        if batch and self._files.length >= MAX_FILE_BYTES:
+            self._rotate()
         now = time.monotonic()
         untold = 0 if lost is None else lost - self._lost_told
         gap = [_Entry(time.time(), GAP, {"count": untold})] if untold else []
@@ -282,8 +298,6 @@ class _Writer:
         self._put([*batch, *gap], checkpoint, sync=checkpoint or closing or waited_for or self._sync_due(now))
         self._lost_told += untold
         self._begun = self._begun or made > 0
-        if self._files.length >= MAX_FILE_BYTES and not closing:
-            self._rotate()
 
     def _sync_due(self, now: float) -> bool:
         return self._sync_at is not None and now >= self._sync_at

@@ -318,6 +318,7 @@ class ChainFiles:
         current, new = self.folder / CURRENT, self.folder / f".{CURRENT}"
         rotated = [found for path in chain_files(self.folder) if (found := _ROTATED.fullmatch(path.name))]
         numbered = self.folder / f"audit-{int(rotated[-1][1]) + 1 if rotated else 1:08d}.jsonl"
+        self._cut()
         os.fsync(self._fd)
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600)
         try:

@@ -57,16 +57,14 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
     recovery = Recovery(settings.recovery_window, roster.saved, time.monotonic())
     metrics, links, guard = ControlMetrics(), Links(), Guard("control")
     admission = Admission(settings.queue_limit, settings.queue_body_limit)
-    async with (
-        on_record.opened(settings, metrics) as audit,
-        NodeClient(
-            links,
-            registry.address_of,
-            access.service_token,
-            tls.client_context(settings.tls_ca),
-            lambda node_id: access.outgoing if node_id in registry.nodes and registry.nodes[node_id].certified else None,
-        ) as nodes,
-    ):
+    audit = on_record.audit_log(settings, metrics)
+    async with NodeClient(
+        links,
+        registry.address_of,
+        access.service_token,
+        tls.client_context(settings.tls_ca),
+        lambda node_id: access.outgoing if node_id in registry.nodes and registry.nodes[node_id].certified else None,
+    ) as nodes:
         dispatcher = Dispatcher(
             registry,
             admission,
@@ -116,7 +114,8 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             refused=refused_tls,
         )
         try:
-            on_record.started(audit, host=settings.bind.host, port=server.port, tls=server_tls is not None)
+            await audit.start()
+            on_record.started(audit, host=settings.bind.host, port=server.port, tls=access.identities is not None)
             roster.prepare()
             if not settings.dev:
                 write_place(settings.data_dir, url_for_others(settings, server.url, server.port))
@@ -135,6 +134,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             await guard.close()
             doorkeeper.sum_up()
             on_record.stopped(audit)
+            await audit.close()
 
 
 def routes() -> tuple[web.Route, ...]:

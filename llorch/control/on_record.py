@@ -6,8 +6,7 @@ Never says more of a request than who made it, from where, and what it asked for
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
@@ -26,17 +25,11 @@ from llorch.web import PRINCIPAL, REQUEST_ID
 ALLOWED, REFUSED = "allowed", "refused"
 
 
-@contextlib.asynccontextmanager
-async def opened(settings: ControlSettings, metrics: ControlMetrics) -> AsyncIterator[Audit]:
-    """The audit log of a control. Of `llorch dev` there is none: it leaves nothing behind."""
+def audit_log(settings: ControlSettings, metrics: ControlMetrics) -> Audit:
+    """The audit log of a control, not started. Of `llorch dev` there is none: it leaves nothing behind."""
     if settings.dev:
-        yield Unaudited()
-        return
-    audit = await AuditLog.open(settings.data_dir, keep_files=settings.audit_files, unwritten=metrics.unaudited)
-    try:
-        yield audit
-    finally:
-        await audit.close()
+        return Unaudited()
+    return AuditLog(settings.data_dir, keep_files=settings.audit_files, unwritten=metrics.unaudited)
 
 
 def _who(principal: Principal) -> dict[str, Value]:

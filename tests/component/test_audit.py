@@ -45,7 +45,8 @@ def verdict(folder: Path) -> Verdict:
 
 @contextlib.asynccontextmanager
 async def opened(folder: Path, **more: Any) -> AsyncIterator[AuditLog]:
-    log = await AuditLog.open(folder, **more)
+    log = AuditLog(folder, **more)
+    await log.start()
     try:
         yield log
     finally:
@@ -239,7 +240,7 @@ async def test_a_log_whose_end_is_not_what_was_written_is_not_gone_on_with(tmp_p
     ):
         path.write_bytes(b"".join(lines))
         with pytest.raises(ConfigError, match=r"broken|no checkpoint") as refused:
-            await AuditLog.open(tmp_path)
+            await AuditLog(tmp_path).start()
         assert words in refused.value.message
         assert "llorch audit verify" in str(refused.value.hint)
         assert path.read_bytes() == b"".join(lines)  # untouched
@@ -505,7 +506,7 @@ async def test_keys_that_others_may_read_are_refused(tmp_path: Path, name: str) 
     for mode in (0o640, 0o604, 0o620):
         key.chmod(mode)
         with pytest.raises(ConfigError, match="can be read or changed by others") as refused:
-            await AuditLog.open(tmp_path)
+            await AuditLog(tmp_path).start()
         assert refused.value.hint == f"chmod 600 {key}"
     key.chmod(0o600)
     async with opened(tmp_path):
@@ -516,7 +517,7 @@ async def test_a_folder_that_others_may_change_is_refused(tmp_path: Path) -> Non
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit").chmod(0o770)
     with pytest.raises(ConfigError, match="others may change"):
-        await AuditLog.open(tmp_path)
+        await AuditLog(tmp_path).start()
 
 
 @pytest.mark.parametrize("name", ["mac.key", "signing.key"])
@@ -527,18 +528,18 @@ async def test_a_log_is_not_gone_on_with_other_keys(tmp_path: Path, name: str) -
     whole = key.read_bytes()
     key.unlink()
     with pytest.raises(ConfigError, match="is missing, and there is an audit log"):
-        await AuditLog.open(tmp_path)
+        await AuditLog(tmp_path).start()
     key.touch(mode=0o600)
     for damaged in (b"", b"\xff" * 64, whole[:-20], b"00" * 16):
         key.write_bytes(damaged)
         with pytest.raises(ConfigError, match="damaged"):
-            await AuditLog.open(tmp_path)
+            await AuditLog(tmp_path).start()
     other = tmp_path / "other"
     async with opened(other):
         pass
     key.write_bytes((other / "audit" / name).read_bytes())
     with pytest.raises(ConfigError, match="broken"):
-        await AuditLog.open(tmp_path)
+        await AuditLog(tmp_path).start()
     key.write_bytes(whole)
     async with opened(tmp_path):
         pass
@@ -546,7 +547,8 @@ async def test_a_log_is_not_gone_on_with_other_keys(tmp_path: Path, name: str) -
 
 
 async def test_two_controls_on_one_data_directory_have_a_chain_each_and_the_same_keys(tmp_path: Path) -> None:
-    made = await asyncio.gather(*(AuditLog.open(tmp_path) for _ in range(3)))
+    made = [AuditLog(tmp_path) for _ in range(3)]
+    await asyncio.gather(*(log.start() for log in made))
     for number, log in enumerate(made):
         await log.require("control.start", count=number)
     await asyncio.gather(*(log.close() for log in made))
@@ -571,7 +573,7 @@ async def test_a_process_of_another_is_kept_off_by_the_lock(tmp_path: Path) -> N
         code = (
             "import asyncio, sys\nfrom llorch.audit import AuditLog\n"
             "async def main():\n"
-            "    log = await AuditLog.open(sys.argv[1])\n"
+            "    log = AuditLog(sys.argv[1])\n    await log.start()\n"
             "    await log.require('control.start')\n"
             "    await log.close()\n"
             "asyncio.run(main())\n"

@@ -28,7 +28,8 @@ async def data(tmp_path: Path) -> Path:
 
 
 async def go_on(folder: Path, count: int = 5) -> None:
-    log = await AuditLog.open(folder)
+    log = AuditLog(folder)
+    await log.start()
     for number in range(count):
         log.record("task.accepted", principal="alice", task_id=f"t{number}")
     await log.close()
@@ -132,7 +133,8 @@ async def test_files_are_put_in_order_and_one_that_is_missing_is_missed(
 
 
 async def test_each_controls_chain_is_checked_and_a_copy_of_one_is_no_other(llorch: CommandLine, data: Path) -> None:
-    first = await AuditLog.open(data)
+    first = AuditLog(data)
+    await first.start()
     await go_on(data)
     await first.close()
     ran = await llorch("audit", "verify", "--data-dir", str(data), "--json")

@@ -276,8 +276,8 @@ class _Writer:
         self._keep_files = keep_files
         self._lost_told = 0
         self._sync_at: float | None = None  # what is in the file, but perhaps not on disk, is to be there by then
-        self._checkpoint_at = 0.0 if chain.since else None  # at once for what a crash has left without one
-        self._begun = False
+        self._checkpoint_at: float | None = None
+        self._begun = False  # the first lines of a run are signed at once, and with them what a crash has left
 
     def idle_s(self, now: float) -> float | None:
         """How long there is nothing to do if nothing comes."""
@@ -342,7 +342,7 @@ class _Writer:
             self._files.rotate()
             if self._keep_files is not None:
                 for path, to_seq in self._files.surplus(self._keep_files):
-                    self._put([_Entry(time.time(), REMOVED, {"file": path.name, "to_seq": to_seq})], False, sync=True)
+                    self._put([_Entry(time.time(), REMOVED, {"file": path.name, "to_seq": to_seq})], True, sync=True)
                     path.unlink()
         except OSError as error:
             log.error("audit.not_rotated", path=self._files.folder, reason=error.strerror)

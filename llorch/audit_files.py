@@ -191,8 +191,8 @@ def first_checkpoint(path: Path) -> tuple[str, int] | None:
 
 
 class ChainFiles:
-    """The files of one chain, locked. Every method but `close` may raise OSError; what was appended is on disk after
-    `sync`. After an error the file is what it was before.
+    """The files of one chain, locked. Every method but `close` and `undo` may raise OSError; what was appended is on
+    disk after `sync`.
     """
 
     def __init__(self, folder: Path, lock: int) -> None:
@@ -285,22 +285,17 @@ class ChainFiles:
         return name
 
     def append(self, data: bytes) -> None:
-        """All of it, or nothing."""
+        """After an error a part of it may be there, until `undo`."""
         self._cut()
         self._dirty = True
         rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._cut()
-            raise
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
         self._dirty = False
         self._length += len(data)
 
     def undo(self, to_length: int) -> None:
-        """Take back what was appended since the file had this length: it is not known to be on disk."""
+        """Take back what was appended since the file had this length: at once, or before anything else is."""
         self._length, self._dirty = to_length, True
         with contextlib.suppress(OSError):
             self._cut()

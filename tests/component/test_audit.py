@@ -467,11 +467,16 @@ async def test_a_crash_between_two_files_is_gone_on_from(tmp_path: Path, monkeyp
         assert verdict(tmp_path).whole
 
 
+@pytest.mark.parametrize("failing", ["audit.jsonl", ".audit.jsonl"], ids=["the old one", "the new one"])
 async def test_a_file_that_can_not_be_rotated_is_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
-    def fails(*_args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(audit_files.Path, "rename", fails)

@@ -273,6 +273,29 @@ def test_a_log_whose_oldest_file_was_removed_is_whole_only_if_it_says_so() -> No
         assert verdict.first_seq == 5
         assert not verify(told[1:], PUBLIC, key).whole
         assert not verify(told[3:], PUBLIC, key).whole
+        assert not verify(told[:3], PUBLIC, key).whole
+
+
+def test_that_records_were_removed_is_believed_of_a_signed_line_only() -> None:
+    chain = a_chain()
+    lines = [chain.checkpoint(0), *written(chain, 3), chain.checkpoint(1), *written(chain, 1)]
+    forged = chain.record(2, REMOVED, {"to_seq": 4})  # by whoever has the key of the macs
+    made_up = forged.replace(forged[-66:-2], b"0" * 64)  # by whoever has none
+    assert verify([*lines[4:], forged, chain.checkpoint(3)], PUBLIC, KEY).whole
+    assert not verify([*lines[4:], forged], PUBLIC, KEY).whole
+    assert not verify([*lines[4:], made_up], PUBLIC, None).whole
+
+
+@pytest.mark.parametrize("event", [GAP, REMOVED])
+def test_what_the_log_says_of_itself_may_be_nonsense(event: str) -> None:
+    chain = a_chain()
+    lines = [chain.checkpoint(0), chain.record(0, event, {"count": 3, "to_seq": 3}), chain.checkpoint(1)]
+    for place in range(len(lines[1]) - 1):
+        changed = bytearray(lines[1])
+        changed[place] ^= 1
+        for key in (KEY, None):
+            assert not verify([lines[0], bytes(changed), lines[2]], PUBLIC, key).whole
+        verify([lines[0], bytes(changed)], PUBLIC, None)  # raises nothing
 
 
 def test_lost_records_are_counted_from_what_the_log_says() -> None:

@@ -22,3 +22,4 @@ def test_many_peers_together_are_bounded_and_none_is_forgotten() -> None:
     assert sum(sums.values()) + told == count
     assert len(sums) <= MAX_PEERS + 1
     assert sums[None] == count - MAX_PEERS
+    assert refusals.refused("peer-0")  # another window

@@ -70,7 +70,8 @@ def _plain(value: str | int) -> str | int:
     """`value`, bounded. What is not Unicode (half of a surrogate pair) becomes a question mark."""
     if isinstance(value, int):
         return value
-    text = value if len(value) <= MAX_VALUE_CHARS else value[: MAX_VALUE_CHARS - 3] + "..."
+    text = str(value)  # a value of any other kind must not stop the log
+    text = text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 

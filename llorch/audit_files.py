@@ -229,7 +229,9 @@ class ChainFiles:
         return self._length
 
     def resume(self, keys: Keys) -> tuple[Chain, bytes]:
-        """The chain at its end, and what a crash left of a line there, which has been cut off. Raises AuditBroken."""
+        """The chain at its end, and what a crash left of a line there; the next `append` puts its lines in that place.
+        Raises AuditBroken.
+        """
         self._fd = os.open(self.folder / CURRENT, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         end = os.fstat(self._fd).st_size
         torn = self._torn(end)
@@ -242,8 +244,7 @@ class ChainFiles:
                 position = self._end_of(file.fileno(), os.fstat(file.fileno()).st_size, before[-1], keys)
         else:
             position = Position.start(secrets.token_hex(16))
-        if torn:
-            os.ftruncate(self._fd, self._length)
+        self._dirty = bool(torn)
         return Chain(keys.mac, keys.signer, position), torn
 
     def _torn(self, end: int) -> bytes:
@@ -274,11 +275,13 @@ class ChainFiles:
         return verifier.position
 
     def keep_torn(self, torn: bytes) -> str | None:
-        """Put what was cut off into a file of its own; its name, or None where it can't be kept."""
+        """Put it into a file of its own before its place is taken; its name, or None where it can't be kept."""
         name = f"torn-{hashlib.sha256(torn).hexdigest()[:16]}"
         try:
             with os.fdopen(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(torn)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             log.error("audit.torn_not_kept", path=self.folder / name, reason=error.strerror)
             return None

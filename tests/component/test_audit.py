@@ -215,6 +215,24 @@ async def test_a_torn_last_line_is_set_aside_and_said_to_be(
     assert "audit.torn" in caplog.text
 
 
+async def test_a_torn_line_that_is_found_on_a_full_disk_is_told_of_once_there_is_room(
+    tmp_path: Path, disk: Disk
+) -> None:
+    async with opened(tmp_path) as log:
+        log.record("control.start")
+    path = tmp_path / "audit" / "audit.jsonl"
+    path.write_bytes(path.read_bytes() + b"half")
+    disk.full()
+    unwritten: list[int] = []
+    async with opened(tmp_path, unwritten=unwritten.append):
+        await eventually(lambda: unwritten, within_s=2)
+        assert events(tmp_path) == ["control.start"]
+        disk.mend()
+        await eventually(lambda: events(tmp_path) == ["control.start", "audit.torn"], within_s=2)
+    assert (tmp_path / "audit" / records(tmp_path)[1]["file"]).read_bytes() == b"half"
+    assert verdict(tmp_path).whole
+
+
 async def test_a_first_line_that_was_torn_is_set_aside_too(tmp_path: Path) -> None:
     async with opened(tmp_path) as log:
         await log.require("control.start")

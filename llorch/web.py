@@ -169,7 +169,9 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
             if wanted is not None:
                 if Scope.METRICS in wanted and gate.metrics_open:
                     wanted = (Scope.OPEN,)
-                request[PRINCIPAL] = authorize(gate.identify(request), *wanted)
+                found = gate.identify(request)
+                request[PRINCIPAL] = found or ANONYMOUS  # known also where it is refused
+                request[PRINCIPAL] = authorize(found, *wanted)
             expects = wanted is not None and request.version >= HttpVersion11
             if expects and request.headers.get("Expect", "").lower() == "100-continue":
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

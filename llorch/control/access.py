@@ -10,9 +10,11 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aiohttp import web
 
 from llorch import private, tls
 from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Principal, Scope, TokenRing, parse_tokens
@@ -21,7 +23,7 @@ from llorch.control.token_files import TokenFiles, principals
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.sessions import Sessions
-from llorch.tokens import Kind, Record, Wish, is_whole
+from llorch.tokens import Kind, Record, Tokens, Wish, is_whole
 from llorch.web import Gate
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Access:
         self._tls_stamps: tuple[object, ...] = ()
         self._use_saved = time.monotonic()
         self._failed = ""
+        self.noted: Callable[[str, dict[str, str | int]], None] = lambda _event, _fields: None  # changes found on disk
 
     @classmethod
     def open(cls, settings: ControlSettings) -> Access:
@@ -76,9 +79,14 @@ class Access:
 
     # ------------------------------------------------------------ who comes in
 
-    def gate(self, refused: Callable[[Code], None]) -> Gate:
+    def gate(
+        self,
+        refused: Callable[[Code], None],
+        denied: Callable[[web.Request, Code, Sequence[Scope]], None] = lambda _request, _code, _wanted: None,
+    ) -> Gate:
         """What stands before every route of this control."""
         return Gate(
+            denied=denied,
             ring=lambda: self.ring,
             refused=refused,
             metrics_open=self.settings.bind.loopback,
@@ -164,11 +172,8 @@ class Access:
         self.sessions.end(self._still_good)
         return revoked
 
-    def issue(self, principal: Principal, csr: bytes, node_id: str) -> bytes:
-        """A node's certificate with its chain (PEM): its first, for a join token, or the next one of its own.
-
-        Raises FORBIDDEN for another's id, UNAUTHENTICATED for a token that is used up, NODE_ID_CONFLICT.
-        """
+    def may_issue(self, principal: Principal, node_id: str) -> None:
+        """Raises FORBIDDEN for another's id or a credential that gives none, CONFLICT without an authority."""
         if self.authority is None:
             raise LlorchError(Code.CONFLICT, "this control has no authority: it serves without TLS")
         if principal.node_id is not None and principal.node_id != node_id:
@@ -179,6 +184,14 @@ class Access:
                 "a shared node token gives no certificate",
                 hint="`llorch token join` makes one that does",
             )
+
+    def issue(self, principal: Principal, csr: bytes, node_id: str) -> bytes:
+        """A node's certificate with its chain (PEM): its first, for a join token, or the next one of its own.
+
+        Raises FORBIDDEN for another's id, UNAUTHENTICATED for a token that is used up, NODE_ID_CONFLICT.
+        """
+        self.may_issue(principal, node_id)
+        assert self.authority is not None
         now, life_s = time.time(), self.settings.node_cert_life
         if principal.issued is not None:
             return self.authority.issue_node(csr, node_id, now, life_s, take_over=True)
@@ -275,15 +288,30 @@ class Access:
                 self._failed = ""
 
     def _look_at_tokens(self) -> None:
+        before = self.files.tokens
         if not self.settings.dev and self.files.load():
             self._make_ring()
+            self._note_tokens(before)
             log.info("tokens.reloaded", tokens=len(self.ring))
+
+    def _note_tokens(self, before: Tokens) -> None:
+        known = {one.id: one for one in before.records}
+        for one in self.files.tokens.records:
+            if one.id not in known:
+                self.noted("token.created", {"token_id": one.id, "name": one.name, "kind": one.kind.value})
+            elif one.revoked is not None and known[one.id].revoked is None:
+                self.noted("token.revoked", {"token_id": one.id, "name": one.name, "kind": one.kind.value})
 
     def _look_at_authority(self) -> None:
         if self.authority is None:
             return
         before = self.authority.trust
-        if self.authority.refresh() and self.authority.trust.bundle != before.bundle:
+        changed = self.authority.refresh()
+        for node_id, when in self.authority.trust.revoked.items() if changed else ():
+            if before.revoked.get(node_id) != when:
+                self.noted("certificate.revoked", {"node_id": node_id})
+        if changed and self.authority.trust.bundle != before.bundle:
+            self.noted("authority.changed", {"count": len(self.authority.trust.bundle)})
             self.pair = None
             self._make_identities()
             log.info("authority.reloaded", authorities=len(self.authority.trust.bundle))

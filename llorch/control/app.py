@@ -95,7 +95,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         )
         metrics.scrape_state(lambda: registry_metrics(registry, admission, time.monotonic()))
         metrics.scrape_state(lambda: trust_metrics(access.expiries_s(), access.ages_s()))
-        doorkeeper = on_record.Doorkeeper(audit, lambda: access.ring)
+        doorkeeper = on_record.Doorkeeper(audit)
 
         def refused_tls(peer: str, why: str) -> None:
             metrics.auth_failed("tls")
@@ -115,7 +115,13 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         )
         try:
             await audit.start()
-            on_record.started(audit, host=settings.bind.host, port=server.port, tls=access.identities is not None)
+            access.noted = lambda event, fields: on_record.seen_on_disk(audit, event, **fields)
+            on_record.started(
+                audit,
+                host=settings.bind.host,
+                port=server.port,
+                tls="on" if access.identities is not None else "off" if settings.tls != "off-mesh" else settings.tls,
+            )
             roster.prepare()
             if not settings.dev:
                 write_place(settings.data_dir, url_for_others(settings, server.url, server.port))

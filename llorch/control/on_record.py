@@ -6,14 +6,14 @@ Never says more of a request than who made it, from where, and what it asked for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from aiohttp import web
 
 from llorch import __version__
 from llorch.audit import Audit, AuditLog, Unaudited
 from llorch.audit_chain import Value
-from llorch.auth import MIN_TOKEN_CHARS, Principal, Scope, TokenRing, authorize, fingerprint, presented_token
+from llorch.auth import ANONYMOUS, MIN_TOKEN_CHARS, Principal, Scope, fingerprint, presented_token
 from llorch.control.metrics import ControlMetrics
 from llorch.control.refusals import WINDOW_S, Refusals
 from llorch.control.state import CONTROL, Control
@@ -23,6 +23,7 @@ from llorch.settings import ControlSettings
 from llorch.web import PRINCIPAL, REQUEST_ID
 
 ALLOWED, REFUSED = "allowed", "refused"
+LOCAL = "local"  # whoever may write the data directory
 
 
 def audit_log(settings: ControlSettings, metrics: ControlMetrics) -> Audit:
@@ -40,7 +41,8 @@ def _by(request: web.Request) -> dict[str, Value]:
     return _who(request[PRINCIPAL]) | {"peer": request.remote, "request_id": request[REQUEST_ID]}
 
 
-def started(audit: Audit, *, host: str, port: int, tls: bool) -> None:
+def started(audit: Audit, *, host: str, port: int, tls: str) -> None:
+    """`tls`: "on", "off" on loopback, or "off-mesh" where somebody chose to do without."""
     audit.record("control.start", version=__version__, bind=f"{host}:{port}", tls=tls)
 
 
@@ -54,9 +56,8 @@ def stopped(audit: Audit) -> None:
 class Doorkeeper:
     """Puts refused credentials on record: one by one while they are few, and then how many there were."""
 
-    def __init__(self, audit: Audit, ring: Callable[[], TokenRing]) -> None:
+    def __init__(self, audit: Audit) -> None:
         self._audit = audit
-        self._ring = ring
         self._refusals = Refusals()
 
     def denied(self, request: web.Request, code: Code, wanted: Sequence[Scope]) -> None:
@@ -75,11 +76,15 @@ class Doorkeeper:
 
     def _whoever(self, request: web.Request) -> dict[str, Value]:
         """Of a token that is not valid the fingerprint, for it may have been; of what can't be one of ours, none."""
-        principal = authorize(self._ring(), request.headers, Scope.OPEN)
         token = presented_token(request.headers)
-        if principal.fingerprint or token is None or len(token) < MIN_TOKEN_CHARS:
-            return _who(principal)
-        return {"principal": principal.name, "fingerprint": fingerprint(token)}
+        if request[PRINCIPAL] is not ANONYMOUS or token is None or len(token) < MIN_TOKEN_CHARS:
+            return _who(request[PRINCIPAL])
+        return {"principal": ANONYMOUS.name, "fingerprint": fingerprint(token)}
+
+    def refused_tls(self, peer: str, why: str) -> None:
+        """A handshake that failed: nobody came as far as a request."""
+        if self._refusals.refused(peer):
+            self._audit.record("auth.failed", peer=peer, decision=REFUSED, reason=why, kind="tls")
 
     def sum_up(self) -> None:
         for peer, count in self._refusals.sums().items():
@@ -169,3 +174,30 @@ def link_lost(control: Control, node_id: str, reason: str) -> None:
 
 def node_expired(control: Control, node_id: str) -> None:
     control.audit.record("node.expired", node_id=node_id)
+
+
+# ---------------------------------------------------------------- trust
+
+
+async def certificate_signed(request: web.Request, node_id: str) -> None:
+    """A machine becomes a node, or stays one: only if that is on disk."""
+    await request.app[CONTROL].audit.require(
+        "certificate.issued", **_by(request), scope=Scope.NODE.value, node_id=node_id, decision=ALLOWED
+    )
+
+
+async def token_made(request: web.Request, kind: str, name: str) -> None:
+    await request.app[CONTROL].audit.require(
+        "token.created", **_by(request), scope=Scope.ADMIN.value, kind=kind, name=name, decision=ALLOWED
+    )
+
+
+async def token_revoked(request: web.Request, which: str) -> None:
+    await request.app[CONTROL].audit.require(
+        "token.revoked", **_by(request), scope=Scope.ADMIN.value, token_id=which, decision=ALLOWED
+    )
+
+
+def seen_on_disk(audit: Audit, event: str, **fields: Value) -> None:
+    """Somebody changed tokens or certificates in the data directory, without asking this control."""
+    audit.record(event, principal=LOCAL, decision=ALLOWED, reason="changed in the data directory", **fields)

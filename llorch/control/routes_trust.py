@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from llorch.auth import Scope
+from llorch.control import on_record
 from llorch.control.state import CONTROL
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
@@ -38,6 +39,8 @@ async def sign(request: web.Request) -> web.StreamResponse:
     """A node's certificate: the first for a join token, the next for the certificate it has."""
     access, principal = request.app[CONTROL].access, request[PRINCIPAL]
     message = await read_model(request, CertificateRequest)
+    access.may_issue(principal, message.node_id)
+    await on_record.certificate_signed(request, message.node_id)
     chain = await asyncio.to_thread(access.issue, principal, message.csr.encode(), message.node_id)
     assert access.authority is not None
     log.info("certificate.issued", node_id=message.node_id, by=principal.name, peer=request.remote)
@@ -55,6 +58,7 @@ async def list_tokens(request: web.Request) -> web.StreamResponse:
 async def new_token(request: web.Request) -> web.StreamResponse:
     access = request.app[CONTROL].access
     wish = wish_of(await read_model(request, NewToken))
+    await on_record.token_made(request, wish.kind.value, wish.name)
     record, text = await asyncio.to_thread(access.new_token, wish)
     log.info("token.made", token_id=record.id, kind=record.kind, name=record.name, by=request[PRINCIPAL].name)
     return json_response({**token_view(record, {}, time.time()), "token": text}, status=201)
@@ -63,6 +67,7 @@ async def new_token(request: web.Request) -> web.StreamResponse:
 async def revoke_token(request: web.Request) -> web.StreamResponse:
     """Idempotent: one that was revoked stays so."""
     access, which = request.app[CONTROL].access, request.match_info["token"]
+    await on_record.token_revoked(request, which)
     revoked = await asyncio.to_thread(access.revoke_token, which)
     for record in revoked:
         log.info("token.revoked", token_id=record.id, name=record.name, by=request[PRINCIPAL].name)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from llorch.audit import Audit
 from llorch.control.access import Access
 from llorch.control.admission import Admission
-from llorch.audit import Audit
 from llorch.control.dispatch import Dispatcher
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics

@@ -61,7 +61,7 @@ async def test_the_start_and_the_end_of_a_control_are_on_record(tmp_path: Path) 
     async with a_control(data_dir=str(tmp_path)) as control:
         port = control.port
     first, *_, last = on_record(tmp_path)
-    assert says(first, event="control.start", version=__version__, bind=f"127.0.0.1:{port}", tls=False)
+    assert says(first, event="control.start", version=__version__, bind=f"127.0.0.1:{port}", tls="off")
     assert says(last, event="control.stop", version=__version__)
     check(tmp_path)
 

@@ -20,7 +20,7 @@ from llorch.control import app, routes_trust
 from llorch.control.authority import Authority
 from llorch.control.state import Control
 from llorch.control.token_files import TokenFiles
-from llorch.errors import ConfigError
+from llorch.errors import Code, ConfigError, LlorchError
 from llorch.tls import CONTROL_NAME, JOIN_NAME, node_name
 from llorch.tokens import ID_BYTES, SECRET_BYTES, Kind, Tokens, Wish
 from tests.cluster import eventually
@@ -514,3 +514,60 @@ def test_the_view_of_a_token_holds_no_digest() -> None:
 
 def test_a_nodes_name_is_one_that_dns_allows() -> None:
     assert len(node_name("x" * 63)) < 64
+
+
+# ---------------------------------------------------------------- on record
+
+
+def on_record(control: Trusted) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (control.folder / "c" / "audit" / "audit.jsonl").read_text().splitlines()]
+
+
+async def recorded(control: Trusted, event: str, **fields: Any) -> bool:
+    return any(one["event"] == event and fields.items() <= one.items() for one in on_record(control))
+
+
+async def test_what_is_done_to_tokens_and_certificates_is_on_record_and_no_secret_is(tmp_path: Path) -> None:
+    async with trusted(tmp_path) as control:
+        token = await control.join_token()
+        assert (await control.sign("a", token=token))[0] == 200
+        _, made = await control.admin("POST", "/v2/tokens", {"name": "ci"})
+        await control.admin("DELETE", f"/v2/tokens/{made['id']}")
+        elsewhere = TokenFiles(control.folder / "c")  # as `llorch token` does, on the control's own machine
+        record, text = elsewhere.new(Wish(name="local"), time.time())
+        await control.control.access.step()
+        elsewhere.revoke(record.id, time.time())
+        Authority.open(control.folder / "c", None, time.time())[0].revoke("a", time.time())
+        await control.control.access.step()
+        with pytest.raises((aiohttp.ClientError, ConnectionError)):
+            await control.ask("GET", "/livez", name=CONTROL_NAME)
+        for event, fields in (
+            ("token.created", {"principal": "root", "kind": "join"}),
+            ("certificate.issued", {"node_id": "a", "peer": "127.0.0.1"}),
+            ("token.created", {"principal": "root", "kind": "client", "name": "ci"}),
+            ("token.revoked", {"principal": "root", "token_id": made["id"]}),
+            ("token.created", {"principal": "local", "token_id": record.id}),
+            ("token.revoked", {"principal": "local", "token_id": record.id}),
+            ("certificate.revoked", {"principal": "local", "node_id": "a"}),
+            ("auth.failed", {"kind": "tls", "reason": "no client certificate"}),
+        ):
+            await eventually(lambda e=event, f=fields: recorded(control, e, **f), what=f"{event} {fields}")  # type: ignore[misc]
+        whole = (control.folder / "c" / "audit" / "audit.jsonl").read_text()
+        for secret in (token, made["token"], text, *TOKENS.values()):
+            assert secret not in whole
+
+
+async def test_what_can_not_be_put_on_record_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with trusted(tmp_path) as control:
+        token = await control.join_token()
+
+        async def full(*_: object, **__: object) -> None:
+            raise LlorchError(Code.INSUFFICIENT_STORAGE, "no room for the record")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(control.control.audit, "require", full)
+            assert code(await control.sign("a", token=token)) == (507, "INSUFFICIENT_STORAGE")
+            assert code(await control.admin("POST", "/v2/tokens", {})) == (507, "INSUFFICIENT_STORAGE")
+            assert code(await control.admin("DELETE", "/v2/tokens/x")) == (507, "INSUFFICIENT_STORAGE")
+        assert "a" not in control.authority.trust.issued
+        assert (await control.sign("a", token=token))[0] == 200

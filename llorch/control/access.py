@@ -7,6 +7,7 @@ swapped, and what a revoked credential had opened is ended. Static mode is the s
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import time
@@ -50,6 +51,7 @@ class Access:
         self.outgoing: ssl.SSLContext | None = None  # for calls to nodes that have certificates
         self._pair_made = 0.0
         self._shown_until: float | None = None
+        self._shown: dict[str, str] = {}  # newest certificates that nodes have shown and that are not confirmed yet
         self._tls_stamps: tuple[object, ...] = ()
         self._use_saved = time.monotonic()
         self._failed = ""
@@ -115,6 +117,9 @@ class Access:
             expires=peer.ends,
         )
         refusal = self._refusal(principal, time.time())
+        held = self.authority.trust.issued.get(peer.name)
+        if held is not None and not held.confirmed and held.serial == peer.serial.lower().lstrip("0"):
+            self._shown[peer.name] = held.serial
         if refusal is not None:
             raise LlorchError(
                 Code.UNAUTHENTICATED, refusal, hint="`llorch token join` on the control makes it a member again"
@@ -267,6 +272,12 @@ class Access:
         """Look whether something has changed, and put it in force. What can't be read stays as it was, and is told."""
         self._try("tokens", self._look_at_tokens)
         self._try("authority", self._look_at_authority)
+        if self._shown and self.authority is not None:
+            shown, self._shown = self._shown, {}
+            try:
+                await asyncio.to_thread(self.authority.confirm, shown)
+            except LlorchError as error:
+                log.warning("certificates.unconfirmed", reason=error.message)
         self._try("certificate", self._look_at_certificate)
         for principal in self.sessions.end(self._still_good):
             log.warning("session.ended", principal=principal.name, fingerprint=principal.fingerprint, why="revoked")

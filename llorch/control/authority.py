@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ class Issued:
     authority: str
     key: str = ""  # SHA-256 of its key
     token: str = ""  # the id of the join token that it was issued for; empty for one that was renewed
+    confirmed: bool = False  # the node has shown it: until then it may not have got it, and goes on with the one before
+    before: tuple[str, ...] = ()  # the pins of those that signed what it may have instead
+
+    @property
+    def signers(self) -> set[str]:
+        """The pins of all that may have signed what the node has."""
+        return {self.authority} if self.confirmed else {self.authority, *self.before}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +94,10 @@ class Trust:
         return None
 
     def holders(self, authority: Cert, now: float) -> list[str]:
-        """The nodes whose certificate is of this authority and in force."""
+        """The nodes that may have no certificate in force but one of this authority."""
         pin = pki.pin_of(authority)
-        return sorted(one.node_id for one in self.issued.values() if one.authority == pin and one.ends > now)
+        in_force = [one for one in self.issued.values() if one.ends > now]
+        return sorted(one.node_id for one in in_force if pin in one.signers)
 
 
 class Authority:
@@ -170,7 +178,7 @@ class Authority:
             return {}, {}
         try:
             value = json.loads(data)
-            issued = {str(one["node_id"]): Issued(**one) for one in value["issued"]}
+            issued = {str(one["node_id"]): Issued(**{**one, "before": tuple(one["before"])}) for one in value["issued"]}
             return issued, {str(node_id): float(when) for node_id, when in value["revoked"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ConfigError(f"{path} can't be read: it is not what llorch writes", hint="restore it") from None
@@ -219,14 +227,29 @@ class Authority:
                 )
             cert = trust.signer.issue_node(public, node_id, now, life_s)
             made.append(cert)
+            before = () if held is None else tuple(sorted(held.signers))
             signer = pki.pin_of(trust.signer.cert)
             serial = f"{cert.serial_number:x}"
-            new = Issued(node_id, serial, now, pki.ends(cert), signer, pki.key_digest(public), token)
+            new = Issued(node_id, serial, now, pki.ends(cert), signer, pki.key_digest(public), token, before=before)
             kept = {one.node_id: one for one in trust.issued.values() if one.ends > now}
             self._store_issued(kept | {node_id: new}, trust.revoked)
 
         self._change(issue)
         return self.trust.chain_pem(made[0])
+
+    def confirm(self, serials: Mapping[str, str]) -> None:
+        """Nodes have shown these certificates: {id: serial}."""
+
+        def confirm(trust: Trust) -> None:
+            shown = {
+                node_id: replace(trust.issued[node_id], confirmed=True)
+                for node_id, serial in serials.items()
+                if node_id in trust.issued and trust.issued[node_id].serial == serial
+            }
+            if shown:
+                self._store_issued(trust.issued | shown, trust.revoked)
+
+        self._change(confirm)
 
     def is_repeated(self, csr: bytes, node_id: str, token: str) -> bool:
         """Whether this node was issued a certificate for this key and join token: its answer may have been lost."""

@@ -401,6 +401,12 @@ async def test_an_authority_is_rotated_while_nodes_and_clients_go_on(tmp_path: P
         status, answer = await control.ask("POST", "/v2/nodes/csr", csr, context=old_node, name=CONTROL_NAME)
         assert status == 200, "a node renews with what it has"
         assert len(pki.read_certs(answer["authorities"].encode())) == 2
+        with pytest.raises(LlorchError, match="older authority: a"):
+            elsewhere.finish(time.time())  # the answer may not have arrived
+        fresh = control.pair("a")
+        assert (await control.ask("GET", "/livez", pair=fresh))[0] == 200
+        assert (await control.ask("POST", "/v2/nodes/a/heartbeat", {"pools": []}, pair=fresh))[0] == 404
+        await control.control.access.step()
         elsewhere.finish(time.time())
         await control.control.access.step()
         assert (await control.ask("GET", "/livez", pair=control.pair("a")))[0] == 200

@@ -164,8 +164,9 @@ async def _rotate_authorities(
 
         def nodes_have(newest: str = newest) -> bool:
             authority.refresh()
-            return all(authority.trust.issued[node].authority == newest for node in nodes)
+            held = [authority.trust.issued[node] for node in nodes]
+            return all(one.authority == newest and one.confirmed for one in held)
 
         await eventually(clients_know, within_s=20, what="the new authority is shown")
-        await eventually(nodes_have, within_s=20, what="nodes renew")
+        await eventually(nodes_have, within_s=20, what="nodes show what they were issued")
         await asyncio.to_thread(authority.finish, time.time())

@@ -234,6 +234,12 @@ class ControlSettings(ServerSettings):
         "How long after its start a control waits for its nodes before it says that a task or a model does not exist. "
         "It ends early once every node it knew is back.",
     )
+    node_cidr: tuple[Network, ...] = setting(
+        "",
+        CIDRS,
+        "Networks in which a node may advertise an address that it does not register from: nodes with several "
+        "addresses, or behind NAT. Nodes that are reached over their own link need none.",
+    )
     ttft_timeout: float = setting(
         "120s",
         duration("100ms", "1d"),

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import HttpVersion11, web, web_protocol
+from aiohttp.abc import AbstractResolver
 from pydantic import BaseModel
 
 from llorch import link, tls
@@ -268,14 +269,21 @@ async def client_session(
     read_timeout_s: float | None = None,
     connect_timeout_s: float = 5.0,
     reuse: bool = True,
+    resolver: AbstractResolver | None = None,
 ) -> AsyncIterator[aiohttp.ClientSession]:
     """A session that never follows, unpacks or believes what a peer did not have to say.
 
     `read_timeout_s` is between two reads; None leaves it to the caller. No proxy from the environment is used. Without
-    `reuse` each request has a connection of its own.
+    `reuse` each request has a connection of its own. A `resolver` is asked at every connection, and closed at the end.
     """
     connector = aiohttp.TCPConnector(
-        limit=0, ttl_dns_cache=30, ssl=tls or True, socket_factory=_tuned_socket, force_close=not reuse
+        limit=0,
+        ttl_dns_cache=30,
+        use_dns_cache=resolver is None,
+        resolver=resolver,
+        ssl=tls or True,
+        socket_factory=_tuned_socket,
+        force_close=not reuse,
     )
     async with aiohttp.ClientSession(
         connector=connector,
@@ -286,4 +294,8 @@ async def client_session(
         cookie_jar=aiohttp.DummyCookieJar(),
         raise_for_status=False,
     ) as session:
-        yield session
+        try:
+            yield session
+        finally:
+            if resolver is not None:
+                await resolver.close()

@@ -28,6 +28,7 @@ from llorch.control.place import url_for_others, write_place
 from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
+from llorch.control.resolver import NodeResolver
 from llorch.control.roster import Roster
 from llorch.control.state import CONTROL, Control
 from llorch.control.sweep import expire_step, probe_step, roster_step
@@ -52,6 +53,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         epoch=secrets.token_hex(8),
         heartbeat_interval_s=settings.heartbeat_interval,
         offline_after_s=settings.offline_after,
+        node_cidr=settings.node_cidr,
     )
     roster = Roster(settings.data_dir)
     recovery = Recovery(settings.recovery_window, roster.saved, time.monotonic())
@@ -63,7 +65,8 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         registry.address_of,
         access.service_token,
         tls.client_context(settings.tls_ca),
-        lambda node_id: access.outgoing if node_id in registry.nodes and registry.nodes[node_id].certified else None,
+        NodeResolver(settings.node_cidr, registry.peers_of),
+        cluster_tls=lambda node_id: access.outgoing if registry.certified(node_id) else None,
     ) as nodes:
         dispatcher = Dispatcher(
             registry,

@@ -18,6 +18,7 @@ import aiohttp
 from llorch import records, web
 from llorch.control.feed import Feed, Lost, Refused, Stopped, Upstream
 from llorch.control.links import Links, read_item
+from llorch.control.resolver import NodeResolver
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import Head, Tail, decode_json
@@ -42,6 +43,7 @@ class NodeClient:
         address_of: Callable[[str], str | None],
         service_token: Callable[[], str],
         tls: ssl.SSLContext | None,
+        resolver: NodeResolver,
         cluster_tls: Callable[[str], ssl.SSLContext | None] = lambda _node_id: None,
     ) -> None:
         self._links = links
@@ -49,12 +51,13 @@ class NodeClient:
         self._token = service_token
         self._tls = tls
         self._cluster_tls = cluster_tls
+        self.resolver = resolver
         self._guard = Guard("control.node_client")
         self._stack = AsyncExitStack()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> NodeClient:
-        self._session = await self._stack.enter_async_context(web.client_session(tls=self._tls))
+        self._session = await self._stack.enter_async_context(web.client_session(tls=self._tls, resolver=self.resolver))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -308,7 +311,7 @@ def _error_of(status: int, answer: bytes) -> LlorchError:
 
 
 def _answer(status: int, answer: bytes) -> Any:
-    if status >= 400:
+    if status >= 300:  # a node sends nobody elsewhere
         raise _error_of(status, answer)
     return decode_json(answer) if answer else None
 

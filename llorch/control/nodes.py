@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llorch.breaker import Breaker, Phase
+from llorch.control.addresses import host_of
 from llorch.control.placement import FAILED_STATES, Known, PoolFacts
 from llorch.messages import Gpu, ModelReport, PoolReport, Register, TaskReport
 
@@ -217,6 +218,29 @@ class Node:
     gpus: dict[str, Gpu] = field(default_factory=dict)
     catalog: dict[str, ModelReport] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, message: Register, *, lease_id: str, peer: str | None, suspect_after_s: float, now: float, wall: str
+    ) -> Node:
+        """A node that registers now; its pools and the rest are taken over after that."""
+        return cls(
+            message.node_id,
+            message.boot_id,
+            lease_id,
+            message.address,
+            message.version,
+            message.zone,
+            message.cost_weight,
+            message.draining,
+            peer,
+            suspect_after_s,
+            now,
+            wall,
+            wall,
+            cpu_cores=message.capabilities.cpu_cores,
+            ram_bytes=message.capabilities.ram_bytes,
+        )
+
     @property
     def leaseless(self) -> bool:
         """Registered without a boot id: it beats without a lease, has no link, and is dialled."""
@@ -228,6 +252,11 @@ class Node:
         if self.address is None:
             return None
         return (self.address if "://" in self.address else f"http://{self.address}").rstrip("/")
+
+    @property
+    def host(self) -> str | None:
+        """The host of its address, as a dial names it."""
+        return None if self.address is None else host_of(self.address)
 
     def take(self, gpus: list[Gpu] | None, catalog: list[ModelReport] | None, *, whole: bool) -> None:
         """What a report says of the machine; None is unchanged. `whole`: what it does not list is gone."""

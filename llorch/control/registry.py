@@ -8,10 +8,10 @@ connection or decides where a task goes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llorch.control.addresses import check_address, check_ip
+from llorch.control.addresses import Network, check_address
 from llorch.control.ejection import Ejections
 from llorch.control.nodes import SUSPECT_AFTER_BEATS, BeatResult, Claim, Event, Node, Pool, Registration, index
 from llorch.control.placement import Known, PoolFacts
@@ -20,7 +20,7 @@ from llorch.control.task_reports import TaskReports
 from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
 
-__all__ = ["BeatResult", "Claim", "Event", "Node", "Pool", "Registration", "Registry", "check_address", "check_ip"]
+__all__ = ["BeatResult", "Claim", "Event", "Node", "Pool", "Registration", "Registry"]
 
 LISTED_OFFLINE_S = 24 * 3600.0
 MAX_NODES = 1_000  # twenty times what one control is for; a registration may be 1 MB of state
@@ -36,11 +36,13 @@ class Registry:
         heartbeat_interval_s: float = 10.0,
         offline_after_s: float = 30.0,
         listed_offline_s: float = LISTED_OFFLINE_S,
+        node_cidr: Sequence[Network] = (),
     ) -> None:
         self.epoch = epoch
         self.heartbeat_interval_s = heartbeat_interval_s
         self.offline_after_s = offline_after_s
         self._listed_offline_s = listed_offline_s
+        self._node_cidr = node_cidr
         self._nodes: dict[str, Node] = {}
         self._claims: dict[tuple[str, int], Claim] = {}
         self._tasks = TaskReports()
@@ -77,7 +79,7 @@ class Registry:
         UNTRUSTED_ADDRESS, NODE_ID_CONFLICT, INVALID_REQUEST for a node that could be reached in no way, or NO_CAPACITY.
         """
         if message.address is not None:
-            check_address(message.address, peer)
+            check_address(message.address, peer, self._node_cidr)
         elif message.boot_id is None:
             raise invalid("a node without boot_id is dialled, so it needs an address", param="address")
         old = self._nodes.get(message.node_id)
@@ -88,23 +90,8 @@ class Registry:
             )
         if old is None:
             self._make_room(now)
-        node = Node(
-            message.node_id,
-            message.boot_id,
-            lease_id,
-            message.address,
-            message.version,
-            message.zone,
-            message.cost_weight,
-            message.draining,
-            peer,
-            SUSPECT_AFTER_BEATS * self.heartbeat_interval_s,
-            now,
-            wall,
-            wall,
-            cpu_cores=message.capabilities.cpu_cores,
-            ram_bytes=message.capabilities.ram_bytes,
-        )
+        suspect_after_s = SUSPECT_AFTER_BEATS * self.heartbeat_interval_s
+        node = Node.of(message, lease_id=lease_id, peer=peer, suspect_after_s=suspect_after_s, now=now, wall=wall)
         if old is not None:
             self._inherit(node, old, same_process)
         self._nodes[node.node_id] = node
@@ -258,6 +245,10 @@ class Registry:
         """The base URL to dial a node at; None for one that advertises none, or is not there."""
         node = self._nodes.get(node_id)
         return None if node is None else node.url
+
+    def peers_of(self, host: str) -> set[str | None]:
+        """Where those nodes registered from whose address has this host."""
+        return {node.peer for node in self._nodes.values() if node.host == host}
 
     # ---- pools
 

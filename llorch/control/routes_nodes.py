@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import socket
 import time
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -14,7 +12,6 @@ from llorch import records
 from llorch.auth import Scope
 from llorch.control import on_record, views
 from llorch.control.links import NodeLink
-from llorch.control.registry import check_address
 from llorch.control.state import CONTROL, Control, wall_time
 from llorch.control.sweep import probe
 from llorch.errors import Code, LlorchError
@@ -42,7 +39,7 @@ async def register(request: web.Request) -> web.StreamResponse:
     lease_id = secrets.token_hex(8)
     try:
         if message.address is not None:
-            await _check_address(message.address, request.remote)
+            await control.nodes.resolver.check(message.address, request.remote)
         await on_record.node_joins(request, message.node_id)
         link = control.links.get(message.node_id)
         taken = control.registry.register(
@@ -80,19 +77,6 @@ async def register(request: web.Request) -> web.StreamResponse:
             **control.access.told(),
         }
     )
-
-
-async def _check_address(address: str, peer: str | None) -> None:
-    """Refuse what must not be dialled, by name as by number: every address that a name means is checked."""
-    check_address(address, peer)
-    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        raise LlorchError(Code.UNTRUSTED_ADDRESS, "the advertised address does not resolve", param="address") from None
-    for *_, target in found:
-        number = str(target[0])
-        check_address(f"http://[{number}]" if ":" in number else f"http://{number}", peer)
 
 
 async def heartbeat(request: web.Request) -> web.StreamResponse:

@@ -29,6 +29,7 @@ from llorch.control.placement import pick
 from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
+from llorch.control.resolver import NodeResolver
 from llorch.control.state import CONTROL, Control
 from llorch.errors import Code, LlorchError
 from llorch.link import Link
@@ -97,7 +98,7 @@ class SimControl:
         self.finished: dict[str, int] = {}  # how often each run of a task has ended
         registry = Registry(f"epoch-{number}", heartbeat_interval_s=10.0, offline_after_s=30.0)
         links = Links()
-        nodes = NodeClient(links, registry.address_of, lambda: "", None)
+        nodes = NodeClient(links, registry.address_of, lambda: "", None, NodeResolver((), registry.peers_of))
         metrics: Any = Quiet()
         self.admission = Admission()
         recovery = Recovery(RECOVERY_WINDOW_S if number > 1 else 0.0, known_nodes, loop.time())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -256,7 +257,7 @@ def test_a_minimal_node_that_went_offline_is_back_with_its_next_beat() -> None:
 
 
 def test_a_minimal_node_is_told_apart_by_its_address_alone() -> None:
-    registry = Registry("epoch")
+    registry = Registry("epoch", node_cidr=(ip_network("10.0.0.0/24"),))
     minimal(registry)
     minimal(registry, peer="10.0.0.7")
     assert code(minimal, registry, peer="10.0.0.8", address="10.0.0.8:9200") is Code.NODE_ID_CONFLICT

@@ -10,10 +10,15 @@ messages are written by llorch, not copied from a peer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+MAX_WIRE_TEXT_CHARS = 2_000  # of one text in a peer's error; ours are a line or two
+MAX_DETAILS_CHARS = 16 * 1024  # of its details; more than that is no help to anybody
+MAX_RETRY_AFTER_MS = 24 * 3_600_000
 
 
 class Code(StrEnum):
@@ -198,6 +203,7 @@ class LlorchError(Exception):
         """The error a peer of ours sent; anything malformed becomes `fallback` without quoting it."""
         if not isinstance(wire, Mapping):
             return cls(fallback, "the peer sent no readable error")
+        wire = bounded(wire)
         try:
             code = Code(str(wire.get("code")))
         except ValueError:
@@ -213,6 +219,23 @@ class LlorchError(Exception):
             retry_after_ms=after if isinstance(after, int) and after >= 0 else None,
             details=details if isinstance(details, Mapping) else None,
         )
+
+
+def bounded(wire: Mapping[str, Any]) -> dict[str, Any]:
+    """An error object of a peer, with no more in it than one of ours would have: it is kept, and shown to people."""
+    fields: dict[str, Any] = {
+        name: value[:MAX_WIRE_TEXT_CHARS] if isinstance(value, str) else value
+        for name in ("code", "message", "type", "param", "hint", "request_id", "task_id")
+        if isinstance(value := wire.get(name), str | None) and name in wire
+    }
+    after, retriable, details = wire.get("retry_after_ms"), wire.get("retriable"), wire.get("details")
+    if isinstance(after, int) and not isinstance(after, bool) and after >= 0:
+        fields["retry_after_ms"] = min(after, MAX_RETRY_AFTER_MS)
+    if isinstance(retriable, bool):
+        fields["retriable"] = retriable
+    if isinstance(details, Mapping) and len(json.dumps(details)) <= MAX_DETAILS_CHARS:
+        fields["details"] = details
+    return fields
 
 
 class ConfigError(LlorchError):

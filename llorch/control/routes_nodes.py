@@ -170,12 +170,13 @@ async def read_pool(control: Control, node_id: str, pool_id: str) -> None:
     """Ask a node for one pool's report and take it over."""
     try:
         report = parse(PoolReport, await control.nodes.call(node_id, "GET", f"/v2/pools/{pool_id}"))
+        if report.pool_id != pool_id:
+            return
+        control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
     except LlorchError as error:
         log.info("pool.unread", node_id=node_id, pool_id=pool_id, code=error.code)
         return
-    if report.pool_id == pool_id:
-        control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
-        control.dispatcher.registry_changed()
+    control.dispatcher.registry_changed()
 
 
 async def list_nodes(request: web.Request) -> web.StreamResponse:

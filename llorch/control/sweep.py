@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from llorch.control import on_record
+from llorch.control.report_limits import MOST_POOLS
 from llorch.control.state import Control, wall_time
 from llorch.errors import LlorchError
 from llorch.logs import Log
@@ -60,11 +61,10 @@ async def probe(control: Control, node_id: str) -> None:
         return
     control.registry.probed(node_id, True, time.monotonic())
     pools = answer.get("pools") if isinstance(answer, dict) else None
-    for entry in pools if isinstance(pools, list) else []:
+    for entry in pools[:MOST_POOLS] if isinstance(pools, list) else []:
         try:
             report = parse(PoolReport, entry)
+            control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
         except LlorchError:
             log.warning("pool.unread", node_id=node_id, code="INVALID_REQUEST")
-            continue
-        control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
     control.dispatcher.registry_changed()

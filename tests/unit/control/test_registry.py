@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llorch.control import registry as registry_module
+from llorch.control import report_limits
 from llorch.control.placement import PoolFacts, Wish, pick
 from llorch.control.registry import Claim, Node, Registration, Registry
 from llorch.control.task_reports import MAX_TASKS_PER_NODE, TaskReports
@@ -75,7 +75,7 @@ def test_a_registered_node_is_known_with_its_pools_at_once() -> None:
 def test_there_are_so_many_nodes_and_no_more_and_the_one_longest_offline_makes_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry_module, "MAX_NODES", 3)
+    monkeypatch.setattr(report_limits, "MOST_NODES", 3)
     registry = Registry("epoch")
     for place, node_id in enumerate("abc"):
         register(registry, node_id, now=float(place))

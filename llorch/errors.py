@@ -38,6 +38,7 @@ class Code(StrEnum):
     REQUEST_TIMEOUT = "REQUEST_TIMEOUT"
     LEASE_STALE = "LEASE_STALE"
     NODE_ID_CONFLICT = "NODE_ID_CONFLICT"
+    NODE_QUARANTINED = "NODE_QUARANTINED"
     CONFLICT = "CONFLICT"
     GAP = "GAP"
     PAYLOAD_TOO_LARGE = "PAYLOAD_TOO_LARGE"
@@ -100,6 +101,9 @@ MEANINGS: Mapping[Code, Meaning] = {
     Code.LEASE_STALE: Meaning(409, _BAD, False, "a newer registration of this node is in force; register again"),
     Code.NODE_ID_CONFLICT: Meaning(
         409, _BAD, False, "give each machine its own --node-id, or wait until the other expires"
+    ),
+    Code.NODE_QUARANTINED: Meaning(
+        409, _BAD, True, "look at that machine; `llorch node pardon NODE` lets it back at once"
     ),
     Code.CONFLICT: Meaning(409, _BAD, False),
     Code.GAP: Meaning(410, _BAD, False, "these bytes are no longer kept; send the task again"),

@@ -114,7 +114,7 @@ def json_response(value: object, *, status: int = 200, headers: dict[str, str] |
 
 
 def error_headers(error: LlorchError) -> dict[str, str]:
-    if error.status not in (429, 503):
+    if error.status not in (429, 503) and error.code is not Code.NODE_QUARANTINED:
         return {}
     after_ms = 1_000 if error.retry_after_ms is None else error.retry_after_ms
     return {"Retry-After": str(max(1, -(-after_ms // 1_000))), "X-Backoff-Ms": str(after_ms)}

@@ -157,6 +157,10 @@ class LlorchClient:
     async def node(self, node_id: str) -> dict[str, Any]:
         return await self.call("GET", f"/v2/nodes/{_path(node_id)}")
 
+    async def pardon(self, node_id: str) -> dict[str, Any]:
+        """Forget what a node did that it may not; one that is quarantined may come back at once."""
+        return await self.call("POST", f"/v2/nodes/{_path(node_id)}/pardon")
+
     async def pools(self) -> list[dict[str, Any]]:
         return await self._list("/v2/pools", "pools")
 

@@ -21,6 +21,7 @@ from llorch.control import on_record, routes_health, routes_nodes, routes_tasks,
 from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
+from llorch.control.distrust import Distrust
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics, registry_metrics, trust_metrics
 from llorch.control.node_client import NodeClient
@@ -66,6 +67,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         access.service_token,
         tls.client_context(settings.tls_ca),
         NodeResolver(settings.node_cidr, registry.peers_of),
+        broke_protocol=lambda node_id, error: distrust.broke_protocol(node_id, error),
         cluster_tls=lambda node_id: access.outgoing if registry.certified(node_id) else None,
     ) as nodes:
         dispatcher = Dispatcher(
@@ -78,6 +80,14 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             ttft_timeout_s=settings.ttft_timeout,
             recovering=lambda: recovery.on(time.monotonic()),
         )
+        distrust = Distrust(
+            registry,
+            links,
+            dispatcher.tasks,
+            metrics,
+            cut=nodes.cut,
+            changed=dispatcher.registry_changed,
+        )
         control = Control(
             registry=registry,
             dispatcher=dispatcher,
@@ -87,6 +97,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             guard=guard,
             recovery=recovery,
             roster=roster,
+            distrust=distrust,
             replays=Replays(dispatcher.tasks, registry, nodes, recovery),
             access=access,
             admission=admission,

@@ -272,7 +272,7 @@ class Dispatcher:
         if gone.error.code is Code.NODE_LOST:
             self._registry.probed(claim.node_id, False, now)  # without a link, nothing goes there before it answers
         if gone.busy:
-            self._registry.busy(claim.node_id, claim.pool_id, now)
+            self._registry.busy(claim, now, full=gone.error.code is Code.ALL_SLOTS_BUSY)
         else:
             task.waited_s = 0.0
             if gone.lost:
@@ -305,6 +305,7 @@ class Dispatcher:
         task.attempt += 1
         task.node_id, task.pool_id = claim.node_id, claim.pool_id
         task.queued_ms = round((self._clock() - task.received_at) * 1_000, 3)
+        task.opened += ((task.attempt, claim.node_id),)
         task.enter(State.PLACED)
         feed = Feed()
         try:
@@ -394,6 +395,7 @@ class Dispatcher:
                     await audience.idle()
             elif isinstance(item, Accepted):
                 accepted = True
+                self._registry.accepted(claim)
                 until = self._clock() + self._patience_s(task, claim)
                 if not task.stream:
                     self._tried(task)  # it shows nothing before it is done: others are not to wait as long

@@ -20,9 +20,12 @@ from prometheus_client.registry import Collector
 from llorch.breaker import Phase
 from llorch.control.admission import Admission
 from llorch.control.registry import Registry
+from llorch.control.strikes import Offence
 from llorch.control.tasks import Task
 
 FAST_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+MOST_NODE_LABELS = 4_000  # counters never go; who registers under ever new names gets no more of them
+
 SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -48,6 +51,10 @@ class ControlMetrics:
         )
         self._registrations = Counter("llorch_registrations_total", "registrations", ["outcome"], registry=r)
         self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
+        self._strikes = Counter("llorch_node_strikes_total", "offences of nodes", ["kind"], registry=r)
+        for offence in Offence:
+            self._strikes.labels(offence.value)
+        self._named: set[str] = set()  # nodes that are labels of counters
         self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
         self._unaudited = Counter(
             "llorch_audit_unwritten_total", "audit records that could not be written when they were made", registry=r
@@ -108,6 +115,10 @@ class ControlMetrics:
                     self._child_of(self._tokens, model, kind).inc(count)
 
     def beat(self, node_id: str, outcome: str, *, seconds: float | None = None, rtt_ms: float | None = None) -> None:
+        if node_id not in self._named:
+            if len(self._named) >= MOST_NODE_LABELS:
+                return
+            self._named.add(node_id)
         self._child_of(self._beats, node_id, outcome).inc()
         if seconds is not None:
             self._beat_handling.observe(seconds)
@@ -116,6 +127,9 @@ class ControlMetrics:
 
     def registered(self, outcome: str) -> None:
         self._child_of(self._registrations, outcome).inc()
+
+    def struck(self, offence: Offence) -> None:
+        self._child_of(self._strikes, offence.value).inc()
 
     def auth_failed(self, layer: str) -> None:
         self._child_of(self._auth_failures, layer).inc()
@@ -163,11 +177,12 @@ def registry_metrics(registry: Registry, admission: Admission, now: float) -> It
     available = GaugeMetricFamily("llorch_model_available", "the node's catalog has it", labels=["node", "model"])
     utilization = GaugeMetricFamily("llorch_gpu_utilization", "0 to 1", labels=["node", "gpu"])
     memory = GaugeMetricFamily("llorch_gpu_memory_bytes", "by kind", labels=["node", "gpu", "kind"])
-    counts = dict.fromkeys(("registered", "online", "offline", "draining", "unreachable"), 0)
+    counts = dict.fromkeys(("registered", "online", "offline", "draining", "unreachable", "quarantined"), 0)
     for node in registry.nodes.values():
         counts["registered"] += 1
         counts["online" if node.online else "offline"] += 1
         counts["draining"] += node.draining
+        counts["quarantined"] += node.quarantine is not None
         counts["unreachable"] += node.online and not node.reachable
         ages.add_metric([node.node_id], max(0.0, now - node.last_beat))
         for gpu in node.gpus.values():

@@ -12,7 +12,9 @@ from typing import Any
 
 from llorch.breaker import Breaker, Phase
 from llorch.control.addresses import host_of
+from llorch.control.lies import SlotWord
 from llorch.control.placement import FAILED_STATES, Known, PoolFacts
+from llorch.control.strikes import Quarantine
 from llorch.messages import Gpu, ModelReport, PoolReport, Register, TaskReport
 
 SUSPECT_AFTER_BEATS = 2.5  # two were due and did not come, and the second had half an interval to be late in
@@ -93,6 +95,7 @@ class Pool:
     bound_model: str | None = None
     bound_since: str | None = None  # wall time
     breaker: Breaker = field(default_factory=Breaker)
+    slot_word: SlotWord = field(default_factory=SlotWord)
     facts: PoolFacts | None = None
     facts_until: float = 0.0
 
@@ -173,6 +176,7 @@ class Pool:
             self.reported_at,
             report.last_error,
             self._why_out(),
+            node.quarantine.reason if node.quarantine is not None else None,
         )
         return self.facts
 
@@ -209,6 +213,7 @@ class Node:
     linked: bool = False
     doubted: bool = False  # its link is up and silent, and was asked whether it lives
     probe_ok: bool | None = None
+    quarantine: Quarantine | None = None  # it is offline for what it did, and stays so until it registers again
     held: bool = False  # a storm: beats that it misses are the control's own fault
     certified: bool = False  # it showed a certificate of the cluster, so it can be asked for it
     beats: int = 0

@@ -16,6 +16,7 @@ from llorch.control.nodes import SUSPECT_AFTER_BEATS, BeatResult, Claim, Event, 
 from llorch.control.placement import Known, PoolFacts
 from llorch.control.report_limits import ReportLimits, one_too_many, reports_of
 from llorch.control.storms import Storm, Storms
+from llorch.control.strikes import Quarantine
 from llorch.control.task_reports import TaskReports
 from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
@@ -186,6 +187,17 @@ class Registry:
             self._ejections.settle(now)
         return node
 
+    def quarantine(self, node_id: str, quarantine: Quarantine | None, now: float) -> None:
+        """Its lease is over for what it did; None: it is forgiven, and may register again."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return
+        node.quarantine = quarantine
+        if quarantine is not None and node.online:
+            node.online, node.offline_since, node.probe_ok = False, now, None
+        self._settle(node, node.last_beat_wall)
+        self._ejections.settle(now)
+
     # ---- reachability
 
     def check_lease(self, node_id: str, lease_id: str) -> Node:
@@ -233,9 +245,9 @@ class Registry:
         return node.reachable != before
 
     def address_of(self, node_id: str) -> str | None:
-        """The base URL to dial a node at; None for one that advertises none, or is not there."""
+        """The base URL to dial a node at; None for one that advertises none, is not there, or shut out."""
         node = self._nodes.get(node_id)
-        return None if node is None else node.url
+        return None if node is None or node.quarantine is not None else node.url
 
     def peers_of(self, host: str) -> set[str | None]:
         """Where those nodes registered from whose address has this host."""
@@ -355,14 +367,22 @@ class Registry:
             pool.ended_since_report += used
             pool.facts = None
 
-    def busy(self, node_id: str, pool_id: str, now: float) -> None:
-        """The node answered ALL_SLOTS_BUSY to a claim of ours, which is not released yet.
+    def accepted(self, claim: Claim) -> None:
+        """The node has taken its task."""
+        pool = self._pool(claim.node_id, claim.pool_id)
+        if pool is not None:
+            pool.slot_word.accepted()
+
+    def busy(self, claim: Claim, now: float, *, full: bool = True) -> None:
+        """The node has no room for a claim of ours, which is not released yet; `full`: it said that no slot is free.
 
         No slot is free there until a report says so, one of our other claims ends, or REFUSAL_HOLDS_S is over.
         """
-        pool = self._pool(node_id, pool_id)
+        pool = self._pool(claim.node_id, claim.pool_id)
         if pool is not None:
             pool.refuse(now)
+            if full:
+                pool.slot_word.refused(now)
 
     def succeeded(self, claim: Claim, now: float) -> None:
         """Its attempt ended well: said before the release, of every attempt that was answered to its end."""

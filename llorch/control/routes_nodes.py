@@ -21,6 +21,7 @@ from llorch.messages import Heartbeat, PoolReady, PoolReport, Register, parse
 from llorch.web import PRINCIPAL, Route, json_response, read_model
 
 OLD_LINK_ANSWERS_WITHIN_S = 1.0
+_OUTCOMES = {Code.LEASE_STALE: "stale", Code.NODE_ID_CONFLICT: "stale", Code.NODE_QUARANTINED: "unauthorized"}
 
 log = Log("control.nodes")
 
@@ -38,6 +39,7 @@ async def register(request: web.Request) -> web.StreamResponse:
     _must_be(request, message.node_id)
     lease_id = secrets.token_hex(8)
     try:
+        control.distrust.check(message.node_id)
         if message.address is not None:
             await control.nodes.resolver.check(message.address, request.remote)
         await on_record.node_joins(request, message.node_id)
@@ -84,14 +86,17 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
     _must_be(request, node_id)
     started = time.monotonic()
     try:
+        control.distrust.check(node_id)
         message = await read_model(request, Heartbeat)
-        control.registry.heartbeat(node_id, message, now=time.monotonic(), wall=wall_time())
+        applied = control.registry.heartbeat(node_id, message, now=time.monotonic(), wall=wall_time()).applied
     except LlorchError as error:
-        outcome = "stale" if error.code in (Code.LEASE_STALE, Code.NODE_ID_CONFLICT) else "invalid"
+        outcome = _OUTCOMES.get(error.code, "invalid")
         if node_id in control.registry.nodes:  # a stranger's ids would be labels without end
             control.metrics.beat(node_id, outcome)
         log.warning("heartbeat.failed", node_id=node_id, code=error.code)
         raise
+    if applied:
+        control.distrust.beat(node_id, message)
     control.metrics.beat(node_id, "ok", seconds=time.monotonic() - started, rtt_ms=message.rtt_ms)
     if not message.delta and control.links.get(node_id) is not None:
         control.dispatcher.surplus.cancel(node_id)
@@ -104,6 +109,8 @@ async def deregister(request: web.Request) -> web.StreamResponse:
     """By the node itself or an admin: the node's token and the admin's both pass."""
     control, node_id = request.app[CONTROL], request.match_info["node_id"]
     _must_be(request, node_id)
+    if not request[PRINCIPAL].may(Scope.ADMIN):
+        control.distrust.check(node_id)  # it stays listed, with why it is shut out
     await on_record.node_deregisters(request, node_id)
     control.registry.deregister(node_id, time.monotonic())
     link = control.links.get(node_id)
@@ -124,6 +131,7 @@ async def open_link(request: web.Request) -> web.StreamResponse:
     lease_id = request.headers.get("X-Llorch-Lease", "")
     if request.transport is None:
         raise ConnectionResetError("the connection ended before it became a link")
+    control.distrust.check(node_id)
     control.registry.link_up(node_id, lease_id, time.monotonic())
     transport = request.transport
     link = NodeLink(node_id, lease_id, lambda ended, reason: _link_lost(control, ended, reason))
@@ -153,6 +161,8 @@ def _link_lost(control: Control, link: NodeLink, reason: str) -> None:
         if reason == "shutdown":
             return  # we end it; nothing is placed any more, and the node is not missing
         control.registry.link_lost(link.node_id, time.monotonic())
+        if link.connection is not None and link.connection.fault is not None:
+            control.distrust.broke_protocol(link.node_id, link.connection.fault)
         control.dispatcher.registry_changed()
 
 
@@ -176,7 +186,14 @@ async def read_pool(control: Control, node_id: str, pool_id: str) -> None:
     except LlorchError as error:
         log.info("pool.unread", node_id=node_id, pool_id=pool_id, code=error.code)
         return
+    control.distrust.read(node_id, report)
     control.dispatcher.registry_changed()
+
+
+async def pardon(request: web.Request) -> web.StreamResponse:
+    control, node_id = request.app[CONTROL], request.match_info["node_id"]
+    was = control.distrust.pardon(node_id, request[PRINCIPAL].name)
+    return json_response({"success": True, "node_id": node_id, "was_quarantined": was})
 
 
 async def list_nodes(request: web.Request) -> web.StreamResponse:
@@ -204,6 +221,7 @@ ROUTES = (
     Route("POST", "/v2/nodes/{node_id}/heartbeat", Scope.NODE, heartbeat, "A full snapshot, or a delta", Heartbeat),
     Route("DELETE", "/v2/nodes/{node_id}", Scope.NODE, deregister, "A node leaves", also=(Scope.ADMIN,)),
     Route("GET", "/v2/nodes/{node_id}/link", Scope.NODE, open_link, "Switch to records", status=101),
+    Route("POST", "/v2/nodes/{node_id}/pardon", Scope.ADMIN, pardon, "Forget what a node did, and let it back"),
     Route("POST", "/callbacks/pool-ready", Scope.NODE, pool_ready, "A pool became ready", PoolReady, status=202),
     Route("GET", "/v2/nodes", Scope.READ, list_nodes, "Every node: state, GPUs, pools, slots"),
     Route("GET", "/v2/nodes/{node_id}", Scope.READ, show_node, "One node"),

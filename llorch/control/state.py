@@ -12,6 +12,7 @@ from llorch.audit import Audit
 from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
+from llorch.control.distrust import Distrust
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics
 from llorch.control.node_client import NodeClient
@@ -36,6 +37,7 @@ class Control:
     access: Access
     admission: Admission
     audit: Audit
+    distrust: Distrust
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

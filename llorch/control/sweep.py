@@ -67,4 +67,6 @@ async def probe(control: Control, node_id: str) -> None:
             control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
         except LlorchError:
             log.warning("pool.unread", node_id=node_id, code="INVALID_REQUEST")
+            continue
+        control.distrust.read(node_id, report)
     control.dispatcher.registry_changed()

@@ -42,7 +42,9 @@ LEAVE_TIMEOUT_S = 2.0
 MAX_ANSWER_BYTES = 1024 * 1024
 
 _REGISTER_AGAIN = frozenset({Code.NODE_UNKNOWN, Code.LEASE_STALE, Code.NODE_ID_CONFLICT})
-_FOR_A_PERSON = frozenset({Code.UNAUTHENTICATED, Code.FORBIDDEN, Code.NODE_ID_CONFLICT, Code.UNTRUSTED_ADDRESS})
+_FOR_A_PERSON = frozenset(
+    {Code.UNAUTHENTICATED, Code.FORBIDDEN, Code.NODE_ID_CONFLICT, Code.NODE_QUARANTINED, Code.UNTRUSTED_ADDRESS}
+)
 
 log = Log("node.heartbeat")
 
@@ -262,7 +264,14 @@ class Membership:
         self._failures += 1
         if error.code in _FOR_A_PERSON:
             hint = self._credentials.mend if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN) else error.hint
-            log.error("control.refuses", node_id=self._node.node_id, url=self.url, code=error.code, hint=hint)
+            log.error(
+                "control.refuses",
+                node_id=self._node.node_id,
+                url=self.url,
+                code=error.code,
+                reason=error.message,
+                hint=hint,
+            )
             return SLOW_RETRY.delay_s(self._failures, random.random())
         tell = log.warning if self._failures in (1, 10) or self._failures % 100 == 0 else log.debug
         tell(

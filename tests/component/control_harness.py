@@ -86,6 +86,7 @@ class Attempt:
     def __init__(self, node_id: str, header: dict[str, Any]) -> None:
         self.node_id = node_id
         self.header = header
+        self.accepted = False
         self.body = b""
         self.log = b""
         self.tokens: list[str] = []
@@ -115,7 +116,10 @@ class Attempt:
     # ---- what the node says
 
     def accept(self) -> Attempt:
-        self.emit(Type.ACCEPT)
+        """ACCEPT, once."""
+        if not self.accepted:
+            self.accepted = True
+            self.emit(Type.ACCEPT)
         return self
 
     def refuse(self, code: Code) -> None:
@@ -327,6 +331,7 @@ class HttpAttempt(Attempt):
         self.status: int | None = None
         self.gone = asyncio.Event()
         self.stays_open = False  # the connection, after the TAIL
+        self.content_type = records.CONTENT_TYPE
 
     def emit(self, kind: int, payload: bytes = b"") -> None:
         self.script.put_nowait(records.encode(0, kind, payload))
@@ -417,7 +422,7 @@ class DialledNode:
             first = await attempt.script.get()
             if attempt.status is not None:
                 return aioweb.Response(status=attempt.status, body=first, content_type="application/json")
-            response = aioweb.StreamResponse(headers={"Content-Type": records.CONTENT_TYPE})
+            response = aioweb.StreamResponse(headers={"Content-Type": attempt.content_type})
             if first:
                 await response.prepare(request)
             data = first

@@ -14,6 +14,7 @@ import pytest
 from llorch.auth import Scope, TokenRing
 from llorch.config_kinds import HostPort
 from llorch.control import access, app
+from llorch.control.strikes import Offence
 from llorch.web import Gate, Route
 from tests.component.control_harness import MODEL, TOKENS, a_control, bearer, eventually, lost_soon, pool, settings
 
@@ -208,7 +209,7 @@ def _expected_label_values(seen: set[str]) -> set[str]:
     fixed = {
         "", "m", "a", "p0", "p1", "0", "online", "offline", "registered", "draining", "unreachable", "free", "busy",
         "ok", "placed", "refused", "done", "failed", "canceled", "interactive", "input", "output", "cached", "total",
-        "used", "foreign",
+        "used", "foreign", "quarantined", *Offence,
     }  # fmt: skip
     return fixed | {value for value in seen if re.fullmatch(r"[A-Z_]+|\+Inf|[0-9.e-]+", value)}
 

@@ -21,6 +21,7 @@ from llorch.auth import Principal, Scope
 from llorch.control import follow, replay, routes_nodes, sweep
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
+from llorch.control.distrust import Distrust
 from llorch.control.links import Links
 from llorch.control.links import NodeLink as ControlEnd
 from llorch.control.log_reader import LogReader
@@ -107,11 +108,15 @@ class SimControl:
             queue_timeout_s=120.0, queue_timeout_batch_s=300.0, ttft_timeout_s=120.0,
             recovering=lambda: recovery.on(loop.time()), clock=loop.time,
         )  # fmt: skip
+        self.distrust = Distrust(
+            registry, links, dispatcher.tasks, metrics,
+            cut=nodes.cut, changed=dispatcher.registry_changed, clock=loop.time,
+        )  # fmt: skip
         self.state = Control(
             registry=registry, dispatcher=dispatcher, links=links, nodes=nodes, metrics=metrics,
             guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(),  # type: ignore[arg-type]
-            replays=Replays(dispatcher.tasks, registry, nodes, recovery), max_body_bytes=1 << 20,
-            slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
+            replays=Replays(dispatcher.tasks, registry, nodes, recovery), distrust=self.distrust,
+            max_body_bytes=1 << 20, slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
             admission=self.admission, access=SimpleNamespace(told=dict),  # type: ignore[arg-type]
         )  # fmt: skip
         self.state.guard.loop(lambda: sweep.expire_step(self.state), "expire")
@@ -162,6 +167,7 @@ class SimControl:
 
     def check(self) -> None:
         state = self.state
+        assert len(self.distrust.strikes) == 0, "an honest node was struck"
         dispatcher, registry, admission = state.dispatcher, state.registry, self.admission
         claims = list(registry._claims.values())
         held: dict[tuple[str, str], int] = {}

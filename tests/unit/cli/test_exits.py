@@ -7,6 +7,7 @@ from llorch.errors import Code
 
 FAILED = {
     Code.METHOD_NOT_ALLOWED, Code.LEASE_STALE, Code.NODE_ID_CONFLICT, Code.CONFLICT, Code.UNTRUSTED_ADDRESS,
+    Code.NODE_QUARANTINED,
     Code.UPGRADE_REQUIRED, Code.CANCELED, Code.INTERNAL, Code.NODE_LOST, Code.ENGINE_FAILED,
 }  # fmt: skip
 

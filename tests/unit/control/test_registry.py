@@ -409,7 +409,7 @@ def test_a_claim_that_no_node_has_seen_hides_no_slot_that_somebody_else_took() -
 
 def refuse(registry: Registry, claim: Claim, now: float) -> None:
     """What dispatch does with ALL_SLOTS_BUSY."""
-    registry.busy(claim.node_id, claim.pool_id, now)
+    registry.busy(claim, now)
     registry.release(claim)
 
 

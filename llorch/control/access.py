@@ -20,6 +20,7 @@ from aiohttp import web
 from llorch import private, tls
 from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Principal, Scope, TokenRing, parse_tokens
 from llorch.config import ControlSettings
+from llorch.control.nodes import Node
 from llorch.control.token_files import TokenFiles, principals
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
@@ -212,6 +213,10 @@ class Access:
             raise
         finally:
             self._make_ring()
+
+    def to_node(self, node: Node | None) -> ssl.SSLContext | None:
+        """What to call a node with; None for one that has no certificate: it is shown the service token."""
+        return self.outgoing if node is not None and node.certified else None
 
     def service_token(self) -> str:
         """What is presented to nodes that have no certificate: the first of the service tokens."""

@@ -68,7 +68,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         tls.client_context(settings.tls_ca),
         NodeResolver(settings.node_cidr, registry.peers_of),
         broke_protocol=lambda node_id, error: distrust.broke_protocol(node_id, error),
-        cluster_tls=lambda node_id: access.outgoing if registry.certified(node_id) else None,
+        cluster_tls=lambda node_id: access.to_node(registry.nodes.get(node_id)),
     ) as nodes:
         dispatcher = Dispatcher(
             registry,

@@ -47,7 +47,7 @@ SCOPES: dict[str, dict[str, set[Scope]]] = {
         "POST /v2/nodes/register": {NODE}, "POST /v2/nodes/{node_id}/heartbeat": {NODE},
         "DELETE /v2/nodes/{node_id}": {NODE, ADMIN}, "GET /v2/nodes/{node_id}/link": {NODE},
         "POST /callbacks/pool-ready": {NODE}, "POST /v2/nodes/csr": {JOIN, NODE},
-        "GET /v2/nodes": {READ}, "GET /v2/nodes/{node_id}": {READ}, "GET /v2/pools": {READ}, "GET /v2/catalog": {READ},
+        "POST /v2/nodes/{node_id}/pardon": {ADMIN}, "GET /v2/nodes": {READ}, "GET /v2/nodes/{node_id}": {READ}, "GET /v2/pools": {READ}, "GET /v2/catalog": {READ},
         "GET /v2/tokens": {ADMIN}, "POST /v2/tokens": {ADMIN}, "DELETE /v2/tokens/{token}": {ADMIN},
         "GET /cacerts": {OPEN}, "GET /livez": {OPEN}, "GET /readyz": {OPEN}, "GET /health": {OPEN},
         "GET /openapi.json": {OPEN}, "GET /metrics": {METRICS},

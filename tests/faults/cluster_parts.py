@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import aiohttp
 
+from llorch.audit import Unaudited
 from llorch.auth import Principal, Scope
 from llorch.control import follow, replay, routes_nodes, sweep
 from llorch.control.admission import Admission
@@ -114,10 +115,10 @@ class SimControl:
         )  # fmt: skip
         self.state = Control(
             registry=registry, dispatcher=dispatcher, links=links, nodes=nodes, metrics=metrics,
-            guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(),  # type: ignore[arg-type]
+            guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(saved=None),  # type: ignore[arg-type]
             replays=Replays(dispatcher.tasks, registry, nodes, recovery), distrust=self.distrust,
             max_body_bytes=1 << 20, slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
-            admission=self.admission, access=SimpleNamespace(told=dict),  # type: ignore[arg-type]
+            admission=self.admission, audit=Unaudited(), access=SimpleNamespace(told=dict),  # type: ignore[arg-type]
         )  # fmt: skip
         self.state.guard.loop(lambda: sweep.expire_step(self.state), "expire")
         self.wires: list[Wire] = []
@@ -312,9 +313,8 @@ class Network:
 class Asked(SimpleNamespace):
     """A request of somebody who showed the nodes' shared token."""
 
-    def __getitem__(self, key: object) -> Principal:
-        assert key is PRINCIPAL
-        return NODES
+    def __getitem__(self, key: object) -> Principal | str:
+        return NODES if key is PRINCIPAL else "request"
 
 
 async def _dial(url: str, node_id: str, lease_id: str, shown: Shown, epoch: str, take: Any) -> Any:

@@ -186,6 +186,7 @@ def test_of_two_stores_what_was_revoked_or_used_in_one_of_them_stays_so() -> Non
     here, _ = tokens.revoke(plain.id, NOW)
     there = tokens.use(join.id, NOW).add(Wish(name="new"), NOW + 5, random())[0]
     for merged in (here.merged(there), there.merged(here)):
-        assert [one.ended(NOW) for one in merged.records] == ["revoked", None, None]
-        assert [one.uses_left for one in merged.records] == [None, 1, None]
+        found = {one.id: one for one in merged.records}
+        assert len(found) == len(merged.records) == 3
+        assert (found[plain.id].ended(NOW), found[join.id].ended(NOW), found[join.id].uses_left) == ("revoked", None, 1)
         assert merged.merged(there) == merged

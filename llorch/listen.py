@@ -213,7 +213,7 @@ def _says(pace: OncePer, refused: Refused) -> Refused:
         refused(peer, why)
         more = pace.told(why, loop.time())
         if more is not None:
-            log.info("tls.refused", peer=peer, why=why, more=more or None)
+            log.warning("auth.failed", layer="tls", reason=why, peer=peer, more=more or None)
 
     return say
 
@@ -236,29 +236,36 @@ def watched_doors(
     return Doors(limits, is_node=is_node, refused=say)
 
 
+def bound(doors: Doors, limits: Limits) -> None:
+    """Have these limits from now on, as far as the process may have files open."""
+    doors.limits = limits.within(_allow_many_files())
+
+
 async def serve(
     app: web.Application,
     host: str,
     port: int,
     *,
     tls: Identities | None = None,
+    mesh: bool = False,
     refused: Refused = lambda _peer, _why: None,
     doors: Doors | None = None,
     shutdown_timeout_s: float = 5.0,
 ) -> Server:
     """Listen on host:port (0: a free one). Raises ConfigError if it is taken, or is no loopback and has no TLS.
 
+    `mesh`: beyond loopback without TLS all the same, for something around this process encrypts what it sends.
     `refused` hears of every TLS handshake that failed for a reason. `doors`: who may come in; the default bounds, if
     there is nothing to say of it.
     """
     shown = f"[{host}]" if ":" in host else host
     try:
-        sockets = await _listening(host, port, loopback_only=tls is None)
+        sockets = await _listening(host, port, loopback_only=tls is None and not mesh)
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise ConfigError(f"{shown}:{port} can't be listened on: {why}", hint="give another --bind HOST:PORT") from None
     doors, told = doors or Doors(), _says(OncePer(), refused)
-    doors.limits = doors.limits.within(_allow_many_files())
+    bound(doors, doors.limits)
     runner = web.AppRunner(
         app,
         handler_cancellation=True,  # a client that leaves cancels its handler: the task's slot goes free

@@ -19,6 +19,7 @@ from llorch.config_kinds import (
     GPUS,
     HOST_PORT,
     MODEL_REF,
+    NAMES,
     NODE_ID_PATTERN,
     PATH,
     POOL_ID_PATTERN,
@@ -188,6 +189,25 @@ class ControlSettings(ServerSettings):
     tls_key: str | None = setting(
         None, PATH, _TLS_KEY, example="/etc/llorch/tls.key", aliases=("ORCHESTRATORD_TLS_KEY",)
     )
+    tls: str = setting(
+        "auto",
+        choice("auto", "on", "off-mesh"),
+        "auto: TLS wherever it listens beyond loopback, with a certificate of the cluster's own authority if tls-cert "
+        "is not given. on: on loopback too. off-mesh: none, for a service mesh that encrypts and authenticates.",
+    )
+    tls_names: tuple[str, ...] = setting(
+        "", NAMES, "Further names and addresses for the certificate that the cluster's authority gives this control."
+    )
+    ca_passphrase: str | None = setting(
+        None,
+        TOKEN,
+        "Encrypts the key of the cluster's authority on disk. Without it, the file's mode alone guards it.",
+    )
+    node_cert_life: float = setting(
+        "30d",
+        duration("1m", "3650d"),
+        "How long a node's certificate is valid. It is renewed after two thirds; a node away for longer joins again.",
+    )
     api_token: str | None = setting(
         None, TOKENS, "Client tokens (scopes submit and read): a comma or line list, all valid; name=token names one."
     )
@@ -250,10 +270,22 @@ class ControlSettings(ServerSettings):
         "How long after its start a control waits for its nodes before it says that a task or a model does not exist. "
         "It ends early once every node it knew is back.",
     )
+    node_cidr: tuple[Network, ...] = setting(
+        "",
+        CIDRS,
+        "Networks in which a node may advertise an address that it does not register from: nodes with several "
+        "addresses, or behind NAT. Nodes that are reached over their own link need none.",
+    )
     ttft_timeout: float = setting(
         "120s",
         duration("100ms", "1d"),
         "How long a placed stream may take to its first token before it is tried elsewhere. Long prompts need long.",
+    )
+    audit_files: int | None = setting(
+        None,
+        integer(2, 1_000_000, example=100),
+        "How many files of the audit log are kept, 64 MiB each; the oldest goes first, and the log says so. All of "
+        "them without it.",
     )
 
 
@@ -272,6 +304,11 @@ class NodeSettings(ServerSettings):
     )
     max_connections: int = setting(
         "1024", _CONNECTIONS, "Connections in all; beyond it the one that has been idle for longest goes."
+    )
+    join_token: str | None = setting(
+        None,
+        TOKEN,
+        "What `llorch token join` on the control printed. The node gets its certificate for it and needs it only once.",
     )
     join: tuple[str, ...] = setting("", URLS, "URLs of the controls to register with; all of them, for availability.")
     node_id: str | None = setting(

@@ -16,10 +16,10 @@ def control(_: object) -> None:
 
 
 def _run(given: dict[str, Any]) -> int:
-    settings = role_settings(ControlSettings, flag_values(ControlSettings, given), given["config"])
+    settings, source = role_settings(ControlSettings, flag_values(ControlSettings, given), given["config"])
     from llorch.control.app import main
 
-    return main(settings)
+    return main(settings, source)
 
 
 def register(app: typer.Typer) -> None:

@@ -131,13 +131,15 @@ class Dispatcher:
         audience.running = self._guard.spawn(self._run(task, audience), f"task.{task.task_id}")
         return audience
 
-    async def serve(self, task: Task, client: Client) -> Tail:
-        """Run `task` for `client`. Returns its TAIL; raises LlorchError when it fails before or without one.
+    async def serve(self, task: Task, client: Client, *, started: Callable[[], None] = lambda: None) -> Tail:
+        """Run `task` for `client`; `started` is called once it is taken in. Returns its TAIL; raises LlorchError when
+        it fails before or without one.
 
         Cancelled (the client left): the task goes on for those who still listen, or may come back. Raises ShuttingDown
         when the control goes first.
         """
         audience = self.start(task, client)
+        started()
         assert audience.running is not None
         try:
             outcome = await asyncio.shield(audience.running)
@@ -274,7 +276,7 @@ class Dispatcher:
         if gone.error.code is Code.NODE_LOST:
             self._registry.probed(claim.node_id, False, now)  # without a link, nothing goes there before it answers
         if gone.busy:
-            self._registry.busy(claim.node_id, claim.pool_id, now)
+            self._registry.busy(claim, now, full=gone.error.code is Code.ALL_SLOTS_BUSY)
         else:
             task.waited_s = 0.0
             if gone.lost:
@@ -307,6 +309,7 @@ class Dispatcher:
         task.attempt += 1
         task.node_id, task.pool_id = claim.node_id, claim.pool_id
         task.queued_ms = round((self._clock() - task.received_at) * 1_000, 3)
+        task.opened += ((task.attempt, claim.node_id),)
         task.enter(State.PLACED)
         feed = Feed()
         try:
@@ -396,6 +399,7 @@ class Dispatcher:
                     await audience.idle()
             elif isinstance(item, Accepted):
                 accepted = True
+                self._registry.accepted(claim)
                 until = self._clock() + self._patience_s(task, claim)
                 if not task.stream:
                     self._tried(task)  # it shows nothing before it is done: others are not to wait as long

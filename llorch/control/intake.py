@@ -15,7 +15,6 @@ from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import TASK_ID, TaskBody, decode_object, model_id_ok, parse
 
 MAX_DEADLINE_MS = 86_400_000
-MAX_PATH_CHARS = 256  # as a record carries it
 MAX_KEY_CHARS = 255
 MAX_ESTIMATED_TOKENS = 10_000_000  # the most that a native body may ask for
 PRIORITIES = ("interactive", "batch")  # the first one is what is meant where nothing is said
@@ -65,9 +64,7 @@ def native_task(
 def openai_task(
     path: str, raw: bytes, headers: Mapping[str, str], *, owner: str, request_id: str, task_id: str, now: float
 ) -> Task:
-    """The task of a /v1 body. Only `model` and `stream` are read; the node reads the rest."""
-    if len(path) > MAX_PATH_CHARS or not (path.isascii() and path.isprintable()):
-        raise LlorchError(Code.NOT_FOUND, "no engine serves this path")
+    """The task of a /v1 body, at a path that is served. Only `model` and `stream` are read; the node reads the rest."""
     content_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content_type in _JSON_TYPES or content_type.endswith("+json"):
         asked = decode_object(raw)

@@ -78,6 +78,7 @@ class Task:
     stopped: bool = False  # this control let go of it, because it shuts down
     abandoned: bool = False  # its reader left; the node decides what becomes of it
     named: bool = False  # its client chose its task_id
+    opened: tuple[tuple[int, str], ...] = ()  # each attempt and its node, of those run from here
     replayed: bool = False  # not run for this request: an earlier one sent the same
 
     @classmethod

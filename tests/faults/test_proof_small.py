@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.proofs import PROOFS
 
-SMALL = ("node_killed", "control_killed", "leaving")
+SMALL = ("node_killed", "control_killed", "leaving", "rotation")
 
 
 @pytest.mark.parametrize("name", SMALL)

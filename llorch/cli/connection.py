@@ -23,7 +23,7 @@ async def connected(target: Target) -> AsyncIterator[LlorchClient]:
     try:
         async with (
             asyncio.timeout(target.timeout_s) as limit,
-            LlorchClient(target.url, target.token, tls_ca=target.tls_ca) as client,
+            LlorchClient(target.url, target.token, tls_ca=target.tls_ca, pinned=target.pinned) as client,
         ):
             yield client
     except TimeoutError:

@@ -17,10 +17,10 @@ def control(_: object) -> None:
 
 
 def _run(given: dict[str, Any]) -> int:
-    settings = role_settings(ControlSettings, flag_values(ControlSettings, given), given["config"])
+    settings, source = role_settings(ControlSettings, flag_values(ControlSettings, given), given["config"])
     with loading():
         from llorch.control.app import main
-    return main(settings)
+    return main(settings, source)
 
 
 def register(app: typer.Typer) -> None:

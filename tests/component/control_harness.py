@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import tempfile
 import uuid
@@ -33,6 +34,7 @@ from tests.cluster import eventually
 MODEL = "m"
 TOKENS = {name: secrets.token_hex(16) for name in ("alice", "bob", "admin", "node", "service")}
 WINDOW = records.INITIAL_CREDIT_BYTES
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where nothing is waited for to be on disk
 _CLIENT_TLS = tls.client_context(None)  # one for all tests: reading the system's authorities takes 40 ms
 
 
@@ -43,7 +45,7 @@ def settings(**more: Any) -> ControlSettings:
         admin_token=f"root={TOKENS['admin']}",
         node_token=TOKENS["node"],
         service_token=TOKENS["service"],
-        **{"shutdown_grace": 0.0, "recovery_window": 0.0, **more},
+        **{"shutdown_grace": 0.0, "recovery_window": 0.0, "rate_failures": 0, **more},
     )
 
 
@@ -97,6 +99,7 @@ class Attempt:
     def __init__(self, node_id: str, header: dict[str, Any]) -> None:
         self.node_id = node_id
         self.header = header
+        self.accepted = False
         self.body = b""
         self.log = b""
         self.tokens: list[str] = []
@@ -126,7 +129,10 @@ class Attempt:
     # ---- what the node says
 
     def accept(self) -> Attempt:
-        self.emit(Type.ACCEPT)
+        """ACCEPT, once."""
+        if not self.accepted:
+            self.accepted = True
+            self.emit(Type.ACCEPT)
         return self
 
     def refuse(self, code: Code) -> None:
@@ -341,6 +347,7 @@ class HttpAttempt(Attempt):
         self.status: int | None = None
         self.gone = asyncio.Event()
         self.stays_open = False  # the connection, after the TAIL
+        self.content_type = records.CONTENT_TYPE
 
     def emit(self, kind: int, payload: bytes = b"") -> None:
         self.script.put_nowait(records.encode(0, kind, payload))
@@ -431,7 +438,7 @@ class DialledNode:
             first = await attempt.script.get()
             if attempt.status is not None:
                 return aioweb.Response(status=attempt.status, body=first, content_type="application/json")
-            response = aioweb.StreamResponse(headers={"Content-Type": records.CONTENT_TYPE})
+            response = aioweb.StreamResponse(headers={"Content-Type": attempt.content_type})
             if first:
                 await response.prepare(request)
             data = first
@@ -644,7 +651,7 @@ async def a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
     """A control with these settings, and everything closed at the end."""
     with (
         mock.patch.object(app.tls, "client_context", lambda _ca: _CLIENT_TLS),
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True, dir=_MEMORY) as folder,
     ):
         async with _a_control(**{"data_dir": folder, **more}) as running:
             yield running

@@ -182,6 +182,22 @@ async def test_refused_token_is_said_aloud_and_tried_again(
         await eventually(lambda: len(full_beats(setup)) > before)
 
 
+async def test_a_node_that_is_quarantined_says_so_and_keeps_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(heartbeat, "SLOW_RETRY", heartbeat.RETRY)
+    async with node_between(tmp_path) as setup:
+        await setup.link()
+        setup.control.refuse_beats = (409, "NODE_QUARANTINED")
+        setup.node.pools.handle(ev.Drain(POOL), 0.0)
+        await eventually(lambda: "control.refuses" in caplog.text)
+        assert "code=NODE_QUARANTINED" in caplog.text
+        assert "llorch node pardon" in caplog.text
+        setup.control.refuse_beats = None
+        before = len(full_beats(setup))
+        await eventually(lambda: len(full_beats(setup)) > before)
+
+
 async def test_what_is_no_control_is_told_to_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with node_between(tmp_path) as setup:
         await setup.link()

@@ -16,6 +16,7 @@ from tests.faults.proofs import PROOFS
 SMALL = (
     pytest.param("node_killed", marks=pytest.mark.slow),  # a reader whose node is gone is told after 5 s
     pytest.param("control_killed", marks=pytest.mark.slow),
+    pytest.param("rotation", marks=pytest.mark.slow),
     "leaving",
 )
 

@@ -1,4 +1,4 @@
-"""`llorch config check|show|init|schema`: settings, without starting anything."""
+"""`llorch config check|show|init|schema|firewall`: settings, without starting anything."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from llorch.cli import firewall
 from llorch.cli.flags import local_command, with_flags
 from llorch.cli.output import Column, Failure, Output, usage, warn, write_err, write_out
 from llorch.cli.sources import config_files, resolve_here
@@ -120,3 +121,4 @@ app.command("check")(_command(check))
 app.command("show")(local_command(show_settings))
 app.command("init")(_command(init))
 app.command("schema")(_command(schema))
+app.add_typer(firewall.app, name="firewall")

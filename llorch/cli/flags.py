@@ -164,8 +164,8 @@ def local_command(own: Handler) -> Callable[..., None]:
     return with_flags(body, own, _FORMAT_FLAGS)
 
 
-def client_command(own: Handler) -> Callable[..., None]:
-    """Make `own(call, ...)` a command with its own parameters, the client's settings and the formats."""
+def client_body(own: Handler) -> Callable[[dict[str, Any]], Any]:
+    """What `client_command` runs, for a group that has flags of its own."""
 
     def body(given: dict[str, Any]) -> Any:
         flags = flag_values(ClientSettings, given)
@@ -173,4 +173,26 @@ def client_command(own: Handler) -> Callable[..., None]:
         context, config = given.pop("context", None), given.pop("config", None)
         return own(Call(flags, config, context, output, said), **given)
 
-    return with_flags(body, own, (*_FORMAT_FLAGS, _CONTEXT_FLAG, *role_flags(ClientSettings)))
+    return body
+
+
+def client_flags() -> tuple[inspect.Parameter, ...]:
+    return (*_FORMAT_FLAGS, _CONTEXT_FLAG, *role_flags(ClientSettings))
+
+
+def client_command(own: Handler) -> Callable[..., None]:
+    """Make `own(call, ...)` a command with its own parameters, the client's settings and the formats."""
+    return with_flags(client_body(own), own, client_flags())
+
+
+def role_report(cls: type[RoleSettings], own: Handler) -> Callable[..., None]:
+    """Make `own(output, flags, config)` a command that takes what a role is started with, and reports about it."""
+
+    def body(given: dict[str, Any]) -> Any:
+        output, _ = _take_output(given)
+        return own(output, flag_values(cls, given), given.pop("config", None))
+
+    def described(_: object) -> None: ...
+
+    described.__name__, described.__doc__ = own.__name__, own.__doc__
+    return with_flags(body, described, (*_FORMAT_FLAGS, *role_flags(cls)))

@@ -23,6 +23,7 @@ from llorch.cli import (
     context,
     control,
     dev,
+    doctor,
     explain,
     node,
     pool,
@@ -71,6 +72,7 @@ status.register(app)
 app.add_typer(pool.app, name="pool")
 app.add_typer(task.app, name="task")
 explain.register(app)
+app.add_typer(doctor.app, name="doctor")
 app.add_typer(token.app, name="token")
 app.add_typer(certs.app, name="certs")
 app.add_typer(config.app, name="config")

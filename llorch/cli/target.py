@@ -24,7 +24,7 @@ _OWN_ENV = ("env LLORCH_URL", "env LLORCH_TOKEN", "env LLORCH_TLS_CA")  # LLORCH
 @dataclass(frozen=True, slots=True)
 class Target:
     """`withheld`: there was a token that belongs to another URL, and it says which. `took_stdin`: the token came from
-    standard input, so nothing else can.
+    standard input, so nothing else can. `url_from` is where the URL was given.
     """
 
     url: str
@@ -35,6 +35,7 @@ class Target:
     warnings: tuple[str, ...] = ()
     withheld: str | None = None
     took_stdin: bool = False
+    url_from: str = ""
 
 
 def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | None) -> Target:
@@ -71,7 +72,10 @@ def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | 
         if token is not None and plain_http_abroad(url) and not own_url:
             warnings.append(f"context {name}: http:// sends the token unencrypted over the network; use https://")
     withheld = withheld if token is None else None
-    return Target(url, token, tls_ca, pinned, settings.timeout, tuple(warnings), withheld, took_stdin="-" in read)
+    url_from = origin["url"] if chosen is None or own_url else f"context {name}"
+    return Target(
+        url, token, tls_ca, pinned, settings.timeout, tuple(warnings), withheld, "-" in read, url_from
+    )  # fmt: skip
 
 
 def _url_of(context: contexts.Context, name: str | None) -> str:

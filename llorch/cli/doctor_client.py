@@ -1,0 +1,51 @@
+"""`llorch doctor` from a client: the control that commands here talk to, the way there, and what the token may do."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from llorch import tls
+from llorch.cli import doctor_client_findings as said
+from llorch.cli.doctor_client_findings import Aim
+from llorch.cli.doctor_findings import Finding
+from llorch.cli.doctor_reach_findings import Peer, Trust
+from llorch.cli.doctor_visit import Look, asking, believed, connected, control_there, on_disk, visit
+from llorch.cli.target import Target
+from llorch.config_kinds import plain_http_abroad
+
+
+async def look(target: Target) -> list[Finding]:
+    aim = Aim(target.url, target.url_from, target.token, target.withheld, target.warnings)
+
+    async def settings(into: list[Finding]) -> None:
+        into += said.aim(aim)
+
+    async def control(into: list[Finding]) -> None:
+        await _control(target, aim, into)
+
+    return await visit([Look("settings", settings), Look("control", control)])
+
+
+async def _control(target: Target, aim: Aim, into: list[Finding]) -> None:
+    peer, context, trust = Peer(target.url, "--url"), None, Trust.SYSTEM
+    if peer.secure:
+        context = await on_disk(lambda: tls.client_context(target.tls_ca, only=target.pinned))
+        trust = Trust.PIN if target.pinned else Trust.FILE if target.tls_ca else Trust.SYSTEM
+    address = await connected(peer, into)
+    if address is None or not await believed(peer, address, context, trust, into):
+        return
+    async with asking(peer, address, context) as asker:
+        if not await control_there(asker, into):
+            return
+        unsent = said.unsent(aim, open_network=plain_http_abroad(target.url))
+        if unsent is not None:
+            into.append(unsent)
+            return
+        shows = {"Authorization": f"Bearer {target.token}"}
+        paths = ("/v2/nodes", "/v1/models", f"/v2/tasks/{uuid.uuid4()}")  # a task that nobody has
+        read, submit, stranger = await asyncio.gather(*(asker.ask(path, shows) for path in paths))
+        into += said.token(said.Granted(read, submit, stranger))
+        models = said.models(submit)
+        if models is not None:
+            into.append(models)

@@ -8,6 +8,7 @@ from enum import StrEnum
 from llorch.cli.doctor_control_findings import LATE
 from llorch.cli.doctor_findings import Finding, fail, ok, span, warn
 from llorch.cli.doctor_reach_findings import Answer, Peer, shown
+from llorch.client.text import one_line
 
 UPGRADE_REQUIRED = 426  # what the link's route says to whom it would let in, and who asks for no upgrade
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gluster", "afs", "fuse", "virtiofs", "vboxsf")
@@ -45,7 +46,7 @@ class Member:
 def member(facts: Member, now: float) -> Finding:
     join = f"`llorch token join --node {facts.node_id}` on the control prints the command that makes it a member"
     if facts.why is not None:
-        return fail("member", shown(facts.why), facts.hint or join)
+        return fail("member", one_line(facts.why), facts.hint or join)
     match facts.by:
         case By.TOKENS:
             kind = "with tokens of the settings" + ("" if facts.secure else ", on loopback without TLS")
@@ -192,7 +193,7 @@ def engines(facts: Engines) -> Finding:
     if facts.why is not None:
         return fail(
             "engines",
-            f"{shown(facts.why)} (engines here: {there})",
+            f"{one_line(facts.why)} (engines here: {there})",
             facts.hint or "mend the pool in the settings: `llorch config show node`",
         )
     if not facts.pools:

@@ -20,7 +20,7 @@ from llorch.cli import doctor_reach_findings as reach
 from llorch.cli.doctor_findings import Finding, State, fail
 from llorch.cli.doctor_machine import hard_file_limit, look_at_directory, look_at_secrets
 from llorch.cli.doctor_probes import Asker, connect, handshake, in_thread, lookup
-from llorch.cli.doctor_reach_findings import Met, Peer, Trust
+from llorch.cli.doctor_reach_findings import Answer, Met, Peer, Trust
 from llorch.config import ControlSettings, NodeSettings, Resolved, RoleSettings
 from llorch.errors import LlorchError
 
@@ -43,20 +43,20 @@ class Look:
     work: Work
 
 
-async def visit(looks: Sequence[Look], limit_s: float = LIMIT_S) -> list[Finding]:
+async def visit(looks: Sequence[Look]) -> list[Finding]:
     """All looks at once; what they found in their own order."""
     found: list[list[Finding]] = [[] for _ in looks]
     tasks = [
         asyncio.create_task(_finished(look, into), name=f"doctor.{look.check}")
         for look, into in zip(looks, found, strict=True)
     ]
-    _, late = await asyncio.wait(tasks, timeout=limit_s)
+    _, late = await asyncio.wait(tasks, timeout=LIMIT_S)
     for task in late:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     for look, task, into in zip(looks, tasks, found, strict=True):
         if task in late:
-            into.append(said.unseen(look.check, limit_s))
+            into.append(said.unseen(look.check, LIMIT_S))
         else:
             task.result()  # a fault of this program is one
     return [finding for into in found for finding in into]
@@ -155,7 +155,8 @@ async def believed(
 
 async def control_there(asker: Asker, into: list[Finding]) -> bool:
     """Whether it is a control that answers, how it is, and what its clock says."""
-    health, ready = await asyncio.gather(asker.ask("/health"), asker.ask("/readyz"))
+    health = await asker.ask("/health")
+    ready = await asker.ask("/readyz") if health.status == 200 else Answer()
     findings = reach.llorch(asker.peer, health, ready, __version__)
     into += findings
     if health.skew_s is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from llorch import __version__, private, tls
+from llorch.audit_files import FOLDER, MAC_KEY, SIGNING_KEY
 from llorch.auth import Scope
 from llorch.cli import doctor_control_findings as said
 from llorch.cli import doctor_findings as common
@@ -45,6 +46,7 @@ async def look(resolved: Resolved[ControlSettings], files: tuple[str, ...]) -> l
     settings = resolved.settings
     data = Path(settings.data_dir)
     secret = [data / TOKENS_NAME, data / USE_FILE_NAME, data / DIRECTORY / FILE_NAME, data / DIRECTORY / ISSUED_NAME]
+    secret += [data / FOLDER / MAC_KEY, data / FOLDER / SIGNING_KEY]
     visited = Visit(settings)
     return await visit(
         [

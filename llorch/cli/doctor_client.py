@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 
 from llorch import tls
 from llorch.cli import doctor_client_findings as said
+from llorch.cli import doctor_findings as common
+from llorch.cli.contexts import contexts_path
 from llorch.cli.doctor_client_findings import Aim
 from llorch.cli.doctor_findings import Finding
+from llorch.cli.doctor_machine import look_at_secrets
 from llorch.cli.doctor_reach_findings import Peer, Trust
 from llorch.cli.doctor_visit import Look, asking, believed, connected, control_there, on_disk, visit
 from llorch.cli.target import Target
@@ -24,7 +28,13 @@ async def look(target: Target) -> list[Finding]:
     async def control(into: list[Finding]) -> None:
         await _control(target, aim, into)
 
-    return await visit([Look("settings", settings), Look("control", control)])
+    async def secrets(into: list[Finding]) -> None:
+        """The contexts hold tokens; a machine without them has nothing to say here."""
+        files = await on_disk(lambda: look_at_secrets([], [str(contexts_path(os.environ))]))
+        if files:
+            into += common.secret_files(files)
+
+    return await visit([Look("settings", settings), Look("secrets", secrets), Look("control", control)])
 
 
 async def _control(target: Target, aim: Aim, into: list[Finding]) -> None:

@@ -24,6 +24,7 @@ from llorch.config import NodeSettings
 from llorch.errors import ConfigError
 
 LIMIT_S = 8.0  # a first CUDA initialisation takes some seconds
+DIES_WITHIN_S = 1.0
 
 
 async def ask(settings: NodeSettings) -> tuple[Driver, Engines] | None:
@@ -42,7 +43,9 @@ async def ask(settings: NodeSettings) -> tuple[Driver, Engines] | None:
     finally:
         with contextlib.suppress(ProcessLookupError):  # its children too: whatever it asked hangs with it
             os.killpg(child.pid, signal.SIGKILL)
-        await child.wait()
+        with contextlib.suppress(TimeoutError):  # one that hangs in the driver does not even die of that
+            async with asyncio.timeout(DIES_WITHIN_S):
+                await child.wait()
     return Driver(**_tuples(value["driver"])), Engines(**_tuples(value["engines"]))
 
 

@@ -21,6 +21,7 @@ from llorch.cli.doctor_node_findings import Watch
 from llorch.cli.doctor_probes import errno_name
 from llorch.config_kinds import HostPort
 
+MAX_NAMED = 3  # a server may have many workers on one socket
 _LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 _IN_CREATE = 0x100  # sys/inotify.h
 
@@ -80,6 +81,7 @@ def look_at_port(bind: HostPort) -> Port:
     except OSError as error:
         return Port(str(bind), Use.IMPOSSIBLE, (error.strerror or "it does not resolve").lower())
     failed: OSError | None = None
+    free = False
     for family, *_, address in dict.fromkeys(found):
         with socket.socket(family, socket.SOCK_STREAM) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -91,27 +93,27 @@ def look_at_port(bind: HostPort) -> Port:
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     return Port(str(bind), Use.TAKEN, by=who_listens(bind.port))
-                failed = error
+                failed = error  # `localhost` leads to ::1 also where the kernel has no IPv6
             else:
-                failed = None
-                break
-    if failed is not None:
+                free = True
+    if failed is not None and not free:
         return Port(str(bind), Use.IMPOSSIBLE, (failed.strerror or errno_name(failed)).lower())
     return Port(str(bind), Use.FREE)
 
 
 def who_listens(port: int) -> str:
-    """The program and pid behind a port, as far as /proc shows it to this user. Never its arguments: they may hold
-    secrets.
+    """The programs and pids behind a port, as far as /proc shows them to this user. Never their arguments: those may
+    hold secrets.
     """
     inodes = {inode for table in ("tcp", "tcp6") for inode in _listening(Path("/proc/net") / table, port)}
     if not inodes:
         return ""
+    found: list[str] = []
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if any(_inode(link) in inodes for link in (directory / "fd").iterdir()):
-                return f"{(directory / 'comm').read_text().strip()}, pid {directory.name}"
-    return ""
+                found.append(f"{(directory / 'comm').read_text().strip()}, pid {directory.name}")
+    return "; ".join(found[:MAX_NAMED])
 
 
 def _listening(table: Path, port: int) -> Iterable[str]:

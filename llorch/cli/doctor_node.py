@@ -52,7 +52,12 @@ _NODE_FILE = Path("pki") / "node.pem"
 
 async def look(resolved: Resolved[NodeSettings], files: tuple[str, ...]) -> list[Finding]:
     settings = resolved.settings
-    visited = await on_disk(lambda: Visit.of(settings))
+    started = time.monotonic()
+    try:
+        visited = await on_disk(lambda: Visit.of(settings))
+    except OSError as error:  # TimeoutError is one
+        why = f"{settings.data_dir} can't be looked at: {(error.strerror or 'it does not answer').lower()}"
+        visited = Visit(settings, Member(settings.node_id or default_node_id(), By.NOTHING, why=why), None)
     return await visit(
         [
             settings_look(resolved, files),
@@ -64,7 +69,8 @@ async def look(resolved: Resolved[NodeSettings], files: tuple[str, ...]) -> list
             Look("driver", visited.engines),
             Look("inotify", visited.inotify),
             files_look(),
-        ]
+        ],
+        spent_s=time.monotonic() - started,
     )
 
 

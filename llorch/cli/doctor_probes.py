@@ -149,7 +149,7 @@ def read_certificate(cert: Cert) -> Certificate:
     from llorch import pki
 
     names: tuple[str, ...] = ()
-    with contextlib.suppress(x509.ExtensionNotFound):
+    with contextlib.suppress(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
         named = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         addresses = (str(ip) for ip in named.get_values_for_type(x509.IPAddress))
         names = (*named.get_values_for_type(x509.DNSName), *addresses)

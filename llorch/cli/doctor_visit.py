@@ -43,14 +43,14 @@ class Look:
     work: Work
 
 
-async def visit(looks: Sequence[Look]) -> list[Finding]:
-    """All looks at once; what they found in their own order."""
+async def visit(looks: Sequence[Look], *, spent_s: float = 0.0) -> list[Finding]:
+    """All looks at once; what they found in their own order. `spent_s`: what of the limit has gone before."""
     found: list[list[Finding]] = [[] for _ in looks]
     tasks = [
         asyncio.create_task(_finished(look, into), name=f"doctor.{look.check}")
         for look, into in zip(looks, found, strict=True)
     ]
-    _, late = await asyncio.wait(tasks, timeout=LIMIT_S)
+    _, late = await asyncio.wait(tasks, timeout=LIMIT_S - spent_s)
     for task in late:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

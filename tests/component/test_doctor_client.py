@@ -139,7 +139,11 @@ async def test_the_context_in_use_is_named_and_a_token_of_another_url_is_not_sen
         await llorch("context", "add", "lab", "--url", other.url, "--token", "-", stdin=TOKEN.encode())
         _, found = await doctor(llorch, token=None)
         assert f"{other.url}, from context lab" in found["settings"]["found"]
-        assert found["token"]["state"] == "ok"
+        assert (found["token"]["state"], found["secrets"]["state"]) == ("ok", "ok")
+        contexts = llorch.home / ".config" / "llorch" / "contexts.json"
+        contexts.chmod(0o644)
+        _, found = await doctor(llorch, token=None)
+        assert (found["secrets"]["state"], found["secrets"]["mend"]) == ("warn", f"chmod 600 {contexts}")
         ran, found = await doctor(llorch, "--url", control.url, token=None)
     assert ran.code == 1
     assert "goes to" in found["token"]["found"]

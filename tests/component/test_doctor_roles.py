@@ -415,6 +415,18 @@ def test_a_port_is_free_taken_or_impossible() -> None:
     assert (facts.use, str(os.getpid()) in facts.by) == (Use.TAKEN, True)
 
 
+async def test_a_directory_that_hangs_is_told_and_the_rest_is_looked_at(
+    llorch: CommandLine, tmp_path: Path, engines: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(NodeCertificate, "load", hangs)
+    code, found = await at_node(llorch, "https://127.0.0.1:1", tmp_path / "n")
+    assert (code, bad(found)) == (1, {"member": "fail", "tcp": "fail"})
+    assert "can't be looked at" in found["member"]["found"]
+
+
 def test_a_real_watch_is_set_and_taken_off(tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     facts = doctor_machine.look_at_watch(tmp_path / "engines", polling=False)

@@ -20,6 +20,7 @@ _METADATA = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "100.100.100
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\.?")
+MAX_LABEL_CHARS = 63  # between two dots, as in RFC 1035; resolving anything else fails in ways of its own
 _NUMERIC_TAIL = re.compile(r"(^|\.)(0[xX][0-9A-Fa-f]*|[0-9]+)\.?$")
 
 
@@ -95,9 +96,14 @@ def check_address(address: str, peer: str | None) -> None:
         ipaddress.ip_address(host)
     except ValueError:
         # "127.1" and "0x7f000001" are no addresses by the book, but resolvers take them for one.
-        if not _HOST.fullmatch(host) or _NUMERIC_TAIL.search(host):
+        name = host.removesuffix(".")
+        labels = name.split(".")
+        if (
+            not _HOST.fullmatch(host)
+            or _NUMERIC_TAIL.search(host)
+            or not all(0 < len(label) <= MAX_LABEL_CHARS for label in labels)
+        ):
             raise _untrusted("has no valid host") from None
-        name = host.rstrip(".")
         if (name == "localhost" or name.endswith(".localhost")) and not _loopback(peer):
             raise _untrusted("is loopback, and the node is not on this machine") from None
     else:

@@ -1,0 +1,86 @@
+"""What the fuzzers found, each as a test of its own. What took quadratic time would run into its time limit again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from llorch.config_kinds import MODEL_REF, BadValue
+from llorch.control.addresses import check_address
+from llorch.control.roster import FILE_NAME, Roster
+from llorch.errors import Code, LlorchError
+from llorch.messages import decode_json
+from llorch.node.engines.chunks import Meter
+from llorch.node.engines.openai_api import _value
+from llorch.sse import SseError
+from llorch.tls import NameReader
+from tests.fuzz.seeds import greeting
+
+LONG = 2 * 1024 * 1024
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("piece", [b'\\"', b'"\\', b'"', b'"a\\"'])
+def test_a_string_without_an_end_in_nested_json_is_read_once(piece: bytes) -> None:
+    """From each of its quotes to the end again: 32 KiB took 4 s, and a control's loop stood still for as long."""
+    with pytest.raises(LlorchError) as refused:
+        decode_json(b"[" * 33 + b'"' + piece * (LONG // len(piece)))
+    assert refused.value.code is Code.INVALID_REQUEST
+
+
+@pytest.mark.timeout(5)
+def test_an_engines_chunk_of_very_many_choices_is_read_once() -> None:
+    chunk = Meter(0.0).read({"choices": [{"delta": {"content": "abcdefgh"}}] * 300_000})
+    assert len(chunk.text) == 8 * 300_000
+
+
+@pytest.mark.parametrize("address", [f"{'a' * 64}.example:80", "a..b:80", f"http://a.{'b' * 70}", "a.example..:80"])
+def test_an_address_with_a_label_that_no_resolver_takes_is_refused(address: str) -> None:
+    """`getaddrinfo` raises a UnicodeError for it, which was a 500."""
+    with pytest.raises(LlorchError) as refused:
+        check_address(address, "10.0.0.5")
+    assert refused.value.code is Code.UNTRUSTED_ADDRESS
+
+
+def test_labels_of_63_characters_and_a_dot_at_the_end_are_a_name() -> None:
+    check_address(f"{'a' * 63}.example.:80", "10.0.0.5")
+
+
+def test_a_deeply_nested_roster_is_one_that_cant_be_read(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text('{"nodes": ' + "[" * 100_000)
+    assert Roster(str(tmp_path)).saved is None
+
+
+@pytest.mark.parametrize("ref", ["file:/models/../etc/passwd", "file:/..", "https://h/a/../b.gguf", "hf:o/r/../f.gguf"])
+def test_a_model_reference_does_not_lead_through_a_parent(ref: str) -> None:
+    with pytest.raises(BadValue):
+        MODEL_REF.parse(ref)
+
+
+def test_a_tls_greeting_whose_name_is_not_ascii_names_nobody_and_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    reader = NameReader()
+    assert reader.read(greeting("llorch.control")) == (True, "llorch.control")
+    assert reader.read(greeting("llorch.control").replace(b"llorch.", b"ll\xf2rch.")) == (True, None)
+    assert printed == []
+    assert sys.unraisablehook == printed.append
+
+
+def test_an_error_in_an_engines_stream_is_read_however_deep_it_is() -> None:
+    """Nested to where Python's parser just takes it, it could not be written again."""
+    for depth in range(880, 1_000):
+        raw = json.dumps({"error": {"code": 400, "message": "no"}})[:-2] + f', "x": {"[" * depth}{"]" * depth}}}}}'
+        try:
+            value = _value(raw)
+        except SseError:
+            break
+        chunk = Meter(0.0).read(value)
+        assert chunk.error is not None and chunk.error.code is Code.INVALID_REQUEST
+    else:
+        raise AssertionError("the parser's own limit was not reached")

@@ -397,8 +397,6 @@ _REF_HINT = "demo, file:/abs/path.gguf, hf:org/repo[:quant|/file], https://... o
 
 def _model_ref(value: str) -> str:
     scheme, _, rest = value.partition(":")
-    if ".." in value.partition("?")[0].split("/"):
-        raise BadValue(f"{quote(value)} leads through `..`", "write the path out")
     if scheme == "file":
         if not rest.startswith("/") or rest.startswith("//") or any(ord(char) < 32 for char in rest):
             raise BadValue(f"{quote(value)} is not an absolute path", "for example file:/models/llama-3-8b.gguf")
@@ -413,6 +411,8 @@ def _model_ref(value: str) -> str:
         raise BadValue(f"{quote(value)} is not a model reference", f"did you mean file:{value}? (absolute)")
     elif not re.fullmatch(MODEL_ID_PATTERN, value) or ".." in value:
         raise BadValue(f"{quote(value)} is not a model reference", _REF_HINT)
+    if ".." in value.partition("?")[0].split("/"):
+        raise BadValue(f"{quote(value)} leads through `..`", "write the path out")
     return value
 
 

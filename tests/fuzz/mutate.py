@@ -71,9 +71,9 @@ class Mutator:
             if self._target.shape is Shape.LINES and rng.random() < 0.8:
                 lines = data.split(b"\n")
                 at = rng.randrange(len(lines))
-                lines[at] = _json(rng, lines[at])
+                lines[at] = changed_json(rng, lines[at])
                 return b"\n".join(lines)
-            return _json(rng, data)
+            return changed_json(rng, data)
         change = rng.choice(_CHANGES)
         return change(rng, data, self._words, corpus)
 
@@ -158,7 +158,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Pairs:
 _READER = json.JSONDecoder(object_pairs_hook=_pairs)
 
 
-def _json(rng: random.Random, data: bytes) -> bytes:
+def changed_json(rng: random.Random, data: bytes) -> bytes:
     """One place of a JSON text changed; text that is none stays, with something around it."""
     try:
         value = _READER.decode(data.decode("utf-8", "surrogatepass"))

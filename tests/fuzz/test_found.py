@@ -6,8 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import aiohttp.web
 import pytest
 
+from llorch import listen, web
+from llorch.auth import Scope, TokenRing
 from llorch.config_kinds import MODEL_REF, BadValue
 from llorch.control.addresses import check_address
 from llorch.control.roster import FILE_NAME, Roster
@@ -18,6 +21,7 @@ from llorch.node.engines.openai_api import _value
 from llorch.sse import SseError
 from llorch.tls import NameReader
 from tests.fuzz.seeds import greeting
+from tests.fuzz.wire import Connection
 
 LONG = 2 * 1024 * 1024
 
@@ -84,3 +88,31 @@ def test_an_error_in_an_engines_stream_is_read_however_deep_it_is() -> None:
         assert chunk.error is not None and chunk.error.code is Code.INVALID_REQUEST
     else:
         raise AssertionError("the parser's own limit was not reached")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("TRACE", "/x", 405), ("GET", "/y", 404), ("GET", "/x/%0a", 404)]
+)
+@pytest.mark.parametrize("expect", [b"\xed\xa0\x80", b"native", b"100-continue"])
+async def test_an_expectation_on_no_route_is_answered_in_our_shape(
+    method: str, path: str, status: int, expect: bytes
+) -> None:
+    """aiohttp answered 417 as text; and where it was not UTF-8, 500, with no credential asked for."""
+
+    async def handler(_request: aiohttp.web.Request) -> aiohttp.web.StreamResponse:
+        raise AssertionError("no such request was sent")
+
+    route = web.Route("GET", "/x", Scope.SUBMIT, handler, "a route")
+    app = web.make_app([route], web.Gate(ring=TokenRing), max_body_bytes=1_000)
+    server = await listen.serve(app, "127.0.0.1", 0, shutdown_timeout_s=0.1)
+    connection = Connection("127.0.0.1", server.port)
+    try:
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-Request-Id: r\r\nExpect: ".encode()
+        answer = await connection.ask(
+            head + expect + b"\r\n\r\n", head_only=False, within_s=5, close_after=True, hang_up=False
+        )
+    finally:
+        connection.close()
+        await server.close()
+    assert answer.status == status
+    assert json.loads(answer.body)["error"]["request_id"] == answer.headers["x-request-id"] == "r"

@@ -22,7 +22,7 @@ from tests.fuzz.values import Pairs, anything, from_schema, text, write
 CANARY = "a prompt that nobody logs 8f2e"  # in the content of tasks, and so in no log
 TASK_IDS = tuple(f"00000000-0000-0000-0000-{number:012x}" for number in range(16))  # as the schemas' strings, too
 NODE_IDS = ("fz-a", "fz-b", "fz-c", "n0")
-MODELS = ("sim", "broken", "fz-m", "none")
+MODELS = ("sim", "broken", "hostile", "hostile", "fz-m", "none")
 OPENAI = {
     "chat/completions": {"model": "sim", "messages": [{"role": "user", "content": CANARY}], "stream": True},
     "completions": {"model": "sim", "prompt": CANARY, "max_tokens": 3},
@@ -217,7 +217,8 @@ class _Making:
                 return rng.choice(TASK_IDS)
             if name == "path":
                 return rng.choice(tuple(OPENAI))
-            known = {"node_id": NODE_IDS, "pool": ("p0", "p1", "x"), "model_id": MODELS}
+            nodes = NODE_IDS[:3] if self.operation.method == "DELETE" and rng.random() < 0.95 else NODE_IDS
+            known = {"node_id": nodes, "pool": ("p0", "p1", "x"), "model_id": MODELS}
             return rng.choice(known[name])
         self.plain = False
         pick = rng.random()
@@ -332,6 +333,8 @@ class _Making:
         if "prompt" in value or "messages" in value or "model" in value:
             if rng.random() < 0.8:
                 value["model"] = rng.choice(("sim", "sim", "sim", *MODELS))
+            if value.get("model") == "hostile":
+                value.pop("task_id", None)  # nobody else is to read by its id what that node makes up
             if rng.random() < 0.8:
                 value.pop("messages", None)
                 value |= {"prompt": CANARY}

@@ -46,10 +46,14 @@ _WRONG_IN_LOGS = re.compile(
 
 def judge(case: Case, answer: Answer) -> list[str]:
     """What is wrong with the answer to a case."""
+    if answer.ending is Ending.GARBLED:
+        return ["an answer that is no HTTP"]
     if answer.ending in (Ending.NONE, Ending.LEFT) and not answer.status:
         # Who hangs up, or sends what is no HTTP, may be left without an answer; who waits in a queue left by itself.
         return ["no answer"] if case.well_formed and answer.ending is Ending.NONE else []
     wrong = [*_access(case, answer), *_ids(case, answer)]
+    if b"hostile" in case.raw:
+        return wrong  # what a node says to its client is the node's
     if answer.status >= 400:
         wrong += _error(case, answer)
     elif answer.ending is Ending.WHOLE:
@@ -120,7 +124,8 @@ def _success(case: Case, answer: Answer) -> Iterable[str]:
         except LlorchError as error:
             yield f"JSON that is none: {error.message}"
     elif kind == "text/event-stream":
-        if "/v1/" not in operation.path and not case.raw.count(b"/v1/"):
+        native = "/v1/" not in operation.path if operation.role == "control" else answer.body.startswith(b"id: ")
+        if native:  # of the others nothing is known: they are the engine's own
             yield from _stream(answer.body)
     elif kind == records.CONTENT_TYPE:
         yield from _records(answer.body)

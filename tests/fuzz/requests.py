@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import secrets
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from tests.cluster import Cluster, Running, cluster, simulated
+from tests.fuzz import hostile
 from tests.fuzz.cases import CANARY, Case, Cases, Credential
 from tests.fuzz.oracles import judge, judge_log, secrets_in
 from tests.fuzz.wire import Answer, Connection
@@ -31,6 +33,8 @@ PATIENCE_S = 1.5  # of a client: a task for a model that only a registration mad
 LOOK_EVERY_S = 1.0
 MAX_GROWTH_BYTES = 100 * 1024 * 1024
 SHOWN = 40
+ENOUGH_OF_EACH = 200  # cases of a route, one of which was answered well, or the generator misses it
+NEVER_OK = frozenset({"control GET /v2/nodes/{node_id}/link"})  # no case knows a lease; `hostile` does
 
 
 @dataclass(slots=True)
@@ -79,6 +83,21 @@ async def send(
             connection.close()
 
 
+async def fire(
+    urls: Mapping[str, str], tokens: Mapping[Credential, str], numbers: Iterable[int], seed: int, findings: Findings
+) -> None:
+    """Send the cases with these numbers to the roles at `urls`, many at a time, and judge each answer."""
+    hosts = {role: (str(urlsplit(url).hostname), int(urlsplit(url).port or 0)) for role, url in urls.items()}
+    cases = Cases({role: await document(url) for role, url in urls.items()}, tokens, seed)
+    todo, hidden = map(cases.case, numbers), tuple(tokens.values())
+    async with asyncio.TaskGroup() as clients:
+        for _ in range(AT_A_TIME):
+            clients.create_task(send(todo, hosts, hidden, findings))
+    if findings.count > ENOUGH_OF_EACH * len(cases.operations):
+        for name in sorted({f"{one.role} {one.name}" for one in cases.operations} - set(findings.accepted) - NEVER_OK):
+            findings.tell(f"{name} was never answered with success", "so nothing behind its checks was reached")
+
+
 async def document(url: str) -> dict[str, object]:
     async with aiohttp.ClientSession() as session, session.get(f"{url}/openapi.json") as answer:
         return dict(await answer.json())
@@ -114,46 +133,48 @@ class Watched:
 
 
 async def attack(
-    roles: Mapping[str, Running], tokens: Mapping[Credential, str], numbers: Iterable[int], seed: int
+    roles: Mapping[str, Running],
+    others: Iterable[Running],
+    tokens: Mapping[Credential, str],
+    numbers: Iterable[int],
+    seed: int,
 ) -> tuple[Findings, list[Watched]]:
-    """Send the cases with these numbers, many at a time, and look at the processes while it lasts."""
-    hosts = {role: (str(urlsplit(one.url).hostname), int(urlsplit(one.url).port or 0)) for role, one in roles.items()}
-    cases = Cases({role: await document(one.url) for role, one in roles.items()}, tokens, seed)
-    hidden, findings = tuple(tokens.values()), Findings()
-    watched = [Watched(one) for one in roles.values()]
-    for one in watched:
-        one.idle_bytes = one.resident()
-    todo = map(cases.case, numbers)
+    """Send the cases with these numbers, play a hostile node beside them, and look at the processes while it lasts."""
+    hidden, findings, heard = (*tokens.values(), CANARY), Findings(), hostile.Counted()
+    watched = [Watched(one) for one in (*roles.values(), *others)]
+    for process in watched:
+        process.idle_bytes = process.resident()
 
     async def look() -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            for one in watched:
-                one.look((*hidden, CANARY), findings)
+            for process in watched:
+                process.look(hidden, findings)
 
-    looking = asyncio.create_task(look())
+    harm = hostile.node(roles["control"].url, tokens[Credential.NODE], seed, heard)
+    besides = [asyncio.create_task(look()), asyncio.create_task(harm)]
     try:
-        async with asyncio.TaskGroup() as clients:
-            for _ in range(AT_A_TIME):
-                clients.create_task(send(todo, hosts, hidden, findings))
+        await fire({role: one.url for role, one in roles.items()}, tokens, numbers, seed, findings)
     finally:
-        looking.cancel()
-    for one in watched:
-        one.look((*hidden, CANARY), findings)
-        if one.most_bytes - one.idle_bytes > MAX_GROWTH_BYTES:
-            findings.tell(f"{one.running.name} grew", f"from {one.idle_bytes >> 20} to {one.most_bytes >> 20} MiB")
-    unanswered = {f"{one.role} {one.name}" for one in cases.operations} - set(findings.accepted)
-    for name in sorted(unanswered - {"control GET /v2/nodes/{node_id}/link"}):
-        if findings.count > 200 * len(cases.operations):
-            findings.tell(f"{name} was never answered with success", "so nothing behind its checks was reached")
+        for one in besides:
+            if not one.cancel():
+                findings.tell("what goes on beside the requests has ended", repr(one))
+        await asyncio.gather(*besides, return_exceptions=True)
+    print(f"hostile node: {heard}")
+    for process in watched:
+        process.look(hidden, findings)
+        if process.most_bytes - process.idle_bytes > MAX_GROWTH_BYTES:
+            size = f"from {process.idle_bytes >> 20} to {process.most_bytes >> 20} MiB"
+            findings.tell(f"{process.running.name} grew", size)
     return findings, watched
 
 
-async def start(llorch: Cluster) -> tuple[dict[str, Running], dict[Credential, str]]:
-    """A control and a node `n0` with a pool that answers and one that breaks off."""
+async def start(llorch: Cluster, beside: str) -> tuple[dict[str, Running], list[Running], dict[Credential, str]]:
+    """A control, its node `n0` with a pool that answers and one that breaks off, and a node `n1` of another control."""
     control = await llorch.start_control("--queue-timeout", "5s")
     pools = [simulated("p0", "sim", 16, "--tokens", "3"), simulated("p1", "broken", 4, "--truncate-after", "1")]
     node = await llorch.start_node("n0", pools)
+    other = await llorch.start_node("n1", [simulated("p0", "sim", 4, "--tokens", "3")], join=beside, wait=False)
     tokens = {
         Credential.CLIENT: llorch.tokens["LLORCH_API_TOKEN"],
         Credential.ADMIN: llorch.tokens["LLORCH_ADMIN_TOKEN"],
@@ -161,18 +182,20 @@ async def start(llorch: Cluster) -> tuple[dict[str, Running], dict[Credential, s
         Credential.SERVICE: llorch.tokens["LLORCH_SERVICE_TOKEN"],
         Credential.WRONG: secrets.token_hex(16),
     }
-    return {"control": control, "node": node}, tokens
+    return {"control": control, "node": node}, [other], tokens
 
 
 async def run(numbers: Iterable[int], seed: int, folder: Path) -> Findings:
-    async with cluster(folder) as llorch:
-        roles, tokens = await start(llorch)
+    told = hostile.Counted()
+    async with hostile.control(seed, told) as beside, cluster(folder) as llorch:
+        roles, others, tokens = await start(llorch, beside)
         began = time.monotonic()
-        findings, watched = await attack(roles, tokens, numbers, seed)
+        findings, watched = await attack(roles, others, tokens, numbers, seed)
         seconds = time.monotonic() - began
         print(f"{findings.count} cases in {seconds:.0f} s; what is logged is in {folder}")
         print("answers: " + ", ".join(f"{what} {count}" for what, count in sorted(findings.answers.items())))
         print("endings: " + ", ".join(f"{what} {count}" for what, count in sorted(findings.endings.items())))
+        print(f"hostile control: {told}")
         for one in watched:
             print(f"{one.running.name}: {one.idle_bytes >> 20} MiB idle, {one.most_bytes >> 20} MiB at most")
         return findings
@@ -188,6 +211,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     given = parsed(argv)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of writing to a server that has hung up
     folder = Path(tempfile.mkdtemp(prefix="llorch-fuzz-"))
     findings = asyncio.run(run(range(given.first, given.first + given.cases), given.seed, folder))
     for what, where in sorted(findings.wrong.items())[:SHOWN]:

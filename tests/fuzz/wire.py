@@ -19,6 +19,7 @@ class Ending(StrEnum):
     WHOLE = "whole"
     CUT = "cut"  # the connection ended in the middle of it
     LEFT = "left"  # it took longer than the client waits, so the client left
+    GARBLED = "garbled"  # what came is no HTTP
     NONE = "none"  # the connection ended and nothing had come
 
 
@@ -85,6 +86,9 @@ class Connection:
         except (asyncio.IncompleteReadError, OSError):
             self.close()
             return so_far.answer(Ending.CUT if so_far.status else Ending.NONE)
+        except (ValueError, asyncio.LimitOverrunError):
+            self.close()
+            return so_far.answer(Ending.GARBLED)
         return so_far.answer(Ending.WHOLE)
 
 
@@ -101,7 +105,7 @@ async def _read(reader: asyncio.StreamReader, so_far: _SoFar, head_only: bool) -
     if head_only or so_far.status in (101, 204, 304):
         return
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        while size := int((await reader.readline()).split(b";")[0], 16):
+        while size := int((await reader.readuntil(b"\n")).split(b";")[0], 16):
             so_far.body += await reader.readexactly(size)
             await reader.readexactly(2)
         await reader.readexactly(2)

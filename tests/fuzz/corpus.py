@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "corpus"
-LARGEST_KEPT_BYTES = 4 * 1024  # larger ones are tests of their own, made by a line of code
+LARGEST_KEPT_BYTES = 1_000  # larger ones are tests of their own, made by a line of code
+MOST_KEPT_BYTES = 8 * 1024  # of one target, as text; the smallest go first, for they reach most for what they cost
 
 
 def kept(name: str) -> tuple[bytes, ...]:
@@ -23,11 +24,16 @@ def kept(name: str) -> tuple[bytes, ...]:
 
 
 def keep(name: str, inputs: Iterable[bytes]) -> int:
-    """Add `inputs` that are small and not there yet. Returns how many were added."""
-    there = set(kept(name))
-    new = sorted(
-        {data for data in inputs if len(data) <= LARGEST_KEPT_BYTES} - there, key=lambda data: (len(data), data)
-    )
-    with (FOLDER / f"{name}.txt").open("a") as file:
-        file.writelines(f"{data!r}\n" for data in new)
-    return len(new)
+    """Add those of `inputs` that are new, the small ones first, as far as there is room. Returns how many."""
+    there, path = set(kept(name)), FOLDER / f"{name}.txt"
+    room = MOST_KEPT_BYTES - (path.stat().st_size if path.exists() else 0)
+    lines: list[str] = []
+    for data in sorted(set(inputs) - there, key=lambda data: (len(data), data)):
+        room -= len(repr(data)) + 1
+        if room < 0 or len(data) > LARGEST_KEPT_BYTES:
+            break
+        lines.append(f"{data!r}\n")
+    if lines:
+        with path.open("a") as file:
+            file.writelines(lines)
+    return len(lines)

@@ -123,7 +123,6 @@ async def _talk(
                 await writer.drain()
                 if rng.random() < 0.02:
                     writer.write(rng.randbytes(rng.randrange(1, 200)))
-    writer.transport.abort()
 
 
 async def node(url: str, token: str, seed: int, counted: Counted) -> None:
@@ -136,16 +135,21 @@ async def node(url: str, token: str, seed: int, counted: Counted) -> None:
         while True:
             async with session.post(f"{url}/v2/nodes/register", json=wish) as answer:
                 lease = (await answer.json()).get("lease_id", "")
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(
-                f"GET /v2/nodes/fz-hostile/link HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
-                f"Connection: Upgrade\r\nUpgrade: {records.UPGRADE}\r\nX-Llorch-Lease: {lease}\r\n\r\n".encode()
-            )
-            head = await reader.readuntil(b"\r\n\r\n")
-            if b" 101 " in head:
-                await _talk(rng, reader, writer, counted, lambda record: node_words(rng, record.stream))
-            writer.transport.abort()
+            await _as_node(rng, host, int(port), token, lease, counted)
             await asyncio.sleep(0.02)
+
+
+async def _as_node(rng: random.Random, host: str, port: int, token: str, lease: str, counted: Counted) -> None:
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(
+            f"GET /v2/nodes/fz-hostile/link HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+            f"Connection: Upgrade\r\nUpgrade: {records.UPGRADE}\r\nX-Llorch-Lease: {lease}\r\n\r\n".encode()
+        )
+        if b" 101 " in await reader.readuntil(b"\r\n\r\n"):
+            await _talk(rng, reader, writer, counted, lambda record: node_words(rng, record.stream))
+    finally:
+        writer.transport.abort()
 
 
 @contextlib.asynccontextmanager
@@ -154,7 +158,7 @@ async def control(seed: int, counted: Counted):  # type: ignore[no-untyped-def]
     rng = random.Random(f"control/{seed}")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 if b"/link " in head:
@@ -165,7 +169,10 @@ async def control(seed: int, counted: Counted):  # type: ignore[no-untyped-def]
                 body = _answer(rng)
                 length = f"Content-Length: {len(body)}\r\n\r\n".encode()
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n" + length + body)
-        writer.transport.abort()
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # the node has had enough
+        finally:
+            writer.transport.abort()
 
     async def _link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(

@@ -117,7 +117,9 @@ def operations(role: str, document: Mapping[str, Any]) -> list[Operation]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request. `plain`: it is well-formed HTTP for this very operation, so who may ask it is certain."""
+    """One request. `plain`: it is well-formed HTTP for this very operation, so who may ask it is certain. `hostile`: a
+    node answers it that makes up what it likes.
+    """
 
     number: int
     operation: Operation
@@ -128,6 +130,7 @@ class Case:
     well_formed: bool
     hang_up: bool = False
     request_id: str | None = None
+    hostile: bool = False
 
     @property
     def allowed(self) -> bool:
@@ -195,6 +198,7 @@ class _Making:
             self.well_formed,
             hang_up,
             request_id,
+            b"hostile" in body,
         )
 
     # ---- where to

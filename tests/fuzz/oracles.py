@@ -52,7 +52,7 @@ def judge(case: Case, answer: Answer) -> list[str]:
         # Who hangs up, or sends what is no HTTP, may be left without an answer; who waits in a queue left by itself.
         return ["no answer"] if case.well_formed and answer.ending is Ending.NONE else []
     wrong = [*_access(case, answer), *_ids(case, answer)]
-    if b"hostile" in case.raw:
+    if case.hostile:
         return wrong  # what a node says to its client is the node's
     if answer.status >= 400:
         wrong += _error(case, answer)

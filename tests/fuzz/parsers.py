@@ -531,7 +531,8 @@ def tokens(data: bytes) -> None:
     for name, token in pairs:
         found = ring.identify(token)
         assert found is not None and len(token) >= 32 and token.isascii() and token.isprintable() and " " not in token
-        assert parse_tokens(f"{name}={token}") == [(name, token)], "written again, it differs"
+        if token.strip("="):  # `name===` is a token with its padding, so one of `=` alone can't have a name
+            assert parse_tokens(f"{name}={token}") == [(name, token)], "written again, it differs"
         assert ring.identify(token + "x") is None or token + "x" in dict(map(reversed, pairs))
 
 

@@ -168,7 +168,7 @@ def openai_body(data: bytes) -> None:
     request = openai_api.encode_openai(path, decode_object(body), "engine-model")
     wire = decode_object(request.body)
     assert wire["model"] == "engine-model"
-    assert not set(wire) & openai_api.DENIED_FIELDS, "a field that belongs to the engine"
+    assert not set(wire) & seeds.ENGINES_OWN, "a field that belongs to the engine"
     assert not request.stream or path not in openai_api.USAGE_ON_REQUEST or wire["stream_options"]["include_usage"]
 
 
@@ -289,6 +289,7 @@ def record_stream(data: bytes) -> None:
     found, again = _records(whole, [data]), _records(by_piece, pieces(data, len(data)))
     assert found == again, "the records depend on how the bytes came"
     good, broken = found
+    assert broken == _malformed(data), "another view of what is malformed than the format's"
     if not broken:
         assert whole.pending == by_piece.pending
         written = b"".join(records.encode(*record) for record in good)
@@ -299,6 +300,17 @@ def record_stream(data: bytes) -> None:
                 _PAYLOADS[record.type](record.payload)
             except (RecordError, LlorchError):
                 continue
+
+
+def _malformed(data: bytes) -> bool:
+    """Whether a record says that it is longer than any may be; read as the format is written down."""
+    at = 0
+    while len(data) - at >= 9:
+        length = int.from_bytes(data[at + 5 : at + 9], "big")
+        if length > 64 * 1024 - 9:
+            return True
+        at += 9 + length
+    return False
 
 
 def _records(decoder: records.Decoder, parts: list[bytes]) -> tuple[list[records.Record], bool]:
@@ -352,7 +364,7 @@ def _plain_events(data: bytes) -> list[tuple[str, str, str | None]]:
 
 def event_stream(data: bytes) -> None:
     """Cut anywhere, the events are the same, and they are those that the standard's algorithm finds."""
-    expected = _plain_events(data)
+    expected, uncut = _plain_events(data), sse.Splitter().feed(data)
     for parts in ([data], pieces(data, len(data)), [data[: len(data) // 2], data[len(data) // 2 :]]):
         decoder, splitter = sse.Decoder(), sse.Splitter()
         events = [event for part in parts for event in decoder.feed(part)]
@@ -360,6 +372,7 @@ def event_stream(data: bytes) -> None:
             events.append(last)
         assert [(event.event, event.data, event.id) for event in events] == expected, "not the events of the standard"
         blocks = [block for part in parts for block in splitter.feed(part)]
+        assert blocks == uncut, "the blocks depend on how the bytes came"
         assert b"".join(blocks) + splitter.finish() == data, "bytes were lost on the way"
     for kind, text, _ in expected:
         again = sse.Decoder().feed(sse.encode(kind, text, id="00")) if "\ufffd" not in kind else []
@@ -550,18 +563,20 @@ def presented(data: bytes) -> None:
 
 def model_refs(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
-    assert model_id_ok(model_id(text)), "a reference is called by what is no id"
+    called = model_id(text)
+    assert model_id_ok(called) and ".." not in called, "a reference is called by what is no id"
     try:
         ref = MODEL_REF.parse(text)
     except BadValue:
         ref = ""
     assert ".." not in ref.partition("?")[0].split("/"), "a reference leads out of its folder"
+    assert not (model_id_ok(text) and ".." in text), "an id that leads somewhere else"
     for model, field in ((TaskBody, "model"), (PoolReport, "pool_id"), (Register, "node_id")):
         try:
             parse(model, {field: text, **({"prompt": ""} if model is TaskBody else {})})
         except LlorchError:
             continue
-        assert model_id_ok(text) or field != "model", "two rules for model ids"
+        assert field != "model" or (model_id_ok(text) and ".." not in text), "two rules for model ids"
         assert text.isascii() and text.isprintable() and " " not in text, "an id with what ids may not have"
 
 
@@ -621,7 +636,7 @@ def targets() -> tuple[Target, ...]:
         Target(
             "openai_body",
             openai_body,
-            (seeds.CHAT, seeds.HEADERS + seeds.CHAT, b"path: /v1/completions\n\n" + seeds.TASK),
+            (seeds.CHAT, seeds.HEADERS + seeds.CHAT, b"path: /v1/completions\n\n" + seeds.TASK, *seeds.DENIED),
             refused,
             words=JSON_WORDS,
         ),

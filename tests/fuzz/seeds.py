@@ -82,6 +82,11 @@ TASK_FULL = json.dumps(
     }
 ).encode()
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": true, "stream_options": {}, "n": 1}'
+# What must never go on to an engine, written down a second time: a name lost from the first list is noticed here.
+ENGINES_OWN = frozenset(
+    {"id_slot", "n_discard", "n_keep", "lora", "chat_template", "kv_transfer_params", "bootstrap_host"}
+)
+DENIED = tuple(CHAT.replace(b'"n": 1', f'"{name}": -1'.encode()) for name in sorted(ENGINES_OWN))
 HEADERS = (
     b"X-Llorch-Priority: batch\nX-Llorch-Deadline-Ms: 50\nIdempotency-Key: k\nX-Llorch-Pin: n0\n"
     b"Content-Type: application/x+json\n\n"

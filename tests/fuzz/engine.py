@@ -17,6 +17,7 @@ from tests.fuzz.watch import Crash, Target, Watch, execute, watching
 
 MOST_IN_CORPUS = 1_000
 LARGEST_IN_CORPUS_BYTES = 2_000  # what grows without bound costs time, and reaches nothing else
+SEEDS_SHARE = 0.25  # of the inputs that come from a seed, which is accepted; most kept ones show a way to be refused
 START_SHARE = 0.5  # of the inputs that come from a seed or a kept one: what is refused early would crowd them out
 SHRINK_TRIES = 400
 _DIGITS = re.compile("[0-9]+")
@@ -56,7 +57,8 @@ def explore(target: Target, executions: int, seed: int, *, most_crashes: int = 2
     with watching() as watch:
         until = result.executions + executions
         while result.executions < until and len(result.crashes) < most_crashes:
-            data = mutator.next(start if not found or rng.random() < START_SHARE else found)
+            pick = rng.random()
+            data = mutator.next(target.seeds if pick < SEEDS_SHARE else start if pick < START_SHARE else found or start)
             result.executions += 1
             crash = execute(target, data, watch)
             if crash is not None:

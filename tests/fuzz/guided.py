@@ -18,7 +18,7 @@ def main(name: str, executions: int, seed: int, folder: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["llorch"]):
-        from tests.fuzz.parsers import targets
+        from tests.fuzz.parsers import targets, tidy
     from tests.fuzz.corpus import kept
     from tests.fuzz.engine import Result, shrink
     from tests.fuzz.mutate import Mutator
@@ -46,6 +46,7 @@ def main(name: str, executions: int, seed: int, folder: Path) -> None:
                 result.crashes[crash.kind, crash.where] = shrink(target, crash, watch)
             result.accepted += crash is None and not watch.refusal
             if result.executions >= executions:
+                tidy()
                 _leave(result.executions, result.accepted, list(result.crashes.values()), folder)
 
         options = [f"-seed={seed}", f"-max_len={target.largest}", "-rss_limit_mb=0", "-timeout=600", "-verbosity=0"]

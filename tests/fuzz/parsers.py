@@ -501,6 +501,12 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="llorch-fuzz-", dir=shm if shm.is_dir() else None)
 
 
+def tidy() -> None:
+    """Remove what targets have written; for a process that ends without Python's own end."""
+    if _folder.cache_info().currsize:
+        _folder().cleanup()
+
+
 def roster_file(data: bytes) -> None:
     folder = _folder().name
     Path(folder, FILE_NAME).write_bytes(data)

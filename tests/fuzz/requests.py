@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import logging
 import secrets
+import shutil
 import sys
 import tempfile
 import time
@@ -192,7 +193,7 @@ async def run(numbers: Iterable[int], seed: int, folder: Path) -> Findings:
         began = time.monotonic()
         findings, watched = await attack(roles, others, tokens, numbers, seed)
         seconds = time.monotonic() - began
-        print(f"{findings.count} cases in {seconds:.0f} s; what is logged is in {folder}")
+        print(f"{findings.count} cases in {seconds:.0f} s")
         print("answers: " + ", ".join(f"{what} {count}" for what, count in sorted(findings.answers.items())))
         print("endings: " + ", ".join(f"{what} {count}" for what, count in sorted(findings.endings.items())))
         print(f"hostile control: {told}")
@@ -216,7 +217,9 @@ def main(argv: list[str]) -> int:
     findings = asyncio.run(run(range(given.first, given.first + given.cases), given.seed, folder))
     for what, where in sorted(findings.wrong.items())[:SHOWN]:
         print(f"WRONG, {len(where)} times: {what}\n    {', '.join(where[:5])}")
-    print(f"{len(findings.wrong)} faults")
+    print(f"{len(findings.wrong)} faults" + (f"; what was logged is in {folder}" if findings.wrong else ""))
+    if not findings.wrong:
+        shutil.rmtree(folder, ignore_errors=True)
     return 1 if findings.wrong else 0
 
 

@@ -7,8 +7,10 @@ import sys
 
 def main() -> None:
     try:
-        from llorch.cli.main import run
+        from llorch.cli.loading import loading
 
+        with loading():
+            from llorch.cli.main import run
         code = run()
     except KeyboardInterrupt:  # ^C while the modules load, before anything is there that could take it
         code = 130

@@ -1,15 +1,14 @@
 """Bearer tokens: who presents one, and what they may do.
 
-Owns parsing token lists, principals and scopes, the constant-time check, and fingerprints. Keeps digests, never the
-tokens themselves, so that nothing that prints a ring can print a secret. Fails closed: an empty ring admits nobody.
+Owns parsing token lists, principals and scopes, the check, and fingerprints. Keeps digests, never the tokens
+themselves, so that nothing that prints a ring can print a secret. Fails closed: an empty ring admits nobody.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -23,7 +22,7 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
 class Scope(StrEnum):
-    """What a route asks for. OPEN asks for nothing; ADMIN implies all the others but NODE and CONTROL."""
+    """What a route asks for. OPEN asks for nothing; ADMIN implies all the others but NODE, JOIN and CONTROL."""
 
     OPEN = "open"
     SUBMIT = "submit"
@@ -31,6 +30,7 @@ class Scope(StrEnum):
     METRICS = "metrics"
     ADMIN = "admin"
     NODE = "node"  # a node, towards a control
+    JOIN = "join"  # a machine that is to become a node
     CONTROL = "control"  # a control, towards a node
 
 
@@ -40,14 +40,27 @@ ADMIN_SCOPES = frozenset({Scope.SUBMIT, Scope.READ, Scope.METRICS, Scope.ADMIN})
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a token stands for. Two tokens with one name are one principal: that is how a token is rotated."""
+    """Who a credential stands for. Two tokens with one name are one principal: that is how a token is rotated.
+
+    `node_id`: of a certificate, which is for one node; a shared node token is for any. `models`: those that it may use;
+    None: all. `token_id`: of a token that llorch made. `issued` (of a certificate) and `expires`: seconds since 1970.
+    """
 
     name: str
     scopes: frozenset[Scope]
     fingerprint: str = ""
+    node_id: str | None = None
+    models: frozenset[str] | None = None
+    token_id: str | None = None
+    issued: float | None = None
+    issuer: str = ""  # of a certificate: the authority's name
+    expires: float | None = None
 
     def may(self, scope: Scope) -> bool:
         return scope is Scope.OPEN or scope in self.scopes
+
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
 
 
 ANONYMOUS = Principal("anonymous", frozenset())
@@ -91,24 +104,35 @@ class TokenRing:
 
     __slots__ = ("_entries",)
 
-    def __init__(self, entries: Iterable[tuple[str, str, frozenset[Scope]]] = ()) -> None:
-        self._entries = tuple(
-            (digest(token), Principal(name, scopes, fingerprint(token))) for name, token, scopes in entries
-        )
+    def __init__(
+        self,
+        entries: Iterable[tuple[str, str, frozenset[Scope]]] = (),
+        digests: Iterable[tuple[bytes, Principal]] = (),
+    ) -> None:
+        """`entries`: (name, token, scopes). `digests`: of tokens whose text is not known here. The later one counts."""
+        self._entries = {digest(token): Principal(name, scopes, fingerprint(token)) for name, token, scopes in entries}
+        self._entries.update(digests)
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[Principal]:
+        return iter(self._entries.values())
+
     def __repr__(self) -> str:
         return f"TokenRing({len(self)} tokens)"
 
-    def identify(self, token: str) -> Principal | None:
-        """Who presents `token`. Every entry is compared, so that the time tells nothing."""
-        presented, found = digest(token), None
-        for known, principal in self._entries:
-            if hmac.compare_digest(known, presented):
-                found = principal
-        return found
+    def identify(self, token: str, now: float) -> Principal | None:
+        """Who presents `token` at `now` (seconds since 1970).
+
+        Looked up by its SHA-256: what a comparison's time tells of a digest leads to no token that has it.
+        """
+        found = self._entries.get(digest(token))
+        return found if found is not None and (found.expires is None or now < found.expires) else None
+
+    def holds(self, principal: Principal, now: float) -> bool:
+        """Whether who was identified before still would be, and as the same."""
+        return principal in self._entries.values() and (principal.expires is None or now < principal.expires)
 
 
 def presented_token(headers: Mapping[str, str]) -> str | None:
@@ -119,15 +143,15 @@ def presented_token(headers: Mapping[str, str]) -> str | None:
     return headers.get("api-key") or headers.get("x-api-key") or None
 
 
-def authorize(ring: TokenRing, headers: Mapping[str, str], *scopes: Scope) -> Principal:
+def authorize(principal: Principal | None, *scopes: Scope) -> Principal:
     """The principal of a request that needs one of `scopes`. Missing and wrong are the same 401, too little is 403."""
-    token = presented_token(headers)
-    principal = ring.identify(token) if token is not None else None
     if Scope.OPEN in scopes:
         return principal or ANONYMOUS
     if principal is None:
         raise LlorchError(Code.UNAUTHENTICATED, "no valid token was presented")
     if not any(map(principal.may, scopes)):
         needs = [scope.value for scope in scopes]
-        raise LlorchError(Code.FORBIDDEN, f"this token lacks the scope {' or '.join(needs)}", details={"needs": needs})
+        raise LlorchError(
+            Code.FORBIDDEN, f"this credential lacks the scope {' or '.join(needs)}", details={"needs": needs}
+        )
     return principal

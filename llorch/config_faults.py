@@ -99,30 +99,27 @@ def _check_listener(checked: Checked[S], settings: ControlSettings | NodeSetting
         checked.fault("tls-cert tls-key", "needs tls-key too", "give --tls-key PATH")
     if key and not cert:
         checked.fault("tls-key tls-cert", "needs tls-cert too", "give --tls-cert PATH")
-    if not settings.bind.loopback and not (cert or key):
+    joins_securely = isinstance(settings, NodeSettings) and any(url.startswith("https:") for url in settings.join)
+    has_authority = isinstance(settings, ControlSettings) and not settings.dev
+    if not settings.bind.loopback and not (cert or key or joins_securely or has_authority):
         checked.fault(
             "bind tls-cert tls-key",
             f"{settings.bind} is reachable from outside this machine, and there is no TLS",
             f"give --tls-cert and --tls-key, or bind 127.0.0.1:{settings.bind.port}",
         )
+    if isinstance(settings, ControlSettings) and settings.tls == "off-mesh":
+        if cert or key:
+            checked.fault("tls tls-cert tls-key", "off-mesh serves without TLS, yet there is a tls-cert", "give one")
+        if not settings.bind.loopback:
+            checked.warn(
+                "tls", f"off-mesh: {settings.bind} serves tokens and prompts unencrypted; is the mesh around it?"
+            )
 
 
 _MAKE = "`openssl rand -hex 32` makes a token"
 
 
 def _check_control(checked: Checked[S], control: ControlSettings) -> None:
-    if not control.api_token and not control.admin_token:
-        checked.fault(
-            "api-token admin-token",
-            "a control without client tokens would admit nobody; set api-token or admin-token",
-            f"{_MAKE}; set LLORCH_API_TOKEN, or --api-token-file PATH",
-        )
-    if not control.node_token:
-        checked.fault(
-            "service-token node-token",
-            "a control without tokens for its nodes would admit none; set service-token or node-token",
-            f"{_MAKE}; set LLORCH_SERVICE_TOKEN to the same on the control and its nodes, or --service-token-file PATH",
-        )
     if control.offline_after <= control.heartbeat_interval:
         checked.fault(
             ("offline-after heartbeat-interval" if checked.origin["offline-after"] != "default" else
@@ -150,10 +147,10 @@ def _warn_of_shared(checked: Checked[S], control: ControlSettings) -> None:
 def _check_node(checked: Checked[S], node: NodeSettings) -> None:
     if not node.join:
         checked.fault("join", "a node needs a control to join", "give --join https://control.example:8080")
-    if not node.service_token:
+    if node.join and not node.service_token and not any(url.startswith("https:") for url in node.join):
         checked.fault(
-            "service-token",
-            "a node needs the token that its control presents",
+            "service-token join",
+            "without TLS a node needs the token that its control presents",
             f"set LLORCH_SERVICE_TOKEN, or --service-token-file PATH, to the control's; {_MAKE}",
         )
     for url in filter(plain_http_abroad, node.join):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
+from llorch.config_engine_args import why_not_arg
 from llorch.config_yaml import Items, Node, Scalar, YamlFault
 
 # The wire's rules for names, as in `llorch.messages`, which takes 130 ms to import: more than `--help` can spend.
@@ -225,6 +226,14 @@ class HostPort:
     def loopback(self) -> bool:
         return is_loopback(self.host)
 
+    @property
+    def everywhere(self) -> bool:
+        """Every address of the machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can be meant. A name other than localhost is taken to lead elsewhere."""
@@ -349,6 +358,16 @@ def listed(item: Kind[T], example: str) -> Kind[tuple[T, ...]]:
     return Kind(f"{item.name} list", parse, example, schema, show, item=item, join=join)
 
 
+def _name(value: str) -> str:
+    if _HOST_NAME.fullmatch(value) and len(value) <= 253:
+        return value
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise BadValue(f"{quote(value)} is neither a host name nor an address", "for example desk.example") from None
+
+
+NAMES = listed(Kind("name", _name, "desk.example", _string()), "desk.example,10.0.0.5")
 URLS = listed(URL, "https://control.example:8080")
 CIDRS = listed(_CIDR, "10.0.0.0/8")
 GPUS = listed(integer(0, 255), "0,1")
@@ -356,14 +375,18 @@ GPUS = listed(integer(0, 255), "0,1")
 
 def _arguments(value: str) -> tuple[str, ...]:
     try:
-        return tuple(shlex.split(value))
+        words = shlex.split(value)
     except ValueError:
         raise BadValue("a quote is not closed", "quote as in a shell: --flag 'two words'") from None
+    return tuple(map(_argument, words))
 
 
 def _argument(value: str) -> str:
     if "\0" in value:
         raise BadValue("has a NUL character")
+    why = why_not_arg(value)
+    if why is not None:  # the flag alone is quoted: what is behind a `=` may be a key
+        raise BadValue(f"{value.partition('=')[0]} can't be given to an engine: {why}", "remove it")
     return value
 
 

@@ -6,9 +6,10 @@ Owns PoolSpec, its fields and their faults, each at its own line. Never decides 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llorch.config_engine_args import why_not_env
 from llorch.config_kinds import (
     ARGUMENTS,
     GPUS,
@@ -65,7 +66,16 @@ def _env_value(value: str) -> str:
     return value
 
 
-_ENV_NAME = text("environment name", "[A-Za-z_][A-Za-z0-9_]{0,127}", allowed="letters, digits and _", example="HF_HOME")
+def _env_name(value: str) -> str:
+    name = _ENV_WORD.parse(value)
+    why = why_not_env(name)
+    if why is not None:
+        raise BadValue(f"{name} can't be given to an engine: {why}", "remove it")
+    return name
+
+
+_ENV_WORD = text("environment name", "[A-Za-z_][A-Za-z0-9_]{0,127}", allowed="letters, digits and _", example="HF_HOME")
+_ENV_NAME = replace(_ENV_WORD, parse=_env_name)
 _ENV_VALUE: Kind[str] = Kind("value", _env_value, "text", {"type": ["string", "number", "boolean"]})
 
 

@@ -10,10 +10,15 @@ messages are written by llorch, not copied from a peer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+MAX_WIRE_TEXT_CHARS = 2_000  # of one text in a peer's error; ours are a line or two
+MAX_DETAILS_CHARS = 16 * 1024  # of its details; more than that is no help to anybody
+MAX_RETRY_AFTER_MS = 24 * 3_600_000
 
 
 class Code(StrEnum):
@@ -33,6 +38,7 @@ class Code(StrEnum):
     REQUEST_TIMEOUT = "REQUEST_TIMEOUT"
     LEASE_STALE = "LEASE_STALE"
     NODE_ID_CONFLICT = "NODE_ID_CONFLICT"
+    NODE_QUARANTINED = "NODE_QUARANTINED"
     CONFLICT = "CONFLICT"
     GAP = "GAP"
     PAYLOAD_TOO_LARGE = "PAYLOAD_TOO_LARGE"
@@ -54,6 +60,7 @@ class Code(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
     ENGINE_STALLED = "ENGINE_STALLED"
+    INSUFFICIENT_STORAGE = "INSUFFICIENT_STORAGE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,9 @@ MEANINGS: Mapping[Code, Meaning] = {
     Code.NODE_ID_CONFLICT: Meaning(
         409, _BAD, False, "give each machine its own --node-id, or wait until the other expires"
     ),
+    Code.NODE_QUARANTINED: Meaning(
+        409, _BAD, True, "look at that machine; `llorch node pardon NODE` lets it back at once"
+    ),
     Code.CONFLICT: Meaning(409, _BAD, False),
     Code.GAP: Meaning(410, _BAD, False, "these bytes are no longer kept; send the task again"),
     Code.PAYLOAD_TOO_LARGE: Meaning(413, _BAD, False, "raise --max-body, or send less"),
@@ -122,6 +132,7 @@ MEANINGS: Mapping[Code, Meaning] = {
     Code.DEADLINE_EXCEEDED: Meaning(504, _FAULT, False, "allow more time with deadline_ms"),
     Code.QUEUE_TIMEOUT: Meaning(504, _FAULT, True, "no slot became free in time; `llorch status` shows the load"),
     Code.ENGINE_STALLED: Meaning(504, _FAULT, True, "the engine stopped answering; `llorch pool ls` shows its state"),
+    Code.INSUFFICIENT_STORAGE: Meaning(507, _FAULT, True, "make room on the disk that holds --data-dir"),
 }
 
 
@@ -196,6 +207,7 @@ class LlorchError(Exception):
         """The error a peer of ours sent; anything malformed becomes `fallback` without quoting it."""
         if not isinstance(wire, Mapping):
             return cls(fallback, "the peer sent no readable error")
+        wire = bounded(wire)
         try:
             code = Code(str(wire.get("code")))
         except ValueError:
@@ -211,6 +223,23 @@ class LlorchError(Exception):
             retry_after_ms=after if isinstance(after, int) and after >= 0 else None,
             details=details if isinstance(details, Mapping) else None,
         )
+
+
+def bounded(wire: Mapping[str, Any]) -> dict[str, Any]:
+    """An error object of a peer, with no more in it than one of ours would have: it is kept, and shown to people."""
+    fields: dict[str, Any] = {
+        name: value[:MAX_WIRE_TEXT_CHARS] if isinstance(value, str) else value
+        for name in ("code", "message", "type", "param", "hint", "request_id", "task_id")
+        if isinstance(value := wire.get(name), str | None) and name in wire
+    }
+    after, retriable, details = wire.get("retry_after_ms"), wire.get("retriable"), wire.get("details")
+    if isinstance(after, int) and not isinstance(after, bool) and after >= 0:
+        fields["retry_after_ms"] = min(after, MAX_RETRY_AFTER_MS)
+    if isinstance(retriable, bool):
+        fields["retriable"] = retriable
+    if isinstance(details, Mapping) and len(json.dumps(details)) <= MAX_DETAILS_CHARS:
+        fields["details"] = details
+    return fields
 
 
 class ConfigError(LlorchError):

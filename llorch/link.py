@@ -70,6 +70,7 @@ class Link(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._pong: asyncio.Future[None] | None = None
         self.full = False
+        self.fault: RecordError | None = None  # what the peer did, if the link ended for that
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def start(self, transport: asyncio.Transport, received: bytes = b"") -> None:
@@ -131,6 +132,7 @@ class Link(asyncio.Protocol):
                 else:
                     self._owner.link_record(record)
         except RecordError as error:
+            self.fault = error
             self.abort(f"protocol error: {error}")
 
     def pause_writing(self) -> None:

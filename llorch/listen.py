@@ -1,8 +1,8 @@
 """How a role listens: the one hardened way for connections to come in.
 
-Owns the listening sockets, the acceptor, the choice of the certificate that a connection is shown, what aiohttp's side
-of a connection does with what it can't read, and the reaper of those that never ask for anything. Never listens beyond
-loopback without TLS, whoever asks.
+Owns the listening sockets, the acceptor, the choice of the certificate that a connection is shown, and the reaper of
+those whose request does not come. Who may come in is decided by `doors`, what is a request by `http_connection`. Never
+listens beyond loopback without TLS, whoever asks.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import errno
 import ipaddress
 import resource
 import socket
-import time
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import web, web_protocol
+from aiohttp import web
 
 from llorch import link
-from llorch.errors import Code, ConfigError, LlorchError
+from llorch.doors import Doors, Limits, Place
+from llorch.errors import ConfigError
+from llorch.http_connection import Connection
 from llorch.logs import Log
+from llorch.ratelimit import OncePer
 from llorch.tasks import Guard
-from llorch.tls import Identities, NameReader, why_refused
-from llorch.web import error_response, request_id_of
+from llorch.tls import CONTROL_NAME, Identities, NameReader, why_refused
 
-KEEPALIVE_S = 75.0  # aiohttp's own default keeps an idle connection for an hour
-HEAD_TIMEOUT_S = 10.0  # a connection that has sent no whole request head by then is closed
+HEAD_TIMEOUT_S = 10.0  # for a head, from the connection's beginning or from its own first byte; then it is closed
 HANDSHAKE_TIMEOUT_S = 10.0  # from the accepted connection to the end of its TLS handshake
 HELLO_PAUSE_S = 0.02  # between two looks at a greeting that has begun to arrive
 MAX_HELLO_BYTES = 16 * 1024 + 5  # one TLS record
@@ -48,59 +49,15 @@ log = Log("listen")
 class Server:
     """An application that listens. `url` is where; `close` ends it: no new connections, then what runs, then all."""
 
-    def __init__(self, runner: web.AppRunner, url: str, host: str, port: int, guard: Guard) -> None:
+    def __init__(self, runner: web.AppRunner, url: str, host: str, port: int, guard: Guard, doors: Doors) -> None:
         self._runner = runner
         self._guard = guard
+        self.doors = doors
         self.url, self.host, self.port = url, host, port
 
     async def close(self) -> None:
         await self._guard.close()
         await self._runner.cleanup()
-
-
-_CONNECTION: dict[str, Any] = {
-    "access_log": None,
-    "keepalive_timeout": KEEPALIVE_S,
-    "auto_decompress": False,  # a body is what was sent; no bomb unpacks here
-}
-
-
-class _Connection(web_protocol.RequestHandler):
-    """aiohttp's side of one connection. What it could not read is answered in our shape, and is never logged."""
-
-    __slots__ = ()
-
-    def data_received(self, data: bytes) -> None:
-        """aiohttp queues a malformed piece of a body behind the request that waits for it: that one is told here."""
-        super().data_received(data)
-        if self._messages and isinstance(self._messages[-1][0], web_protocol._ErrInfo):
-            request = self._current_request
-            if request is not None and not request.content.is_eof():
-                request.content.set_exception(web_protocol.RequestPayloadError())
-
-    def log_exception(self, *args: Any, **kw: Any) -> None:
-        if not isinstance(kw.get("exc_info"), web_protocol.RequestPayloadError):  # which has been answered
-            super().log_exception(*args, **kw)
-
-    def handle_error(
-        self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        if isinstance(exc, ConnectionError):
-            raise exc  # the client is gone, or the connection has become a link and ended: no answer, and no fault
-        request_id = request_id_of(request.headers)
-        if status < 500:
-            # aiohttp's own message and log line quote the request: a token may stand in the line that was malformed.
-            log.info("request.malformed", peer=request.remote, why=type(exc).__name__, request_id=request_id)
-            error = LlorchError(Code.INVALID_REQUEST, "the request is not well-formed HTTP", status=status)
-        else:
-            log.error("request.failed", peer=request.remote, why=type(exc).__name__, request_id=request_id)
-            error = LlorchError(Code.INTERNAL, "an unexpected fault; it was logged")
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun; another can't be sent")
-        response = error_response(error, request_id)
-        response.headers["X-Request-Id"] = response.headers["X-Correlation-Id"] = request_id
-        response.force_close()
-        return response
 
 
 class Acceptor:
@@ -111,12 +68,18 @@ class Acceptor:
     """
 
     def __init__(
-        self, sock: socket.socket, make: Callable[[], asyncio.Protocol], tls: Identities | None, refused: Refused
+        self,
+        sock: socket.socket,
+        make: Callable[[Place], asyncio.Protocol],
+        tls: Identities | None,
+        refused: Refused,
+        doors: Doors,
     ) -> None:
         self.sockets = (sock,)
         self._sock = sock
         self._make = make
         self._tls = tls
+        self._doors = doors
         self._names = NameReader()
         self._refused = refused
         self._arriving: set[asyncio.Task[None]] = set()
@@ -135,6 +98,10 @@ class Acceptor:
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_AT_ONCE):
+            now = self._loop.time()
+            if pause_s := self._doors.pause_s(now):
+                self._pause(pause_s)
+                return
             try:
                 sock, address = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -143,31 +110,52 @@ class Acceptor:
                 if error.errno not in _NO_FILES:
                     raise
                 log.error("accept.failed", reason=error.strerror)
-                self._loop.remove_reader(self._sock)
-                self._resume = self._loop.call_later(NO_FILES_PAUSE_S, self._loop.add_reader, self._sock, self._accept)
+                self._pause(NO_FILES_PAUSE_S)
                 return
-            sock.setblocking(False)
-            task = self._loop.create_task(self._arrive(sock, str(address[0])), name="listen.arrive")
-            self._arriving.add(task)
-            task.add_done_callback(self._arriving.discard)
+            self._take(sock, str(address[0]), now)
 
-    async def _arrive(self, sock: socket.socket, peer: str) -> None:
+    def _pause(self, seconds: float) -> None:
+        """Who comes meanwhile waits with the kernel."""
+        self._loop.remove_reader(self._sock)
+        self._resume = self._loop.call_later(seconds, self._loop.add_reader, self._sock, self._accept)
+
+    def _take(self, sock: socket.socket, peer: str, now: float) -> None:
+        place = self._doors.arrive(peer, now, sock.close)
+        named = self._tls is not None and CONTROL_NAME in self._tls.named
+        if not named and not self._doors.admit(place):  # else its greeting is heard first: it may be a node's
+            sock.close()
+            return
+        sock.setblocking(False)
+        task = self._loop.create_task(self._arrive(sock, peer, place), name="listen.arrive")
+        place.close = task.cancel
+        self._arriving.add(task)
+        task.add_done_callback(self._arriving.discard)
+
+    async def _arrive(self, sock: socket.socket, peer: str, place: Place) -> None:
         """From an accepted socket to a protocol that reads requests."""
         try:
             if self._tls is None:
-                await self._loop.connect_accepted_socket(self._make, sock)
+                await self._loop.connect_accepted_socket(lambda: self._make(place), sock)
                 return
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 name = await self._server_name(sock) if self._tls.named else None
+                if CONTROL_NAME in self._tls.named and not self._doors.admit(place, named=is_control(name)):
+                    sock.close()
+                    return
                 await self._loop.connect_accepted_socket(
-                    self._make, sock, ssl=self._tls.choose(name), ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S
+                    lambda: self._make(place),
+                    sock,
+                    ssl=self._tls.choose(name),
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
                 )
         except (OSError, ValueError, asyncio.IncompleteReadError) as error:  # TimeoutError and SSLError are OSErrors
+            self._doors.leave(place)
             sock.close()
             why = why_refused(error)
             if why is not None:
                 self._refused(peer, why)
         except BaseException:
+            self._doors.leave(place)
             sock.close()
             raise
 
@@ -195,24 +183,62 @@ class Acceptor:
             self._loop.remove_reader(sock)
 
 
+def is_control(server_name: str | None) -> bool:
+    return server_name is not None and server_name.lower() == CONTROL_NAME
+
+
 class _Site(web.SockSite):
     """One listening socket of a runner."""
 
-    def __init__(self, runner: web.AppRunner, sock: socket.socket, tls: Identities | None, refused: Refused) -> None:
+    def __init__(
+        self, runner: web.AppRunner, sock: socket.socket, tls: Identities | None, refused: Refused, doors: Doors
+    ) -> None:
         super().__init__(runner, sock)
-        self._tls, self._refused = tls, refused
+        self._tls, self._refused, self._doors = tls, refused, doors
 
     async def start(self) -> None:
         await web.BaseSite.start(self)
-        loop, manager = asyncio.get_running_loop(), self._runner.server
+        loop, manager, doors, pace = asyncio.get_running_loop(), self._runner.server, self._doors, OncePer()
         assert manager is not None
         self._server = Acceptor(  # type: ignore[assignment]
-            self._sock, lambda: _Connection(manager, loop=loop, **_CONNECTION), self._tls, self._refused
+            self._sock, lambda place: Connection(manager, loop, doors, place, pace), self._tls, self._refused, doors
         )
 
 
-def _refused_quietly(peer: str, why: str) -> None:
-    log.info("tls.refused", peer=peer, why=why)
+def _says(pace: OncePer, refused: Refused) -> Refused:
+    """Pass every refusal on, and log it; no flood of them floods the log."""
+    loop = asyncio.get_running_loop()
+
+    def say(peer: str, why: str) -> None:
+        refused(peer, why)
+        more = pace.told(why, loop.time())
+        if more is not None:
+            log.warning("auth.failed", layer="tls", reason=why, peer=peer, more=more or None)
+
+    return say
+
+
+def watched_doors(
+    limits: Limits,
+    *,
+    is_node: Callable[[str], bool] = lambda _address: False,
+    refused: Callable[[str], None] = lambda _reason: None,
+) -> Doors:
+    """Doors that say whom they refuse: `refused` hears of each, the log once a second."""
+    loop, pace = asyncio.get_running_loop(), OncePer()
+
+    def say(reason: str) -> None:
+        refused(reason)
+        more = pace.told(reason, loop.time())
+        if more is not None:
+            log.warning("connection.refused", reason=reason, more=more or None)
+
+    return Doors(limits, is_node=is_node, refused=say)
+
+
+def bound(doors: Doors, limits: Limits) -> None:
+    """Have these limits from now on, as far as the process may have files open."""
+    doors.limits = limits.within(_allow_many_files())
 
 
 async def serve(
@@ -221,20 +247,25 @@ async def serve(
     port: int,
     *,
     tls: Identities | None = None,
-    refused: Refused = _refused_quietly,
+    mesh: bool = False,
+    refused: Refused = lambda _peer, _why: None,
+    doors: Doors | None = None,
     shutdown_timeout_s: float = 5.0,
 ) -> Server:
     """Listen on host:port (0: a free one). Raises ConfigError if it is taken, or is no loopback and has no TLS.
 
-    `refused` hears of every TLS handshake that failed for a reason.
+    `mesh`: beyond loopback without TLS all the same, for something around this process encrypts what it sends.
+    `refused` hears of every TLS handshake that failed for a reason. `doors`: who may come in; the default bounds, if
+    there is nothing to say of it.
     """
     shown = f"[{host}]" if ":" in host else host
     try:
-        sockets = await _listening(host, port, loopback_only=tls is None)
+        sockets = await _listening(host, port, loopback_only=tls is None and not mesh)
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise ConfigError(f"{shown}:{port} can't be listened on: {why}", hint="give another --bind HOST:PORT") from None
-    _allow_many_files()
+    doors, told = doors or Doors(), _says(OncePer(), refused)
+    bound(doors, doors.limits)
     runner = web.AppRunner(
         app,
         handler_cancellation=True,  # a client that leaves cancels its handler: the task's slot goes free
@@ -243,7 +274,7 @@ async def serve(
     await runner.setup()
     try:
         for sock in sockets:
-            await _Site(runner, sock, tls, refused).start()
+            await _Site(runner, sock, tls, told, doors).start()
     except BaseException:
         for sock in sockets:
             sock.close()
@@ -252,7 +283,7 @@ async def serve(
     bound_port = int(runner.addresses[0][1])
     guard = Guard("listen")
     guard.loop(_reaper(runner), "reaper")
-    return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard)
+    return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard, doors)
 
 
 async def _listening(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
@@ -297,28 +328,24 @@ def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
     return sock
 
 
-def _allow_many_files() -> None:
-    """A connection is a file; the soft limit of 1,024 is for programs that use select(2)."""
+def _allow_many_files() -> int:
+    """A connection is a file; the soft limit of 1,024 is for programs that use select(2). Returns how many may be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if most == resource.RLIM_INFINITY else most
 
 
 def _reaper(runner: web.AppRunner) -> Callable[[], Awaitable[float]]:
-    """Closes connections that never finish their first request head; aiohttp waits for them without end."""
-    first_seen: dict[Any, float] = {}
+    """Closes connections whose request does not come; aiohttp waits for a head without end."""
 
     async def step() -> float:
-        now = time.monotonic()
-        open_now = list(runner.server.connections) if runner.server is not None else []
-        for connection in open_now:
-            since = first_seen.setdefault(connection, now)
-            started = connection._request_count > 0 or connection._request_in_progress
-            if not started and now - since > HEAD_TIMEOUT_S:
+        before = asyncio.get_running_loop().time() - HEAD_TIMEOUT_S
+        for connection in runner.server.connections if runner.server is not None else ():
+            if isinstance(connection, Connection) and (connection.head_since or before) < before:
                 connection.force_close()
-        for gone in set(first_seen).difference(open_now):
-            del first_seen[gone]
         return REAP_EVERY_S
 
     return step

@@ -12,9 +12,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from llorch.errors import Code, LlorchError, invalid
+from llorch.errors import Code, LlorchError, bounded, invalid
 
 MAX_DEPTH = 32
+MAX_VALUES = 300_000  # about: an embedding of as many tokens as OpenAI takes; each costs up to 250 bytes here
+MAX_FIGURE = 1e12  # of any measured value: bytes have their own type, and nothing else comes near
+MAX_ATTEMPT = 1_000  # of a task; it has three retries, three losses and three continuations
 MAX_NUMBER_DIGITS = 400  # beyond this a JSON number means nothing and costs quadratic time
 MODEL_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}"
 MODEL_ID = re.compile(MODEL_ID_PATTERN)
@@ -63,20 +66,29 @@ def _float(digits: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer, parse_float=_float)
-# A string without an end is taken to the end, once: sought again from each of its quotes it cost quadratic time.
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|([\[{])|([\]}])', re.DOTALL)
+# A string is taken in one piece: character by character, one of 60 MB took 40 s and 7 GB. One without an end is taken
+# to the end, once: sought again from each of its quotes it cost quadratic time.
+_PIECE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|([\[{])|([\]}])|(,)', re.DOTALL)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _depth(text: str) -> int:
-    deepest = depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
-        if match.group(1):
-            depth += 1
-            deepest = max(deepest, depth)
-        elif match.group(2):
+def _check_shape(text: str) -> None:
+    """Before parsing: the parser recurses, and a value costs many times what its text does. Raises INVALID_REQUEST."""
+    depth = values = 0
+    for match in _PIECE.finditer(text):
+        kind = match.lastindex
+        if kind is None:
+            continue
+        if kind == 2:
             depth -= 1
-    return deepest
+            continue
+        values += 1
+        if kind == 1:
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise invalid(f"the JSON is nested deeper than {MAX_DEPTH}")
+        if values > MAX_VALUES:
+            raise invalid(f"the JSON has more than {MAX_VALUES} values")
 
 
 def _strings(value: object) -> bool:
@@ -96,9 +108,10 @@ def decode_json(raw: bytes) -> Any:
         raise invalid(f"the body is not UTF-8 (byte {error.start})") from None
     if not text.strip():
         raise invalid("the body is empty", hint="send a JSON object")
-    # Brackets are counted before parsing: the parser recurses. Few brackets can't be deep, whatever is in strings.
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
-        raise invalid(f"the JSON is nested deeper than {MAX_DEPTH}")
+    # Few brackets can't be deep, and few commas beside them can't be many values, whatever is in strings.
+    brackets = text.count("[") + text.count("{")
+    if brackets > MAX_DEPTH or brackets + text.count(",") > MAX_VALUES:
+        _check_shape(text)
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -121,6 +134,8 @@ def decode_object(raw: bytes) -> dict[str, Any]:
 
 M = TypeVar("M", bound=BaseModel)
 
+MAX_FAULTS = 1_000  # of one body, that are told apart
+_FIELDS_HINT = "GET /openapi.json has every field and its range"
 MAX_QUOTED_NAME_CHARS = 100  # of a field's name in an error
 
 
@@ -129,6 +144,8 @@ def parse(model: type[M], value: object) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
+        if error.error_count() > MAX_FAULTS:  # each costs 700 bytes to look at
+            raise invalid(f"{error.error_count()} fields are unknown or wrong", hint=_FIELDS_HINT) from None
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         first = faults[0]
         where = _where(first["loc"]) or None
@@ -139,7 +156,7 @@ def parse(model: type[M], value: object) -> M:
             Code.INVALID_REQUEST,
             text,
             param=where,
-            hint=f"known fields: {allowed}" if allowed else "GET /openapi.json has every field and its range",
+            hint=f"known fields: {allowed}" if allowed else _FIELDS_HINT,
             details={"fields": [{"field": _where(fault["loc"]), "problem": fault["msg"]} for fault in faults[:20]]},
         ) from None
 
@@ -163,7 +180,9 @@ NodeId = Annotated[str, StringConstraints(pattern=f"^{NODE_ID_PATTERN}$")]
 PoolId = Annotated[str, StringConstraints(pattern=f"^{POOL_ID_PATTERN}$")]
 ModelId = Annotated[str, StringConstraints(pattern=f"^{MODEL_ID_PATTERN}$")]
 TaskId = Annotated[str, StringConstraints(pattern=f"^{TASK_ID.pattern}$")]
+Digest = Annotated[str, StringConstraints(max_length=128)]  # a sha512 in hex; ours are sha256
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Figure = Annotated[float, Field(ge=-MAX_FIGURE, le=MAX_FIGURE)]
 HeaderName = Annotated[str, StringConstraints(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$")]
 HeaderValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$", max_length=8_192)]
 Headers = Annotated[dict[HeaderName, HeaderValue], Field(max_length=64)]
@@ -193,10 +212,10 @@ class PoolReport(Wire):
     vram_total_bytes: Count | None = None
     vram_free_bytes: Count | None = None
     device_mask: ShortText | None = None
-    prompt_tps: float | None = None
-    decode_tps: float | None = None
-    load_s: float | None = None
-    kv_usage: float | None = None
+    prompt_tps: Figure | None = None
+    decode_tps: Figure | None = None
+    load_s: Figure | None = None
+    kv_usage: Figure | None = None
     generation: Count | None = None
     last_error: Annotated[str, StringConstraints(max_length=2_000)] | None = None
     replicas: list[ReplicaReport] | None = Field(default=None, max_length=256)
@@ -210,9 +229,9 @@ class Gpu(Wire):
     vram_total_bytes: Count = 0
     vram_used_bytes: Count = 0
     vram_foreign_bytes: Count = 0
-    utilization: float | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
+    utilization: Figure | None = None
+    temperature_c: Figure | None = None
+    power_w: Figure | None = None
     driver: ShortText | None = None
     compute_capability: ShortText | None = None
     mig: bool = False
@@ -223,22 +242,22 @@ class ModelReport(Wire):
     id: ShortText
     ref: Annotated[str, StringConstraints(max_length=4_096)] | None = None
     size_bytes: Count = 0
-    sha256: ShortText | None = None
+    sha256: Digest | None = None
     format: ShortText | None = None
     state: Literal["staged", "staging", "failed", "retired"] = "staged"
-    progress: float | None = None
+    progress: Figure | None = None
     ctx_train: Count | None = None
     gone: bool = False
 
 
 class TaskReport(Wire):
     task_id: TaskId
-    attempt: Count = 1
+    attempt: Annotated[int, Field(ge=0, le=MAX_ATTEMPT)] = 1
     epoch: ShortText | None = None
     owner: ShortText = "default"
     path: ShortText = "native"
-    key_digest: ShortText | None = None
-    body_digest: ShortText | None = None
+    key_digest: Digest | None = None
+    body_digest: Digest | None = None
     model: ShortText | None = None
     pool_id: ShortText | None = None
     state: Literal["accepted", "running", "sealed"] = "running"
@@ -248,8 +267,8 @@ class TaskReport(Wire):
     cached_tokens: Count = 0
     finish_reason: ShortText | None = None
     code: ShortText | None = None
-    ttft_ms: float | None = None
-    decode_ms: float | None = None
+    ttft_ms: Figure | None = None
+    decode_ms: Figure | None = None
     started_at: ShortText | None = None
     ended_at: ShortText | None = None
     gone: bool = False
@@ -290,7 +309,7 @@ class Heartbeat(Wire):
     seq: Count | None = None
     delta: bool = False
     timestamp: ShortText | None = None
-    rtt_ms: Annotated[float, Field(ge=0)] | None = None
+    rtt_ms: Annotated[float, Field(ge=0, le=MAX_FIGURE)] | None = None
     draining: bool | None = None
     pools: list[PoolReport] | None = Field(default=None, max_length=256)
     gpus: list[Gpu] | None = Field(default=None, max_length=64)
@@ -307,11 +326,30 @@ class PoolReady(Wire):
     pool_id: PoolId
 
 
+class CertificateRequest(Wire):
+    """POST /v2/nodes/csr: a PKCS#10 request in PEM."""
+
+    node_id: NodeId
+    csr: Annotated[str, StringConstraints(max_length=16_384)]
+
+
+class NewToken(Wire):
+    """POST /v2/tokens. `join`: for a machine that is to become a node, else for a client."""
+
+    join: bool = False
+    name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    scopes: Annotated[list[str], Field(max_length=16)] | None = None
+    expires_s: Annotated[float, Field(gt=0, le=3_153_600_000, allow_inf_nan=False)] | None = None
+    models: Annotated[list[Annotated[str, StringConstraints(max_length=128)]], Field(max_length=1_000)] | None = None
+    uses: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    node_id: NodeId | None = None
+
+
 class Open(Wire):
     """OPEN: a task for a pool. Its body follows as BODY records, then the prefix."""
 
     task_id: TaskId
-    attempt: Annotated[int, Field(ge=1, le=1_000)] = 1
+    attempt: Annotated[int, Field(ge=1, le=MAX_ATTEMPT)] = 1
     pool_id: PoolId
     model: ShortText | None = None
     path: Annotated[str, StringConstraints(max_length=256)] = "native"
@@ -359,10 +397,10 @@ class Head(Wire):
 
 
 class Timings(Wire):
-    ttft_ms: float | None = None
-    decode_ms: float | None = None
-    prompt_tps: float | None = None
-    decode_tps: float | None = None
+    ttft_ms: Figure | None = None
+    decode_ms: Figure | None = None
+    prompt_tps: Figure | None = None
+    decode_tps: Figure | None = None
 
 
 class Tail(Wire):
@@ -374,9 +412,14 @@ class Tail(Wire):
     tokens_out: Count = 0
     cached_tokens: Count = 0
     timings: Timings = Field(default_factory=Timings)
-    sha256: ShortText | None = None
+    sha256: Digest | None = None
     error: dict[str, Any] | None = None
-    status: int | None = None
+    status: Annotated[int, Field(ge=100, le=599)] | None = None
+
+    @field_validator("error")
+    @classmethod
+    def _small(cls, error: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if error is None else bounded(error)
 
 
 # ---------------------------------------------------------------- the native task

@@ -11,6 +11,22 @@ from llorch.errors import Code
 from llorch.web import Route
 
 
+class Description:
+    """The document of one role, made when somebody first asks for it: its schemas take longer than all other routes."""
+
+    def __init__(self, *, title: str, version: str) -> None:
+        self.routes: Sequence[Route] = ()
+        self._title = title
+        self._version = version
+        self._document: dict[str, Any] | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Of `routes`, which has to be assigned by then. Takes tens of milliseconds once: for a thread."""
+        if self._document is None:
+            self._document = openapi(self.routes, title=self._title, version=self._version)
+        return self._document
+
+
 def openapi(routes: Sequence[Route], *, title: str, version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of a route table."""
     paths: dict[str, Any] = {}

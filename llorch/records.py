@@ -48,6 +48,10 @@ class RecordError(Exception):
     """The peer broke the protocol; the connection can't be trusted any further."""
 
 
+class CreditOverrun(RecordError):
+    """The peer sent more than it was granted."""
+
+
 class Record(NamedTuple):
     stream: int
     type: int  # a Type, or a number this version doesn't know and skips
@@ -162,7 +166,7 @@ class ReceiveCredit:
         """Raises RecordError if the peer sent more than it was granted."""
         self._open -= count
         if self._open < 0:
-            raise RecordError("credit overrun")
+            raise CreditOverrun("credit overrun")
 
     def passed_on(self, count: int) -> int:
         """The bytes to grant now (0: not yet worth a record)."""

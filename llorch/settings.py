@@ -19,6 +19,7 @@ from llorch.config_kinds import (
     GPUS,
     HOST_PORT,
     MODEL_REF,
+    NAMES,
     NODE_ID_PATTERN,
     PATH,
     POOL_ID_PATTERN,
@@ -146,6 +147,21 @@ class ServerSettings(RoleSettings):
         duration("100ms", "1h"),
         "A reader that takes nothing for this long is dropped; it may resume. Longer costs memory per stalled reader.",
     )
+    max_connections_per_ip: int = setting(
+        "512",
+        integer(1, 1_000_000),
+        "Connections from one IP address, with IPv6 from one /64; more are closed at once. For loopback and "
+        "trusted-proxies there is no such bound.",
+    )
+    trusted_proxies: tuple[Network, ...] = setting(
+        "", CIDRS, "Networks of proxies in front of this role: many clients come from one address there."
+    )
+    rate_failures: int = setting(
+        "60",
+        integer(0, 1_000_000),
+        "Requests without a valid token per minute and address; more are answered 429. A valid token is never refused "
+        "for them. 0: no limit.",
+    )
     service_token: str | None = setting(
         None, TOKENS, "Tokens that a control presents to nodes. The first is presented, all are accepted."
     )
@@ -156,6 +172,7 @@ class ServerSettings(RoleSettings):
 
 
 _TLS_CERT = "The certificate chain to serve with (PEM). Needed, with its key, to listen beyond loopback."
+_CONNECTIONS = integer(16, 1_000_000)
 _TLS_KEY = "The private key of tls-cert (PEM)."
 
 
@@ -172,10 +189,49 @@ class ControlSettings(ServerSettings):
     tls_key: str | None = setting(
         None, PATH, _TLS_KEY, example="/etc/llorch/tls.key", aliases=("ORCHESTRATORD_TLS_KEY",)
     )
+    tls: str = setting(
+        "auto",
+        choice("auto", "on", "off-mesh"),
+        "auto: TLS wherever it listens beyond loopback, with a certificate of the cluster's own authority if tls-cert "
+        "is not given. on: on loopback too. off-mesh: none, for a service mesh that encrypts and authenticates.",
+    )
+    tls_names: tuple[str, ...] = setting(
+        "", NAMES, "Further names and addresses for the certificate that the cluster's authority gives this control."
+    )
+    ca_passphrase: str | None = setting(
+        None,
+        TOKEN,
+        "Encrypts the key of the cluster's authority on disk. Without it, the file's mode alone guards it.",
+    )
+    node_cert_life: float = setting(
+        "30d",
+        duration("1m", "3650d"),
+        "How long a node's certificate is valid. It is renewed after two thirds; a node away for longer joins again.",
+    )
     api_token: str | None = setting(
         None, TOKENS, "Client tokens (scopes submit and read): a comma or line list, all valid; name=token names one."
     )
     admin_token: str | None = setting(None, TOKENS, "Tokens that may do everything.")
+    max_connections: int = setting(
+        "4096",
+        _CONNECTIONS,
+        "Connections in all; beyond it the client that has been idle for longest goes, or the new one is closed. 256 "
+        "of them, a quarter at most, are for nodes alone.",
+    )
+    rate_requests: int = setting(
+        "1000",
+        integer(0, 1_000_000),
+        "Requests per second and principal, twice as many at once; more are answered 429. 0: no limit.",
+    )
+    rate_streams: int = setting(
+        "0", integer(0, 1_000_000), "Answers that one principal may be given at a time. 0: no limit."
+    )
+    rate_tokens: int = setting(
+        "0",
+        integer(0, 1_000_000_000),
+        "Tokens per minute and principal, prompt and answer together. A task is taken in on an estimate, from its size "
+        "and its max_tokens, and counted as what it took. 0: no limit.",
+    )
     heartbeat_interval: float = setting(
         "10s", duration("50ms", "10m"), "How often nodes beat. Shorter notices a dead node sooner and costs requests."
     )
@@ -214,10 +270,22 @@ class ControlSettings(ServerSettings):
         "How long after its start a control waits for its nodes before it says that a task or a model does not exist. "
         "It ends early once every node it knew is back.",
     )
+    node_cidr: tuple[Network, ...] = setting(
+        "",
+        CIDRS,
+        "Networks in which a node may advertise an address that it does not register from: nodes with several "
+        "addresses, or behind NAT. Nodes that are reached over their own link need none.",
+    )
     ttft_timeout: float = setting(
         "120s",
         duration("100ms", "1d"),
         "How long a placed stream may take to its first token before it is tried elsewhere. Long prompts need long.",
+    )
+    audit_files: int | None = setting(
+        None,
+        integer(2, 1_000_000, example=100),
+        "How many files of the audit log are kept, 64 MiB each; the oldest goes first, and the log says so. All of "
+        "them without it.",
     )
 
 
@@ -233,6 +301,14 @@ class NodeSettings(ServerSettings):
     )
     tls_key: str | None = setting(
         None, PATH, _TLS_KEY, example="/etc/llorch/tls.key", aliases=("POOL_MANAGERD_TLS_KEY",)
+    )
+    max_connections: int = setting(
+        "1024", _CONNECTIONS, "Connections in all; beyond it the one that has been idle for longest goes."
+    )
+    join_token: str | None = setting(
+        None,
+        TOKEN,
+        "What `llorch token join` on the control printed. The node gets its certificate for it and needs it only once.",
     )
     join: tuple[str, ...] = setting("", URLS, "URLs of the controls to register with; all of them, for availability.")
     node_id: str | None = setting(

@@ -25,12 +25,15 @@ import aiohttp
 T = TypeVar("T")
 
 READY_WITHIN_S = 30.0
+LOOK_AGAIN_S = 0.001  # what a test waits for is mostly there by then
+LOOK_AGAIN_AT_MOST_S = 0.02  # later it is looked for less often, for each look costs its peer as much as a request
 SIMULATED = "sim"
 
 
 async def eventually(look: Callable[[], T | Awaitable[T]], *, within_s: float = 10.0, what: str = "") -> T:
     """The first true value that `look` gives. Fails after `within_s`, saying what it saw last."""
     until = time.monotonic() + within_s
+    again_s = LOOK_AGAIN_S
     last: Any = None
     while True:
         try:
@@ -43,7 +46,8 @@ async def eventually(look: Callable[[], T | Awaitable[T]], *, within_s: float = 
             last = error
         if time.monotonic() > until:
             raise AssertionError(f"not within {within_s} s: {what or look!r}; last seen: {last!r}")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(again_s)
+        again_s = min(1.5 * again_s, LOOK_AGAIN_AT_MOST_S)
 
 
 def alive(pid: int) -> bool:

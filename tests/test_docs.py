@@ -14,7 +14,7 @@ from tests.docs import MAP, README, ROOT, commands, control_routes, metric_docs,
 LOG_EVENTS = (
     "node.registered", "node.deregistered", "node.expired", "heartbeat.failed", "placement.decided", "task.routed",
     "task.ended", "pool.bound", "pool.failed", "engine.started", "engine.exited", "handoff.invalid", "auth.failed",
-    "loop.ended",
+    "loop.ended", "node.struck", "node.quarantined", "node.pardoned",
 )  # fmt: skip
 
 

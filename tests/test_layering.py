@@ -31,6 +31,7 @@ PURE = (
     "config*.py",
     "errors.py",
     "messages.py",
+    "openai_paths.py",
     "records.py",
     "settings.py",
     "sse.py",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable
 
 from llorch.cli.exits import Exit, after_output, of_code
-from llorch.cli.output import Format, Output, is_terminal, report, write_err, write_out
+from llorch.cli.output import Format, Output, is_terminal, report, report_of_peer, write_err, write_out
 from llorch.client.events import End, Event, Failed, Token
 from llorch.client.render import JsonLines, Progress, Renderer, TextRenderer
 from llorch.client.text import plain
@@ -69,7 +69,7 @@ def ended(finish_reason: str) -> int:
 
 def failed(event: Failed, began: bool) -> int:
     error = event.error
-    report(
+    report_of_peer(
         error.message + (" (its text so far is printed)" if began else ""),
         why=f"{error.code}",
         hint=error.hint,

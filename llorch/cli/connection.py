@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from llorch.cli.loading import loading
+
 if TYPE_CHECKING:
     from llorch.cli.target import Target
     from llorch.client.api import LlorchClient
@@ -15,13 +17,13 @@ if TYPE_CHECKING:
 @contextlib.asynccontextmanager
 async def connected(target: Target) -> AsyncIterator[LlorchClient]:
     """A client for `target`. Raises TimedOut when the block takes longer than its --timeout."""
-    from llorch.client.api import LlorchClient
-    from llorch.client.faults import TimedOut
-
+    with loading():
+        from llorch.client.api import LlorchClient
+        from llorch.client.faults import TimedOut
     try:
         async with (
             asyncio.timeout(target.timeout_s) as limit,
-            LlorchClient(target.url, target.token, tls_ca=target.tls_ca) as client,
+            LlorchClient(target.url, target.token, tls_ca=target.tls_ca, pinned=target.pinned) as client,
         ):
             yield client
     except TimeoutError:

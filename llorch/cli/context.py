@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from llorch.auth import fingerprint
 from llorch.cli import contexts
 from llorch.cli.flags import flag_values, local_command, role_flags, with_flags
-from llorch.cli.output import Column, Output, usage, warn, write_err, write_out
+from llorch.cli.output import Column, Failure, Output, usage, warn, write_err, write_out
 from llorch.cli.sources import read_secret
 from llorch.config import ClientSettings, resolve
 
@@ -86,7 +87,14 @@ def add(
     _: object,
     name: Name,
     use_it: Annotated[bool, typer.Option("--use", help="Make it the one in use.")] = False,
-) -> None:
+    ca_pin: Annotated[
+        str | None,
+        typer.Option(
+            "--ca-pin", metavar="SHA256", show_default=False,
+            help="Trust the cluster's authority with this digest, and no other: `llorch certs status` shows it.",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
     """Name a control: its --url, and its --token-file or --token (- reads it from standard input)."""
 
 
@@ -103,17 +111,38 @@ def _add(given: dict[str, Any]) -> None:
         warn(warning)
     settings = resolved.settings
     by_file = flags.get("token_file") if flags.get("token_file") != "-" else None  # what was piped in is gone
+    pin, tls_ca = given.get("ca_pin"), settings.tls_ca
+    if pin is not None:
+        if tls_ca is not None:
+            raise usage("--ca-pin and --tls-ca say different things", "give one of them")
+        tls_ca = str(_pinned(settings.url, pin, name))
     context = contexts.Context(
         url=settings.url,
         token=None if by_file else settings.token,
         token_file=str(Path(by_file).expanduser().absolute()) if by_file else None,
-        tls_ca=str(Path(settings.tls_ca).expanduser().absolute()) if settings.tls_ca else None,
+        tls_ca=str(Path(tls_ca).expanduser().absolute()) if tls_ca else None,
+        ca_pin=pin,
     )
     with contexts.changing(_path()) as known:
         known.named[name] = context
         if use_it or known.current is None:
             known.current = name
     write_err(f"context {name} is {context.url}\n")
+
+
+def _pinned(url: str, pin: str, name: str) -> Path:
+    """The file with the authority of this digest, as the control at `url` has it. Nothing else is believed of it."""
+    from llorch import private
+    from llorch.client.authorities import fetch_authority
+
+    pem = asyncio.run(fetch_authority(url, pin))
+    path = contexts.authority_path(_path(), name)
+    private.make_directory(path.parent)
+    try:
+        private.write(path, pem)
+    except OSError as error:
+        raise Failure(f"{path} can't be written: {error.strerror}") from None
+    return path
 
 
 def _command(own: Callable[..., None]) -> Callable[..., None]:

@@ -31,6 +31,7 @@ class Context:
     token: str | None = field(default=None, repr=False)
     token_file: str | None = None
     tls_ca: str | None = None
+    ca_pin: str | None = None  # `tls_ca` is then a file of ours, and the only authority
     keeper: str | None = None
 
 
@@ -44,6 +45,11 @@ class Contexts:
             known = ", ".join(sorted(self.named)) or "there is none"
             raise ConfigError(f"no context {name!r}", hint=f"`llorch context ls` lists them: {known}")
         return self.named[name]
+
+
+def authority_path(contexts_file: Path, name: str) -> Path:
+    """Where the authority of a context with a pin is kept."""
+    return contexts_file.parent / "authorities" / f"{name}.pem"
 
 
 def config_home(env: Mapping[str, str]) -> Path:
@@ -144,6 +150,9 @@ def remove(path: Path, name: str, *, keeper: str | None = None) -> bool:
         found = contexts.named.get(name)
         if found is None or (keeper is not None and found.keeper != keeper):
             return False
+        if found.ca_pin is not None:
+            with contextlib.suppress(OSError):
+                authority_path(path, name).unlink()
         del contexts.named[name]
         if contexts.current == name:
             contexts.current = None

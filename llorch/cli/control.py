@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from llorch.cli.flags import flag_values, role_flags, with_flags
+from llorch.cli.loading import loading
 from llorch.cli.roles import role_settings
 from llorch.config import ControlSettings
 
@@ -16,10 +17,10 @@ def control(_: object) -> None:
 
 
 def _run(given: dict[str, Any]) -> int:
-    settings = role_settings(ControlSettings, flag_values(ControlSettings, given), given["config"])
-    from llorch.control.app import main
-
-    return main(settings)
+    settings, source = role_settings(ControlSettings, flag_values(ControlSettings, given), given["config"])
+    with loading():
+        from llorch.control.app import main
+    return main(settings, source)
 
 
 def register(app: typer.Typer) -> None:

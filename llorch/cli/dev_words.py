@@ -117,7 +117,7 @@ def welcome(now: Serving) -> str:
     ]
     told = "Each task is told here when it ends. " if now.tells_tasks else ""
     return (
-        f"ready: {now.url}  model {now.model}, {len(now.nodes)} node{'s' if several else ''}\n"
+        f"ready: {now.url}  model {one_line(now.model)}, {len(now.nodes)} node{'s' if several else ''}\n"
         + (f"\n{_node_table(now)}" if several else "")
         + "\nTry next, in another terminal:\n"
         + _columns(tries)
@@ -168,7 +168,7 @@ def _ended_task(line: str) -> str | None:
 
 def answered(node: str, total: int, reason: str | None) -> str:
     """After the one answer of several nodes: which of them gave it. `reason` is the control's."""
-    return f"answered by {node}, {one_line(reason) if reason else f'one of {total} nodes'}\n"
+    return f"answered by {one_line(node)}, {one_line(reason) if reason else f'one of {total} nodes'}\n"
 
 
 # ---------------------------------------------------------------- why it can't

@@ -10,7 +10,8 @@ import traceback
 import typer
 
 from llorch.cli.exits import Exit, of_code
-from llorch.cli.output import Failure, OutputClosed, OutputFailed, report, write_err
+from llorch.cli.output import Failure, OutputClosed, OutputFailed, report, report_of_peer, write_err
+from llorch.client.text import plain
 from llorch.errors import ConfigError, LlorchError
 
 PROGRAM = "llorch"
@@ -19,7 +20,7 @@ PROGRAM = "llorch"
 def explain_error(error: Exception, *, debug: bool = False) -> int:
     """Print what went wrong, with `debug` where as well; the exit code that stands for it."""
     if debug:
-        write_err("".join(traceback.format_exception(error)))
+        write_err(plain("".join(traceback.format_exception(error))))
     match error:
         case OutputClosed():
             return Exit.BROKEN_PIPE
@@ -42,7 +43,7 @@ def explain_error(error: Exception, *, debug: bool = False) -> int:
             return Exit.USAGE
         case LlorchError():
             request_id = getattr(error, "request_id", None)
-            report(error.message, why=error.code.value, hint=error.hint, request_id=request_id)
+            report_of_peer(error.message, why=error.code.value, hint=error.hint, request_id=request_id)
             return of_code(error.code.value)
         case _:
             return _explain_other(error)
@@ -58,7 +59,7 @@ def _explain_other(error: Exception) -> int:
         from llorch.client.faults import ClientFault, StreamBroken, TimedOut
 
         if isinstance(error, ClientFault):
-            report(error.message, why=error.why, hint=error.hint)
+            report_of_peer(error.message, why=error.why, hint=error.hint)
             if isinstance(error, StreamBroken):
                 return Exit.BROKE_OFF
             return Exit.TIMEOUT if isinstance(error, TimedOut) else Exit.UNREACHABLE

@@ -50,12 +50,12 @@ _CODES = {
         Code.ALL_SLOTS_BUSY,
         Code.DRAINING,
         Code.RECOVERING,
+        Code.INSUFFICIENT_STORAGE,
     ),
     Exit.TIMEOUT: (Code.DEADLINE_EXCEEDED, Code.QUEUE_TIMEOUT, Code.ENGINE_STALLED, Code.REQUEST_TIMEOUT),
 }
 # By name, so that a code which the control has and this client does not know yet is no fault here.
-_MORE = {"INSUFFICIENT_STORAGE": Exit.NO_CAPACITY}
-_BY_CODE = {code.value: exit_code for exit_code, codes in _CODES.items() for code in codes} | _MORE
+_BY_CODE = {code.value: exit_code for exit_code, codes in _CODES.items() for code in codes}
 
 
 def of_code(code: str) -> Exit:

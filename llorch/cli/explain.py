@@ -16,6 +16,7 @@ from llorch.cli.flags import Call, client_command
 from llorch.cli.output import usage
 from llorch.cli.submit import Avoid, Model, Pin, Prefer, Zone, only_model, placement_wish
 from llorch.cli.units import age, size
+from llorch.client.text import unbroken
 
 _ANY_PROMPT = "?"  # where a task goes does not depend on what it asks
 
@@ -43,11 +44,15 @@ async def explain(
             body: dict[str, Any] = {"model": model or await only_model(client), "prompt": _ANY_PROMPT}
             decision = await client.dry_run(body | ({"placement": wish} if wish else {}))
     picked = _picked(decision)
-    call.output.one(decision, name=picked or "-", text=lambda: "".join(f"{line}\n" for line in lines(decision)))
+    call.output.one(decision, name=picked or "-", text=lambda: _page(decision))
     error = _mapping(decision.get("error"))
     if dry_run and decision.get("outcome") == "refuse":
         return of_code(str(error.get("code"))) if error else Exit.NO_CAPACITY
     return Exit.OK
+
+
+def _page(decision: Mapping[str, Any]) -> str:
+    return "".join(f"{unbroken(line)}\n" for line in lines(decision))  # reasons quote what nodes say
 
 
 def lines(decision: Mapping[str, Any]) -> Iterator[str]:

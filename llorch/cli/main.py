@@ -15,6 +15,8 @@ import typer
 
 from llorch import __version__
 from llorch.cli import (
+    audit,
+    certs,
     chat,
     completion,
     config,
@@ -27,6 +29,7 @@ from llorch.cli import (
     status,
     submit,
     task,
+    token,
     version,
 )
 from llorch.cli.completion import COMPLETE_VARIABLE, accept_completion
@@ -68,8 +71,11 @@ status.register(app)
 app.add_typer(pool.app, name="pool")
 app.add_typer(task.app, name="task")
 explain.register(app)
+app.add_typer(token.app, name="token")
+app.add_typer(certs.app, name="certs")
 app.add_typer(config.app, name="config")
 app.add_typer(context.app, name="context")
+app.add_typer(audit.app, name="audit")
 completion.register(app)
 version.register(app)
 

@@ -1,4 +1,4 @@
-"""`llorch node`: the agent on a GPU machine; `llorch node ls|show`: the nodes that a control knows."""
+"""`llorch node`: the agent on a GPU machine; `llorch node ls|show|pardon`: the nodes that a control knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 
 from llorch.cli.connection import connected
 from llorch.cli.flags import Call, client_command, flag_values, role_flags, with_flags
-from llorch.cli.output import Column, Format, fields, usage
+from llorch.cli.loading import loading
+from llorch.cli.output import Column, Format, fields, usage, write_err
 from llorch.cli.roles import role_settings
 from llorch.cli.units import age, size
 from llorch.config import NodeSettings
@@ -29,10 +30,10 @@ def _run(given: dict[str, Any]) -> int | None:
         if config is not None or any(value not in (None, []) for value in flags.values()):
             raise usage(f"flags of a node mean nothing before {context.invoked_subcommand}", "put them after it")
         return None
-    settings = role_settings(NodeSettings, flags, config)
-    from llorch.node.app import main
-
-    return main(settings)
+    settings, source = role_settings(NodeSettings, flags, config)
+    with loading():
+        from llorch.node.app import main
+    return main(settings, source)
 
 
 app.callback(invoke_without_command=True)(with_flags(_run, node, role_flags(NodeSettings), group=True))
@@ -45,6 +46,7 @@ NODE_COLUMNS = (
     Column("vram", lambda node: _vram(node)),
     Column("slots free", lambda node: f"{node.get('slots_free', 0)}/{node.get('slots_total', 0)}"),
     Column("models", lambda node: node.get("models")),
+    Column("quarantined for", lambda node: quarantined_for(node)),
 )
 
 
@@ -54,6 +56,12 @@ def state_of(node: Mapping[str, Any]) -> str:
     if node.get("suspect") and node.get("online"):
         words.append("suspect")
     return ",".join(words)
+
+
+def quarantined_for(node: Mapping[str, Any]) -> str | None:
+    """What a node did for which it is shut out; None for one that is not."""
+    quarantine = node.get("quarantine")
+    return str(quarantine.get("reason")) if isinstance(quarantine, Mapping) else None
 
 
 def _vram(node: Mapping[str, Any]) -> str:
@@ -84,6 +92,17 @@ async def show(call: Call, node_id: Annotated[str, typer.Argument(metavar="NODE"
         call.output.one(node, name=node_id)
 
 
+async def pardon(call: Call, node_id: Annotated[str, typer.Argument(metavar="NODE", show_default=False)]) -> None:
+    """Let a quarantined node back at once, and forget what it did."""
+    async with connected(call.target) as client:
+        answer = await client.pardon(node_id)
+    if call.format_given:
+        call.output.one(answer, name=node_id)
+    else:
+        was = "may come back" if answer.get("was_quarantined") else "was not quarantined"
+        write_err(f"{node_id} {was}\n")
+
+
 GPU_COLUMNS = (
     Column("gpu", lambda gpu: gpu.get("index")),
     Column("name", lambda gpu: gpu.get("name")),
@@ -96,3 +115,4 @@ GPU_COLUMNS = (
 
 app.command("ls")(client_command(ls))
 app.command("show")(client_command(show))
+app.command("pardon")(client_command(pardon))

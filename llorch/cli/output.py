@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any, TextIO
 
 from llorch.cli.exits import Exit
-from llorch.client.text import one_line, plain
+from llorch.client.text import one_line, plain, unbroken
 
 
 class OutputClosed(Exception):
@@ -82,17 +82,24 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def hint(text: str) -> None:
-    write_err(f"hint: {text}\n")
+    write_err(f"hint: {plain(text)}\n")
 
 
 def warn(text: str) -> None:
-    write_err(f"warning: {text}\n")
+    write_err(f"warning: {plain(text)}\n")
 
 
 def report(message: str, *, why: str | None = None, hint: str | None = None, request_id: str | None = None) -> None:
-    """The lines of one error."""
+    """The lines of one error, in words of this machine. Those of a peer go through `report_of_peer`."""
     lines = [("error", message), ("why", why), ("hint", hint), ("request-id", request_id)]
     write_err("".join(f"{name}: {plain(text)}\n" for name, text in lines if text))
+
+
+def report_of_peer(
+    message: str, *, why: str | None = None, hint: str | None = None, request_id: str | None = None
+) -> None:
+    """The same, each on one line: what a control or a node says must not pass for a line that llorch says."""
+    report(one_line(message), why=one_line(why or ""), hint=one_line(hint or ""), request_id=one_line(request_id or ""))
 
 
 # ---------------------------------------------------------------- results
@@ -128,7 +135,7 @@ class Output:
             case Format.NAME:
                 write_out("".join(f"{_cell(name(row))}\n" for row in rows))
             case Format.JSONL:
-                write_out("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                write_out(_shown("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)))
             case _:
                 self._document(list(rows))
 
@@ -177,10 +184,11 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def fields(value: Mapping[str, Any]) -> str:
     """`name: value` lines; what is nested is shown as JSON."""
-    width = max((len(name) for name in value), default=0) + 1
+    names = {name: one_line(name) for name in value}
+    width = max(map(len, names.values()), default=0) + 1
     lines = []
     for name, item in value.items():
         nested = isinstance(item, dict) or (isinstance(item, list) and any(isinstance(part, dict) for part in item))
-        shown = json.dumps(item, ensure_ascii=False) if nested and item else _cell(item)
-        lines.append(f"{name + ':':<{width}} {shown}\n")
+        shown = unbroken(json.dumps(item, ensure_ascii=False)) if nested and item else _cell(item)
+        lines.append(f"{names[name] + ':':<{width}} {shown}\n")
     return "".join(lines)

@@ -33,10 +33,7 @@ def config_files(explicit: str | None, *, local: bool, env: Mapping[str, str], s
             files.append(ConfigFile(explicit, _read(path)))
         except (OSError, ValueError) as error:
             raise usage(f"the settings file {explicit} can't be read: {_why(error)}") from None
-    if not search:
-        return files
-    places = [LOCAL_FILE] if local and explicit is None else []
-    for path in (*places, config_home(env) / "config.yaml", SYSTEM_FILE):
+    for path in _searched(explicit, local=local, env=env) if search else ():
         try:
             files.append(ConfigFile(str(path), _read(path)))
         except (FileNotFoundError, NotADirectoryError):
@@ -44,6 +41,17 @@ def config_files(explicit: str | None, *, local: bool, env: Mapping[str, str], s
         except (OSError, ValueError) as error:
             raise usage(f"the settings file {path} can't be read: {_why(error)}") from None
     return files
+
+
+def _searched(explicit: str | None, *, local: bool, env: Mapping[str, str]) -> list[Path]:
+    places = [LOCAL_FILE] if local and explicit is None else []
+    return [*places, config_home(env) / "config.yaml", SYSTEM_FILE]
+
+
+def settings_paths(explicit: str | None, *, local: bool, env: Mapping[str, str], search: bool = True) -> list[str]:
+    """The settings files that count, whether or not they are there."""
+    given = [] if explicit is None else [explicit]
+    return given + ([str(path) for path in _searched(explicit, local=local, env=env)] if search else [])
 
 
 def _why(error: Exception) -> str:
@@ -72,10 +80,11 @@ def resolve_here(
     local: bool,
     search: bool = True,
     read_file: Callable[[str], str] = read_secret,
+    env: Mapping[str, str] = os.environ,
 ) -> Resolved[S]:
     """The settings of a role on this machine, with every path expanded. Raises ConfigFaults, or Failure."""
-    files = config_files(config, local=local, env=os.environ, search=search)
-    resolved = resolve(cls, flags=flags, env=os.environ, files=files, read_file=read_file)
+    files = config_files(config, local=local, env=env, search=search)
+    resolved = resolve(cls, flags=flags, env=env, files=files, read_file=read_file)
     return dataclasses.replace(resolved, settings=_expanded(resolved))
 
 

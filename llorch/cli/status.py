@@ -10,7 +10,7 @@ import typer
 from llorch.cli.connection import connected
 from llorch.cli.exits import Exit
 from llorch.cli.flags import Call, client_command
-from llorch.cli.node import NODE_COLUMNS
+from llorch.cli.node import NODE_COLUMNS, quarantined_for
 from llorch.cli.output import Format, write_out
 
 
@@ -18,7 +18,9 @@ def problems(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, An
     """What is wrong, one line each. Draining is a wish of somebody's, and nothing wrong."""
     found = []
     for node in nodes:
-        if node.get("state") not in ("online", "draining"):
+        if (reason := quarantined_for(node)) is not None:
+            found.append(f"node {node.get('node_id')} is quarantined for {reason}")
+        elif node.get("state") not in ("online", "draining"):
             found.append(f"node {node.get('node_id')} is {node.get('state')}")
         elif node.get("suspect"):
             found.append(f"node {node.get('node_id')} is suspect: it has missed heartbeats")
@@ -65,13 +67,14 @@ def _print(
 ) -> None:
     free, total = (sum(pool.get(name) or 0 for pool in pools) for name in ("slots_free", "slots_total"))
     ready = sum(bool(pool.get("ready")) for pool in pools)
+    from llorch.client.text import one_line
+
+    told, version = (one_line(str(control.get(name))) for name in ("status", "version"))
     write_out(
-        f"control  {url}  {control.get('status')}  version {control.get('version')}\n"
+        f"control  {url}  {told}  version {version}\n"
         f"nodes    {sum(node.get('state') == 'online' for node in nodes)} of {len(nodes)} online\n"
         f"pools    {ready} of {len(pools)} ready, {free} of {total} slots free\n"
     )
-    from llorch.client.text import one_line
-
     write_out("".join(f"problem  {one_line(problem)}\n" for problem in found) + ("\n" if nodes else ""))
 
 

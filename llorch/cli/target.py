@@ -30,6 +30,7 @@ class Target:
     url: str
     token: str | None = field(repr=False)
     tls_ca: str | None
+    pinned: bool
     timeout_s: float | None
     warnings: tuple[str, ...] = ()
     withheld: str | None = None
@@ -52,12 +53,14 @@ def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | 
     chosen = known.get(name) if name is not None else None
     stronger = ("flag --",) if context is not None else ("flag --", *_OWN_ENV)
     url, token, tls_ca, withheld = settings.url, settings.token, settings.tls_ca, None
+    pinned = False
     own_url = origin["url"].startswith(stronger)
     own_token = token is not None and origin["token"].startswith(stronger)
     if chosen is not None:
         if not own_url:
             url = _url_of(chosen, name)
-            tls_ca = tls_ca if origin["tls-ca"].startswith(stronger) else chosen.tls_ca or tls_ca
+            if not origin["tls-ca"].startswith(stronger):
+                tls_ca, pinned = chosen.tls_ca or tls_ca, chosen.ca_pin is not None
         if not own_token:
             # What a file gave was meant for that file's URL. LLORCH_API_TOKEN is better than none.
             borrowed = token if context is None and origin["token"].startswith("env ") else None
@@ -68,7 +71,7 @@ def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | 
         if token is not None and plain_http_abroad(url) and not own_url:
             warnings.append(f"context {name}: http:// sends the token unencrypted over the network; use https://")
     withheld = withheld if token is None else None
-    return Target(url, token, tls_ca, settings.timeout, tuple(warnings), withheld, took_stdin="-" in read)
+    return Target(url, token, tls_ca, pinned, settings.timeout, tuple(warnings), withheld, took_stdin="-" in read)
 
 
 def _url_of(context: contexts.Context, name: str | None) -> str:

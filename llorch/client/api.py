@@ -70,17 +70,19 @@ class _Lost(Exception):
 
 
 class LlorchClient:
-    """An async context manager. `url` is a control's base URL; `tls_ca` names a file with further authorities."""
+    """An async context manager. `url` is a control's base URL; `tls_ca` names a file with further authorities, or, if
+    it is `pinned`, with the only ones.
+    """
 
-    def __init__(self, url: str, token: str | None = None, *, tls_ca: str | None = None) -> None:
+    def __init__(self, url: str, token: str | None = None, *, tls_ca: str | None = None, pinned: bool = False) -> None:
         self.url = url.rstrip("/")
         self._token = token
-        self._tls_ca = tls_ca
+        self._tls_ca, self._pinned = tls_ca, pinned
         self._stack = contextlib.AsyncExitStack()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> LlorchClient:
-        context = tls.client_context(self._tls_ca) if urlsplit(self.url).scheme == "https" else None
+        context = tls.client_context(self._tls_ca, only=self._pinned) if urlsplit(self.url).scheme == "https" else None
         self._session = await self._stack.enter_async_context(web.client_session(tls=context))
         return self
 
@@ -155,11 +157,27 @@ class LlorchClient:
     async def node(self, node_id: str) -> dict[str, Any]:
         return await self.call("GET", f"/v2/nodes/{_path(node_id)}")
 
+    async def pardon(self, node_id: str) -> dict[str, Any]:
+        """Forget what a node did that it may not; one that is quarantined may come back at once."""
+        return await self.call("POST", f"/v2/nodes/{_path(node_id)}/pardon")
+
     async def pools(self) -> list[dict[str, Any]]:
         return await self._list("/v2/pools", "pools")
 
     async def models(self) -> list[str]:
         return [str(model.get("id")) for model in await self._list("/v1/models", "data")]
+
+    async def tokens(self) -> list[dict[str, Any]]:
+        return await self._list("/v2/tokens", "tokens")
+
+    async def new_token(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Its view, and for this once its text as `token`."""
+        return await self.call("POST", "/v2/tokens", wanted)
+
+    async def revoke_token(self, which: str) -> list[str]:
+        """By id or name; the ids of those that were in force until now."""
+        revoked = (await self.call("DELETE", f"/v2/tokens/{_path(which)}")).get("revoked")
+        return [str(token_id) for token_id in revoked] if isinstance(revoked, list) else []
 
     async def ready(self) -> dict[str, Any]:
         """`{status, version, role}`: a control that drains says so, which is no error."""

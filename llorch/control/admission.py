@@ -74,6 +74,10 @@ class Admission:
         self._left: dict[tuple[str, int], _Charge] = {}  # by task and attempt: their clients left, their nodes go on
         self._bodies: dict[str, int] = {}  # bytes, by principal; of those that have any
 
+    def bound(self, limit: int | None, body_limit: int) -> None:
+        """Other bounds, for who comes from now on."""
+        self._limit, self._body_limit = limit, body_limit
+
     def __len__(self) -> int:
         return len(self._waiters)
 

@@ -16,78 +16,101 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from llorch import listen, logs, systemd, tls, web
-from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
 from llorch.config import ControlSettings
-from llorch.control import routes_health, routes_nodes, routes_tasks
+from llorch.control import on_record, routes_health, routes_nodes, routes_tasks, routes_trust
+from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
+from llorch.control.distrust import Distrust
 from llorch.control.links import Links
-from llorch.control.metrics import ControlMetrics, registry_metrics
+from llorch.control.metrics import ControlMetrics, registry_metrics, trust_metrics
 from llorch.control.node_client import NodeClient
+from llorch.control.place import url_for_others, write_place
 from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
+from llorch.control.resolver import NodeResolver
 from llorch.control.roster import Roster
 from llorch.control.state import CONTROL, Control
 from llorch.control.sweep import expire_step, probe_step, roster_step
-from llorch.errors import ConfigError
+from llorch.doors import Limits
+from llorch.quotas import Quotas, Rates
+from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
 LAST_BYTES_S = 2.0  # for answers that were ended, whose bytes only have to leave
 
+LIVE = (
+    "api_token", "admin_token", "node_token", "service_token", "tls_cert", "tls_key", "tls_names", "node_cert_life",
+    "log_level", "queue_limit", "queue_body_limit", "rate_requests", "rate_streams", "rate_tokens",
+    "rate_failures", "max_connections", "max_connections_per_ip", "trusted_proxies",
+)  # fmt: skip
+
 log = logs.Log("control")
 
 
-def token_ring(settings: ControlSettings) -> TokenRing:
-    """Every token that is valid here, with what it may do. Raises ConfigError when nobody could use this control."""
-    shortest = 1 if settings.dev else MIN_TOKEN_CHARS
-    entries: list[tuple[str, str, frozenset[Scope]]] = []
-    for text, scopes in (
-        (settings.api_token, CLIENT_SCOPES),
-        (settings.admin_token, ADMIN_SCOPES),
-        (settings.node_token or settings.service_token, frozenset({Scope.NODE})),
-    ):
-        entries += [(name, token, scopes) for name, token in parse_tokens(text or "", min_chars=shortest)]
-    ring = TokenRing(entries)
-    if len(ring) == 0:
-        raise ConfigError("no tokens: nobody could use this control")
-    return ring
+def rates(settings: ControlSettings) -> Rates:
+    return Rates(
+        settings.rate_requests or None,
+        settings.rate_streams or None,
+        settings.rate_tokens or None,
+        settings.rate_failures or None,
+    )
+
+
+def door_limits(settings: ControlSettings) -> Limits:
+    return Limits(settings.max_connections, settings.max_connections_per_ip, trusted=settings.trusted_proxies)
 
 
 @contextlib.asynccontextmanager
 async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, listen.Server]]:
     """A control that serves for as long as the block runs. At its end nodes are told, then all is closed."""
-    ring = token_ring(settings)
-    service = parse_tokens(settings.service_token or "", min_chars=1)
-    server_tls = (
-        tls.Identities(tls.server_context(settings.tls_cert, settings.tls_key))
-        if settings.tls_cert and settings.tls_key
-        else None
-    )
+    access = await asyncio.to_thread(Access.open, settings)
     registry = Registry(
         epoch=secrets.token_hex(8),
         heartbeat_interval_s=settings.heartbeat_interval,
         offline_after_s=settings.offline_after,
+        node_cidr=settings.node_cidr,
     )
     roster = Roster(settings.data_dir)
     recovery = Recovery(settings.recovery_window, roster.saved, time.monotonic())
     metrics, links, guard = ControlMetrics(), Links(), Guard("control")
     admission = Admission(settings.queue_limit, settings.queue_body_limit)
+    quotas = Quotas(rates(settings), metrics.limits.limited)
+    doors = listen.watched_doors(
+        door_limits(settings),
+        is_node=lambda address: any(node.peer == address for node in registry.nodes.values()),
+        refused=metrics.limits.refused,
+    )
+    metrics.limits.watch(doors)
+    audit = on_record.audit_log(settings, metrics)
     async with NodeClient(
         links,
         registry.address_of,
-        lambda: service[0][1] if service else "",
+        access.service_token,
         tls.client_context(settings.tls_ca),
+        NodeResolver(settings.node_cidr, registry.peers_of),
+        broke_protocol=lambda node_id, error: distrust.broke_protocol(node_id, error),
+        cluster_tls=lambda node_id: access.to_node(registry.nodes.get(node_id)),
     ) as nodes:
         dispatcher = Dispatcher(
             registry,
             admission,
             nodes,
             metrics,
+            quotas,
             queue_timeout_s=settings.queue_timeout,
             queue_timeout_batch_s=settings.queue_timeout_batch,
             ttft_timeout_s=settings.ttft_timeout,
             recovering=lambda: recovery.on(time.monotonic()),
+        )
+        distrust = Distrust(
+            registry,
+            links,
+            dispatcher.tasks,
+            metrics,
+            cut=nodes.cut,
+            changed=dispatcher.registry_changed,
         )
         control = Control(
             registry=registry,
@@ -98,23 +121,52 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             guard=guard,
             recovery=recovery,
             roster=roster,
+            quotas=quotas,
+            doors=doors,
+            distrust=distrust,
             replays=Replays(dispatcher.tasks, registry, nodes, recovery),
+            access=access,
+            admission=admission,
+            audit=audit,
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
             heartbeat_interval_s=settings.heartbeat_interval,
             offline_after_s=settings.offline_after,
         )
         metrics.scrape_state(lambda: registry_metrics(registry, admission, time.monotonic()))
-        gate = web.Gate(
-            ring=lambda: ring,
-            refused=lambda code: metrics.auth_failed(code.value),
-            metrics_open=settings.bind.loopback,
-        )
+        metrics.scrape_state(lambda: trust_metrics(access.expiries_s(), access.ages_s()))
+        doorkeeper = on_record.Doorkeeper(audit)
+
+        def refused_tls(peer: str, why: str) -> None:
+            metrics.auth_failed("tls")
+            doorkeeper.refused_tls(peer, why)
+
+        gate = access.gate(lambda code: metrics.auth_failed(code.value), doorkeeper.denied, quotas)
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
-        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        server = await listen.serve(
+            app,
+            settings.bind.host,
+            settings.bind.port,
+            tls=access.identities,
+            mesh=settings.tls == "off-mesh",
+            refused=refused_tls,
+            doors=doors,
+        )
         try:
+            await audit.start()
+            access.noted = lambda event, fields: on_record.seen_on_disk(audit, event, **fields)
+            on_record.started(
+                audit,
+                host=settings.bind.host,
+                port=server.port,
+                tls="on" if access.identities is not None else "off" if settings.tls != "off-mesh" else settings.tls,
+            )
             roster.prepare()
+            if not settings.dev:
+                write_place(settings.data_dir, url_for_others(settings, server.url, server.port))
+            guard.loop(access.step, "access")
+            guard.loop(doorkeeper.step, "doorkeeper")
             guard.loop(partial(expire_step, control), "expire")
             guard.loop(partial(roster_step, control), "roster")
             guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
@@ -126,17 +178,31 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             await server.close()
             await dispatcher.close()
             await guard.close()
+            doorkeeper.sum_up()
+            on_record.stopped(audit)
+            await audit.close()
 
 
 def routes() -> tuple[web.Route, ...]:
     """Every route of a control."""
-    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES))
+    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_trust.ROUTES))
 
 
-async def run(settings: ControlSettings) -> int:
+def settle(control: Control, settings: ControlSettings) -> None:
+    """Take over settings that were read anew. Raises ConfigError, and changes nothing."""
+    control.access.settled(settings)
+    listen.bound(control.doors, door_limits(settings))
+    control.quotas.adopt(rates(settings))
+    control.admission.bound(settings.queue_limit, settings.queue_body_limit)
+    logs.configure(settings.log_level)
+
+
+async def run(settings: ControlSettings, source: Source[ControlSettings]) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     async with serving(settings) as (control, server):
-        _watch_signals(control)
+        reloader = Reloader(settings, source, LIVE, partial(settle, control))
+        control.guard.loop(reloader.step, "reload")
+        _watch_signals(control, reloader)
         print(f"ready url={server.url}", file=sys.stderr, flush=True)
         systemd.notify("READY=1")
         try:
@@ -147,7 +213,7 @@ async def run(settings: ControlSettings) -> int:
     return 0
 
 
-def _watch_signals(control: Control) -> None:
+def _watch_signals(control: Control, reloader: Reloader[ControlSettings]) -> None:
     """The first signal drains; the next one does not wait."""
     loop = asyncio.get_running_loop()
 
@@ -159,6 +225,7 @@ def _watch_signals(control: Control) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, reloader.ask)
 
 
 async def _drain(control: Control, grace_s: float) -> None:
@@ -170,11 +237,11 @@ async def _drain(control: Control, grace_s: float) -> None:
     await dispatcher.quiet(LAST_BYTES_S)
 
 
-def main(settings: ControlSettings) -> int:
+def main(settings: ControlSettings, source: Source[ControlSettings]) -> int:
     """Run a control in this process, on the fastest loop there is."""
     logs.configure(settings.log_level)
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(run(settings))
-    return int(uvloop.run(run(settings)))
+        return asyncio.run(run(settings, source))
+    return int(uvloop.run(run(settings, source)))

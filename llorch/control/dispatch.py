@@ -28,6 +28,7 @@ from llorch.control.waiting import WaitingRoom
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import Head, Tail
+from llorch.quotas import Quotas
 from llorch.tasks import Guard
 
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
@@ -54,6 +55,7 @@ class Dispatcher:
         admission: Admission,
         opener: Opener,
         metrics: ControlMetrics,
+        quotas: Quotas | None = None,
         *,
         queue_timeout_s: float,
         queue_timeout_batch_s: float,
@@ -79,6 +81,7 @@ class Dispatcher:
         )
         self._opener = opener
         self._metrics = metrics
+        self._quotas = quotas or Quotas()
         self._ttft_timeout_s = ttft_timeout_s
         self._retries = Retries(lambda: self.tasks.running)
         self._clock = clock
@@ -113,12 +116,13 @@ class Dispatcher:
     def start(self, task: Task, client: Client) -> Audience:
         """Take `task` in and run it: from here on it is known, and goes on by itself, whatever becomes of `client`.
 
-        Raises DRAINING, or CONFLICT for the id of a task that runs.
+        Raises DRAINING, CONFLICT for the id of a task that runs, or RATE_LIMITED.
         """
         if self.draining:
             raise LlorchError(Code.DRAINING, "this control is shutting down", retry_after_ms=2_000)
         if task.task_id in self._audiences:
             raise LlorchError(Code.CONFLICT, "a task with this task_id is running", param="task_id")
+        self._quotas.charge(task.task_id, task.owner, len(task.body), task.max_tokens, self._clock())
         # A client names what it likes: only models that exist become labels.
         task.label = task.wish.model if self._registry.models().has_model(task.wish.model) else ""
         self.tasks.add(task)
@@ -127,13 +131,15 @@ class Dispatcher:
         audience.running = self._guard.spawn(self._run(task, audience), f"task.{task.task_id}")
         return audience
 
-    async def serve(self, task: Task, client: Client) -> Tail:
-        """Run `task` for `client`. Returns its TAIL; raises LlorchError when it fails before or without one.
+    async def serve(self, task: Task, client: Client, *, started: Callable[[], None] = lambda: None) -> Tail:
+        """Run `task` for `client`; `started` is called once it is taken in. Returns its TAIL; raises LlorchError when
+        it fails before or without one.
 
         Cancelled (the client left): the task goes on for those who still listen, or may come back. Raises ShuttingDown
         when the control goes first.
         """
         audience = self.start(task, client)
+        started()
         assert audience.running is not None
         try:
             outcome = await asyncio.shield(audience.running)
@@ -270,7 +276,7 @@ class Dispatcher:
         if gone.error.code is Code.NODE_LOST:
             self._registry.probed(claim.node_id, False, now)  # without a link, nothing goes there before it answers
         if gone.busy:
-            self._registry.busy(claim.node_id, claim.pool_id, now)
+            self._registry.busy(claim, now, full=gone.error.code is Code.ALL_SLOTS_BUSY)
         else:
             task.waited_s = 0.0
             if gone.lost:
@@ -303,6 +309,7 @@ class Dispatcher:
         task.attempt += 1
         task.node_id, task.pool_id = claim.node_id, claim.pool_id
         task.queued_ms = round((self._clock() - task.received_at) * 1_000, 3)
+        task.opened += ((task.attempt, claim.node_id),)
         task.enter(State.PLACED)
         feed = Feed()
         try:
@@ -392,6 +399,7 @@ class Dispatcher:
                     await audience.idle()
             elif isinstance(item, Accepted):
                 accepted = True
+                self._registry.accepted(claim)
                 until = self._clock() + self._patience_s(task, claim)
                 if not task.stream:
                     self._tried(task)  # it shows nothing before it is done: others are not to wait as long
@@ -458,6 +466,7 @@ class Dispatcher:
         """The one place where a task ends at this control."""
         task.end(tail, error)
         self._room.settle(task)
+        self._quotas.settle(task.task_id, task.cost, self._clock())
         self.tasks.ended(task)
         if self.tasks.running == 0:
             self._quiet.set()

@@ -15,7 +15,7 @@ from llorch.control.nodes import Claim, Event, Node, Pool
 from llorch.errors import Code, LlorchError
 
 # Not the pool's fault: a node that goes takes all its pools with it, and a deadline was too short.
-_NOBODYS = frozenset({Code.NODE_LOST, Code.DEADLINE_EXCEEDED, Code.CANCELED})
+_NOBODYS = frozenset({Code.NODE_LOST, Code.DEADLINE_EXCEEDED, Code.CANCELED, Code.INSUFFICIENT_STORAGE})
 # A refusal with one of these says how things are; the next report says so too.
 _STATE = frozenset({Code.DRAINING, Code.MODEL_NOT_AVAILABLE, Code.POOL_NOT_FOUND, Code.ALL_SLOTS_BUSY})
 

@@ -15,8 +15,8 @@ from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import TASK_ID, TaskBody, decode_object, model_id_ok, parse
 
 MAX_DEADLINE_MS = 86_400_000
-MAX_PATH_CHARS = 256  # as a record carries it
 MAX_KEY_CHARS = 255
+MAX_ESTIMATED_TOKENS = 10_000_000  # the most that a native body may ask for
 PRIORITIES = ("interactive", "batch")  # the first one is what is meant where nothing is said
 
 # Headers of the client that go on to the node, and from there to the engine where it knows them.
@@ -54,6 +54,7 @@ def native_task(
         received_at=now,
         deadline_at=None if body.deadline_ms is None else now + body.deadline_ms / 1_000,
         priority=body.priority,
+        max_tokens=body.max_tokens,
         key_digest=_key_digest(headers, owner),
         first_try=_first_try(headers),
         named=body.task_id is not None,
@@ -63,14 +64,14 @@ def native_task(
 def openai_task(
     path: str, raw: bytes, headers: Mapping[str, str], *, owner: str, request_id: str, task_id: str, now: float
 ) -> Task:
-    """The task of a /v1 body. Only `model` and `stream` are read; the node reads the rest."""
-    if len(path) > MAX_PATH_CHARS or not (path.isascii() and path.isprintable()):
-        raise LlorchError(Code.NOT_FOUND, "no engine serves this path")
+    """The task of a /v1 body, at a path that is served. Only `model` and `stream` are read; the node reads the rest."""
     content_type = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content_type in _JSON_TYPES or content_type.endswith("+json"):
-        model, stream = _peek(decode_object(raw))
+        asked = decode_object(raw)
+        model, stream = _peek(asked)
+        max_tokens = _max_tokens(asked)
     elif "X-Llorch-Model" in headers:
-        model, stream = headers["X-Llorch-Model"], False
+        model, stream, max_tokens = headers["X-Llorch-Model"], False, None
         if not model_id_ok(model):
             raise invalid("X-Llorch-Model is not a model id", param="X-Llorch-Model")
     else:
@@ -86,6 +87,7 @@ def openai_task(
         wish=Wish(model=model, pin=headers.get("X-Llorch-Pin") or None),
         path=path,
         stream=stream,
+        max_tokens=max_tokens,
         detach=False,
         body=raw,
         body_digest=hashlib.sha256(raw).hexdigest(),
@@ -134,6 +136,15 @@ def _peek(body: dict[str, Any]) -> tuple[str, bool]:
     if stream is not None and not isinstance(stream, bool):
         raise invalid("`stream` is not a boolean", param="stream")
     return model, bool(stream)
+
+
+def _max_tokens(body: dict[str, Any]) -> int | None:
+    """For an estimate alone: whether it is valid is for the node to say."""
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        value = body.get(name)
+        if isinstance(value, int) and value > 0:
+            return min(value, MAX_ESTIMATED_TOKENS)
+    return None
 
 
 def _deadline_ms(text: str | None) -> int | None:

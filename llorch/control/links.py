@@ -14,11 +14,12 @@ from pydantic import BaseModel
 
 from llorch import records
 from llorch.control.feed import Accepted, Feed, Item, Lost, Refused, Stopped, Upstream
+from llorch.control.strikes import Offence
 from llorch.errors import Code, LlorchError
 from llorch.link import Link
 from llorch.logs import Log
 from llorch.messages import Head, Tail, parse
-from llorch.records import ReceiveCredit, Record, RecordError, SendCredit, Type
+from llorch.records import CreditOverrun, ReceiveCredit, Record, RecordError, SendCredit, Type
 
 log = Log("control.links")
 
@@ -29,6 +30,24 @@ NOTHING = memoryview(b"")
 _KNOWN = frozenset(Type)
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class ForeignStream(RecordError):
+    """On a stream that was never opened: not a late record, for those are on streams that were."""
+
+
+class OutOfOrder(RecordError):
+    """A node sends, on each stream: perhaps ACCEPT, then HEAD, DATA and a TAIL that counts it; or less of that."""
+
+
+def offence_of(error: RecordError) -> Offence:
+    """What a node did that broke the protocol. All of it is proof: a connection loses the end of what was sent, and
+    never a part of it, and what is late stays on its own connection, whose stream ids are used once."""
+    if isinstance(error, CreditOverrun):
+        return Offence.CREDIT_OVERRUN
+    if isinstance(error, ForeignStream):
+        return Offence.FOREIGN_STREAM
+    return Offence.OUT_OF_ORDER if isinstance(error, OutOfOrder) else Offence.MALFORMED_RECORD
 
 
 def parse_record(model: type[M], payload: bytes) -> M:
@@ -60,12 +79,37 @@ def read_item(record: Record) -> Item | None:
 
 
 @dataclass(slots=True)
+class Order:
+    """Which records may still come on a stream that is read from `offset`. Each `check` raises OutOfOrder."""
+
+    offset: int = 0
+    accepted: bool = False
+    headed: bool = False
+
+    def check(self, item: Item) -> None:
+        if isinstance(item, bytes):
+            if not self.headed:
+                raise OutOfOrder("DATA before HEAD")
+            self.offset += len(item)
+        elif isinstance(item, Head):
+            if self.headed:
+                raise OutOfOrder("a second HEAD")
+            self.headed = True
+        elif isinstance(item, Accepted):
+            if self.accepted or self.headed:
+                raise OutOfOrder("a second ACCEPT, or a late one")
+            self.accepted = True
+        elif isinstance(item, Tail) and item.length != self.offset:
+            raise OutOfOrder("a TAIL that does not count the DATA")
+
+
+@dataclass(slots=True)
 class _Stream:
     feed: Feed
     unsent: memoryview  # of the body; held back by credit
     may_send: SendCredit = field(default_factory=SendCredit)
     may_arrive: ReceiveCredit = field(default_factory=ReceiveCredit)
-    headed: bool = False
+    order: Order = field(default_factory=Order)
 
 
 class NodeLink:
@@ -93,7 +137,8 @@ class NodeLink:
 
     def attach(self, task_id: str, offset: int, attempt: int, feed: Feed) -> Upstream:
         """Read the log of a task's attempt from `offset`."""
-        stream_id, _ = self._begin(feed, b"")
+        stream_id, stream = self._begin(feed, b"")
+        stream.order.offset = offset
         wish = {"task_id": task_id, "offset": offset, "attempt": attempt}
         self._send(records.encode_json(stream_id, Type.ATTACH, wish))
         return self._handle(stream_id)
@@ -129,14 +174,11 @@ class NodeLink:
         item = read_item(record)
         if item is None:
             return
+        stream.order.check(item)
         if isinstance(item, bytes):
-            if not stream.headed:
-                raise RecordError("DATA before HEAD")
             if not item:
                 return  # nothing to take, and free of credit: not to be collected
             stream.may_arrive.arrived(len(item))
-        elif isinstance(item, Head):
-            stream.headed = True
         elif isinstance(item, Tail | Refused | Lost):
             del self._streams[record.stream]
         stream.feed.put(item)
@@ -157,7 +199,7 @@ class NodeLink:
         if record.type not in _KNOWN:
             return
         if record.stream % 2 == 0 or record.stream > self._last_id:
-            raise RecordError("record on a stream that was never opened")
+            raise ForeignStream("record on a stream that was never opened")
 
     def _begin(self, feed: Feed, body: bytes) -> tuple[int, _Stream]:
         if self._last_id + 2 > MAX_STREAM_ID:

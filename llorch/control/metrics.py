@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,9 +20,13 @@ from prometheus_client.registry import Collector
 from llorch.breaker import Phase
 from llorch.control.admission import Admission
 from llorch.control.registry import Registry
+from llorch.control.strikes import Offence
 from llorch.control.tasks import Task
+from llorch.limit_metrics import LimitMetrics
 
 FAST_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+MOST_NODE_LABELS = 4_000  # counters never go; who registers under ever new names gets no more of them
+
 SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -48,7 +52,15 @@ class ControlMetrics:
         )
         self._registrations = Counter("llorch_registrations_total", "registrations", ["outcome"], registry=r)
         self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
+        self._strikes = Counter("llorch_node_strikes_total", "offences of nodes", ["kind"], registry=r)
+        for offence in Offence:
+            self._strikes.labels(offence.value)
+        self._named: set[str] = set()  # nodes that are labels of counters
         self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
+        self.limits = LimitMetrics(r)
+        self._unaudited = Counter(
+            "llorch_audit_unwritten_total", "audit records that could not be written when they were made", registry=r
+        )
         # prometheus_client's labels() locks and hashes; label sets are few and bounded by nodes, models and codes.
         self._child_of = lru_cache(maxsize=4096)(lambda metric, *labels: metric.labels(*labels))
 
@@ -105,6 +117,10 @@ class ControlMetrics:
                     self._child_of(self._tokens, model, kind).inc(count)
 
     def beat(self, node_id: str, outcome: str, *, seconds: float | None = None, rtt_ms: float | None = None) -> None:
+        if node_id not in self._named:
+            if len(self._named) >= MOST_NODE_LABELS:
+                return
+            self._named.add(node_id)
         self._child_of(self._beats, node_id, outcome).inc()
         if seconds is not None:
             self._beat_handling.observe(seconds)
@@ -114,8 +130,15 @@ class ControlMetrics:
     def registered(self, outcome: str) -> None:
         self._child_of(self._registrations, outcome).inc()
 
+    def struck(self, offence: Offence) -> None:
+        self._child_of(self._strikes, offence.value).inc()
+
     def auth_failed(self, layer: str) -> None:
         self._child_of(self._auth_failures, layer).inc()
+
+    def unaudited(self, count: int) -> None:
+        """From any thread."""
+        self._unaudited.inc(count)
 
     def scrape_state(self, collect: Callable[[], Iterator[Metric]]) -> None:
         """Have `collect` called on every scrape."""
@@ -136,6 +159,17 @@ class _Scraped(Collector):
         return []
 
 
+def trust_metrics(expiries_s: Mapping[str, float], ages_s: Mapping[str, float]) -> Iterator[Metric]:
+    """How long certificates are still good, and how old tokens are."""
+    expiry = GaugeMetricFamily("llorch_cert_expiry_seconds", "until a certificate expires", labels=["name"])
+    age = GaugeMetricFamily("llorch_token_age_seconds", "of the newest token of a name", labels=["name"])
+    for name, seconds in expiries_s.items():
+        expiry.add_metric([name], seconds)
+    for name, seconds in ages_s.items():
+        age.add_metric([name], seconds)
+    yield from (expiry, age)
+
+
 def registry_metrics(registry: Registry, admission: Admission, now: float) -> Iterator[Metric]:
     """The state of the nodes and of the queue, as of now."""
     states = GaugeMetricFamily("llorch_nodes", "nodes by state", labels=["state"])
@@ -145,11 +179,12 @@ def registry_metrics(registry: Registry, admission: Admission, now: float) -> It
     available = GaugeMetricFamily("llorch_model_available", "the node's catalog has it", labels=["node", "model"])
     utilization = GaugeMetricFamily("llorch_gpu_utilization", "0 to 1", labels=["node", "gpu"])
     memory = GaugeMetricFamily("llorch_gpu_memory_bytes", "by kind", labels=["node", "gpu", "kind"])
-    counts = dict.fromkeys(("registered", "online", "offline", "draining", "unreachable"), 0)
+    counts = dict.fromkeys(("registered", "online", "offline", "draining", "unreachable", "quarantined"), 0)
     for node in registry.nodes.values():
         counts["registered"] += 1
         counts["online" if node.online else "offline"] += 1
         counts["draining"] += node.draining
+        counts["quarantined"] += node.quarantine is not None
         counts["unreachable"] += node.online and not node.reachable
         ages.add_metric([node.node_id], max(0.0, now - node.last_beat))
         for gpu in node.gpus.values():

@@ -10,6 +10,7 @@ import asyncio
 import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -17,11 +18,13 @@ import aiohttp
 
 from llorch import records, web
 from llorch.control.feed import Feed, Lost, Refused, Stopped, Upstream
-from llorch.control.links import Links, read_item
+from llorch.control.links import Links, Order, read_item
+from llorch.control.resolver import NodeResolver
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import Head, Tail, decode_json
 from llorch.tasks import Guard
+from llorch.tls import node_name
 
 CALL_TIMEOUT_S = 5.0
 MAX_CALL_BYTES = 4 * 1024 * 1024
@@ -31,7 +34,9 @@ log = Log("control.node_client")
 
 
 class NodeClient:
-    """Opens tasks on nodes, attaches to logs, calls nodes' routes. `address_of` gives a node's base URL, or None."""
+    """Opens tasks on nodes, attaches to logs, calls nodes' routes. `address_of` gives a node's base URL, or None;
+    `cluster_tls` what to dial one with that has a certificate: it gets ours, and no token.
+    """
 
     def __init__(
         self,
@@ -39,17 +44,25 @@ class NodeClient:
         address_of: Callable[[str], str | None],
         service_token: Callable[[], str],
         tls: ssl.SSLContext | None,
+        resolver: NodeResolver,
+        broke_protocol: Callable[[str, records.RecordError], None] = lambda _node_id, _error: None,
+        cluster_tls: Callable[[str], ssl.SSLContext | None] = lambda _node_id: None,
     ) -> None:
+        """`broke_protocol` is told of a node whose answer is no sequence of records as there may be."""
         self._links = links
         self._address_of = address_of
         self._token = service_token
         self._tls = tls
+        self._cluster_tls = cluster_tls
+        self.resolver = resolver
+        self._broke_protocol = broke_protocol
+        self._reading: dict[str, set[asyncio.Task[None]]] = {}  # of nodes without a link
         self._guard = Guard("control.node_client")
         self._stack = AsyncExitStack()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> NodeClient:
-        self._session = await self._stack.enter_async_context(web.client_session(tls=self._tls))
+        self._session = await self._stack.enter_async_context(web.client_session(tls=self._tls, resolver=self.resolver))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -82,7 +95,7 @@ class NodeClient:
         if link is not None:
             return link.attach(task_id, offset, attempt, feed)
         path = f"/v2/tasks/{task_id}/log?offset={offset}&attempt={attempt}"
-        upstream = self._stream(node_id, "GET", path, {}, b"", feed, task_id)
+        upstream = self._stream(node_id, "GET", path, {}, b"", feed, task_id, offset=offset)
         close, cancels = upstream.detach, upstream.detach if native else _cancel_first(upstream)
 
         def detach(reason: str) -> None:
@@ -149,29 +162,51 @@ class NodeClient:
             raise LlorchError(Code.NODE_LOST, "the node has neither a link nor an address")
         return base
 
-    def _request(self, method: str, url: str, headers: dict[str, str], body: bytes) -> Any:
+    def _request(self, node_id: str, method: str, url: str, headers: dict[str, str], body: bytes) -> Any:
         assert self._session is not None
-        headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json", **headers}
-        return self._session.request(method, url, headers=headers, data=body or None, allow_redirects=False)
+        headers = {"Content-Type": "application/json", **headers}
+        context = self._cluster_tls(node_id) if url.startswith("https:") else None
+        if context is None:
+            headers["Authorization"] = f"Bearer {self._token()}"
+            return self._session.request(method, url, headers=headers, data=body or None, allow_redirects=False)
+        return self._session.request(
+            method,
+            url,
+            headers=headers,
+            data=body or None,
+            ssl=context,
+            server_hostname=node_name(node_id),
+            allow_redirects=False,
+        )
 
     async def _call_http(
         self, node_id: str, method: str, path: str, body: bytes, timeout_s: float = CALL_TIMEOUT_S
     ) -> Any:
         url = self._base(node_id) + path
         try:
-            async with asyncio.timeout(timeout_s), self._request(method, url, {}, body) as response:
+            async with asyncio.timeout(timeout_s), self._request(node_id, method, url, {}, body) as response:
                 return _answer(response.status, await _whole(response))
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise LlorchError(Code.NODE_LOST, "the node did not answer") from None
 
     def _stream(
-        self, node_id: str, method: str, path: str, headers: dict[str, str], body: bytes, feed: Feed, task_id: str
+        self,
+        node_id: str,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: bytes,
+        feed: Feed,
+        task_id: str,
+        *,
+        offset: int = 0,
     ) -> Upstream:
         url = self._base(node_id) + path
         headers["Accept"] = records.CONTENT_TYPE
-        room = _Room()
-        reading = self._guard.spawn(self._read(method, url, headers, body, feed, room), f"read.{task_id}")
-        reading.add_done_callback(lambda _: room.begun.set())
+        room, ask = _Room(), partial(self._request, node_id, method, url, headers, body)
+        reading = self._guard.spawn(self._read(node_id, ask, Order(offset), feed, room), f"read.{task_id}")
+        reading.add_done_callback(lambda _: self._was_read(node_id, reading, room))
+        self._reading.setdefault(node_id, set()).add(reading)
 
         def cancel() -> None:
             self._guard.spawn(self._cancel(node_id, task_id, room), f"cancel.{task_id}")
@@ -179,6 +214,18 @@ class NodeClient:
         return Upstream(
             passed_on=room.passed_on, detach=lambda _reason: _cancel_quietly(reading), cancel=cancel, discard=cancel
         )
+
+    def cut(self, node_id: str) -> None:
+        """Read no further from a node without a link: its readers lose it."""
+        for reading in list(self._reading.get(node_id, ())):
+            reading.cancel()
+
+    def _was_read(self, node_id: str, reading: asyncio.Task[None], room: _Room) -> None:
+        room.begun.set()
+        others = self._reading[node_id]
+        others.discard(reading)
+        if not others:
+            del self._reading[node_id]
 
     async def _cancel(self, node_id: str, task_id: str, room: _Room) -> None:
         """Once the node has the task, or never will: a DELETE that overtook its POST would find nothing."""
@@ -188,23 +235,23 @@ class NodeClient:
         except LlorchError as error:
             log.info("task.cancel_failed", task_id=task_id, node_id=node_id, code=error.code)
 
-    async def _read(self, method: str, url: str, headers: dict[str, str], body: bytes, feed: Feed, room: _Room) -> None:
+    async def _read(self, node_id: str, ask: Callable[[], Any], order: Order, feed: Feed, room: _Room) -> None:
         decoder = records.Decoder()
-        headed = False
+        from_node = False  # and not from something before it that answers in its place
         try:
-            async with self._request(method, url, headers, body) as response:
+            async with ask() as response:
                 if response.status != 200:
                     feed.put(Refused(_error_of(response.status, await _whole(response))))
                     return
+                from_node = response.content_type == records.CONTENT_TYPE
                 async for chunk in response.content.iter_any():
                     room.begun.set()
                     for record in decoder.feed(chunk):
                         item = read_item(record)
+                        if item is not None:
+                            order.check(item)
                         if isinstance(item, bytes):
-                            if not headed:
-                                raise records.RecordError("DATA before HEAD")
                             room.arrived(len(item))
-                        headed = headed or isinstance(item, Head)
                         if item:
                             feed.put(item)
                         if feed.ended:
@@ -213,7 +260,11 @@ class NodeClient:
             feed.put(Lost("the answer ended without a TAIL"))
         except aiohttp.ClientConnectorError:
             feed.put(Refused(LlorchError(Code.NODE_LOST, "the node can't be reached")))
-        except (aiohttp.ClientError, OSError, records.RecordError, TimeoutError) as error:
+        except records.RecordError as error:
+            feed.put(Lost("protocol error"))
+            if from_node:
+                self._broke_protocol(node_id, error)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
             feed.put(Lost(type(error).__name__))
         except LlorchError as error:
             feed.put(Refused(error))
@@ -289,7 +340,7 @@ def _error_of(status: int, answer: bytes) -> LlorchError:
 
 
 def _answer(status: int, answer: bytes) -> Any:
-    if status >= 400:
+    if status >= 300:  # a node sends nobody elsewhere
         raise _error_of(status, answer)
     return decode_json(answer) if answer else None
 

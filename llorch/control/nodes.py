@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llorch.breaker import Breaker, Phase
+from llorch.control.addresses import host_of
+from llorch.control.lies import SlotWord
 from llorch.control.placement import FAILED_STATES, Known, PoolFacts
+from llorch.control.strikes import Quarantine
 from llorch.messages import Gpu, ModelReport, PoolReport, Register, TaskReport
 
 SUSPECT_AFTER_BEATS = 2.5  # two were due and did not come, and the second had half an interval to be late in
@@ -92,6 +95,7 @@ class Pool:
     bound_model: str | None = None
     bound_since: str | None = None  # wall time
     breaker: Breaker = field(default_factory=Breaker)
+    slot_word: SlotWord = field(default_factory=SlotWord)
     facts: PoolFacts | None = None
     facts_until: float = 0.0
 
@@ -172,6 +176,7 @@ class Pool:
             self.reported_at,
             report.last_error,
             self._why_out(),
+            node.quarantine.reason if node.quarantine is not None else None,
         )
         return self.facts
 
@@ -208,13 +213,38 @@ class Node:
     linked: bool = False
     doubted: bool = False  # its link is up and silent, and was asked whether it lives
     probe_ok: bool | None = None
+    quarantine: Quarantine | None = None  # it is offline for what it did, and stays so until it registers again
     held: bool = False  # a storm: beats that it misses are the control's own fault
+    certified: bool = False  # it showed a certificate of the cluster, so it can be asked for it
     beats: int = 0
     seq: int | None = None
     rtt_ms: float | None = None
     pools: dict[str, Pool] = field(default_factory=dict)
     gpus: dict[str, Gpu] = field(default_factory=dict)
     catalog: dict[str, ModelReport] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, message: Register, *, lease_id: str, peer: str | None, suspect_after_s: float, now: float, wall: str
+    ) -> Node:
+        """A node that registers now; its pools and the rest are taken over after that."""
+        return cls(
+            message.node_id,
+            message.boot_id,
+            lease_id,
+            message.address,
+            message.version,
+            message.zone,
+            message.cost_weight,
+            message.draining,
+            peer,
+            suspect_after_s,
+            now,
+            wall,
+            wall,
+            cpu_cores=message.capabilities.cpu_cores,
+            ram_bytes=message.capabilities.ram_bytes,
+        )
 
     @property
     def leaseless(self) -> bool:
@@ -227,6 +257,11 @@ class Node:
         if self.address is None:
             return None
         return (self.address if "://" in self.address else f"http://{self.address}").rstrip("/")
+
+    @property
+    def host(self) -> str | None:
+        """The host of its address, as a dial names it."""
+        return None if self.address is None else host_of(self.address)
 
     def take(self, gpus: list[Gpu] | None, catalog: list[ModelReport] | None, *, whole: bool) -> None:
         """What a report says of the machine; None is unchanged. `whole`: what it does not list is gone."""

@@ -73,6 +73,7 @@ class PoolFacts:
     reported_at: float | None = None
     last_error: str | None = None
     ejected: str | None = None  # why no task may go there: too many failed, or one that tries it runs
+    quarantined: str | None = None  # what its node did that it may not; it is offline meanwhile
     # What does not depend on the wish, worked out once for `pick`: whether it may be placed on, and its place in the
     # order of those that may. Facts are read far more often than they change.
     placeable: bool = field(init=False)
@@ -182,6 +183,12 @@ FILTERS: tuple[Filter, ...] = (
         Fate.UNWANTED,
         lambda w, p: w.zone is None or p.zone == w.zone,
         lambda w, p: f"it is in zone {p.zone}, not {w.zone}" if p.zone else f"it is in no zone, not in {w.zone}",
+    ),
+    Filter(
+        "quarantined",
+        Fate.GONE,
+        lambda w, p: p.quarantined is None,
+        lambda w, p: f"its node is quarantined for {p.quarantined}",
     ),
     Filter("online", Fate.GONE, lambda w, p: p.online, lambda w, p: "its node is offline"),
     Filter("reachable", Fate.PASSING, lambda w, p: p.reachable and not p.suspect, _why_unreachable),

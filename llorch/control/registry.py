@@ -8,22 +8,22 @@ connection or decides where a task goes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from llorch.control.addresses import check_address, check_ip
+from llorch.control.addresses import Network, check_address
 from llorch.control.ejection import Ejections
 from llorch.control.nodes import SUSPECT_AFTER_BEATS, BeatResult, Claim, Event, Node, Pool, Registration, index
 from llorch.control.placement import Known, PoolFacts
-from llorch.control.storms import Ended, Storm, Storms
+from llorch.control.report_limits import ReportLimits, one_too_many, reports_of
+from llorch.control.storms import Storm, Storms
+from llorch.control.strikes import Quarantine
 from llorch.control.task_reports import TaskReports
 from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
 
-__all__ = ["BeatResult", "Claim", "Event", "Node", "Pool", "Registration", "Registry", "check_address", "check_ip"]
+__all__ = ["BeatResult", "Claim", "Event", "Node", "Pool", "Registration", "Registry"]
 
 LISTED_OFFLINE_S = 24 * 3600.0
-MAX_NODES = 1_000  # twenty times what one control is for; a registration may be 1 MB of state
 MAX_EVENTS = 1_000  # if nobody takes them; the oldest go
 
 
@@ -36,14 +36,17 @@ class Registry:
         heartbeat_interval_s: float = 10.0,
         offline_after_s: float = 30.0,
         listed_offline_s: float = LISTED_OFFLINE_S,
+        node_cidr: Sequence[Network] = (),
     ) -> None:
         self.epoch = epoch
         self.heartbeat_interval_s = heartbeat_interval_s
         self.offline_after_s = offline_after_s
         self._listed_offline_s = listed_offline_s
+        self._node_cidr = node_cidr
         self._nodes: dict[str, Node] = {}
         self._claims: dict[tuple[str, int], Claim] = {}
         self._tasks = TaskReports()
+        self._limits = ReportLimits()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._ejections = Ejections(self._nodes, self._events.append)
         self._storms = Storms(offline_after_s)
@@ -74,10 +77,11 @@ class Registry:
         """Take a node in, or take it in again; everything known of it is replaced by what it says.
 
         `old_link_dead`: the caller has seen that the process which holds the id now no longer answers. Raises
-        UNTRUSTED_ADDRESS, NODE_ID_CONFLICT, INVALID_REQUEST for a node that could be reached in no way, or NO_CAPACITY.
+        UNTRUSTED_ADDRESS, NODE_ID_CONFLICT, NO_CAPACITY, or INVALID_REQUEST for a node that could be reached in no way
+        or reports too much.
         """
         if message.address is not None:
-            check_address(message.address, peer)
+            check_address(message.address, peer, self._node_cidr)
         elif message.boot_id is None:
             raise invalid("a node without boot_id is dialled, so it needs an address", param="address")
         old = self._nodes.get(message.node_id)
@@ -86,25 +90,13 @@ class Registry:
             raise LlorchError(
                 Code.NODE_ID_CONFLICT, f"another process is registered as {message.node_id}, and is online"
             )
-        if old is None:
-            self._make_room(now)
-        node = Node(
-            message.node_id,
-            message.boot_id,
-            lease_id,
-            message.address,
-            message.version,
-            message.zone,
-            message.cost_weight,
-            message.draining,
-            peer,
-            SUSPECT_AFTER_BEATS * self.heartbeat_interval_s,
-            now,
-            wall,
-            wall,
-            cpu_cores=message.capabilities.cpu_cores,
-            ram_bytes=message.capabilities.ram_bytes,
-        )
+        if old is None or old.peer != peer:
+            leaves = one_too_many([node for node in self._nodes.values() if node is not old], peer)
+            if leaves is not None:
+                self.deregister(leaves, now)
+        self._limits.admit(message.node_id, peer, reports_of(message), whole=True)
+        suspect_after_s = SUSPECT_AFTER_BEATS * self.heartbeat_interval_s
+        node = Node.of(message, lease_id=lease_id, peer=peer, suspect_after_s=suspect_after_s, now=now, wall=wall)
         if old is not None:
             self._inherit(node, old, same_process)
         self._nodes[node.node_id] = node
@@ -113,21 +105,6 @@ class Registry:
         self._settle(node, wall)
         self._ejections.settle(now)
         return Registration(node, replaced=old is not None and not same_process)
-
-    def _make_room(self, now: float) -> None:
-        """For one node more: the one that has been offline longest goes, should there be too many."""
-        if len(self._nodes) < MAX_NODES:
-            return
-        offline = [
-            (node.offline_since, node.node_id) for node in self._nodes.values() if node.offline_since is not None
-        ]
-        if not offline:
-            raise LlorchError(
-                Code.NO_CAPACITY,
-                f"{MAX_NODES} nodes are registered here, the most there may be",
-                hint="run a second control for the others",
-            )
-        self.deregister(min(offline)[1], now)
 
     def _inherit(self, node: Node, old: Node, same_process: bool) -> None:
         """Claims stay with the pools they were taken on; a process that is still the same keeps its standing too."""
@@ -142,7 +119,8 @@ class Registry:
         self._by_model = self._known = None
 
     def heartbeat(self, node_id: str, message: Heartbeat, *, now: float, wall: str) -> BeatResult:
-        """Apply a beat, or raise NODE_UNKNOWN (register again), LEASE_STALE or NODE_ID_CONFLICT and change nothing."""
+        """Apply a beat, or change nothing: raises NODE_UNKNOWN (register again), LEASE_STALE, NODE_ID_CONFLICT, or
+        INVALID_REQUEST for a report that is too much."""
         node = self._nodes.get(node_id)
         # A lease that ran out is over. A leaseless node has nothing to renew: its beat is all there is, so it is back.
         if node is None or not (node.online or node.leaseless):
@@ -152,10 +130,11 @@ class Registry:
                 raise LlorchError(Code.NODE_ID_CONFLICT, f"another process is registered as {node_id}")
             if message.lease_id != node.lease_id:
                 raise LlorchError(Code.LEASE_STALE, "the beat carries no lease, or an older one")
-            if message.seq is not None:
-                if node.seq is not None and message.seq <= node.seq:
-                    return BeatResult(applied=False)
-                node.seq = message.seq
+            if message.seq is not None and node.seq is not None and message.seq <= node.seq:
+                return BeatResult(applied=False)
+        whole = not message.delta and not node.leaseless
+        self._limits.admit(node_id, node.peer, reports_of(message), whole=whole, merge=node.leaseless)
+        node.seq = node.seq if message.seq is None else message.seq
         node.online, node.offline_since = True, None
         node.last_beat, node.last_beat_wall = now, wall
         node.beats += 1
@@ -163,7 +142,6 @@ class Registry:
             node.rtt_ms = message.rtt_ms
         if message.draining is not None:
             node.draining = message.draining
-        whole = not message.delta and not node.leaseless
         changed = frozenset[str]()
         if message.pools is not None:
             changed = self._take_pools(node, message.pools, now, whole=whole, merge=node.leaseless)
@@ -204,9 +182,21 @@ class Registry:
             for pool in node.pools.values():
                 self._unbind(pool)
             self._tasks.forget(node_id)
+            self._limits.forget(node_id)
             self._by_model = self._known = None
             self._ejections.settle(now)
         return node
+
+    def quarantine(self, node_id: str, quarantine: Quarantine | None, now: float) -> None:
+        """Its lease is over for what it did; None: it is forgiven, and may register again."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            return
+        node.quarantine = quarantine
+        if quarantine is not None and node.online:
+            node.online, node.offline_since, node.probe_ok = False, now, None
+        self._settle(node, node.last_beat_wall)
+        self._ejections.settle(now)
 
     # ---- reachability
 
@@ -255,21 +245,26 @@ class Registry:
         return node.reachable != before
 
     def address_of(self, node_id: str) -> str | None:
-        """The base URL to dial a node at; None for one that advertises none, or is not there."""
+        """The base URL to dial a node at; None for one that advertises none, is not there, or shut out."""
         node = self._nodes.get(node_id)
-        return None if node is None else node.url
+        return None if node is None or node.quarantine is not None else node.url
+
+    def peers_of(self, host: str) -> set[str | None]:
+        """Where those nodes registered from whose address has this host."""
+        return {node.peer for node in self._nodes.values() if node.host == host}
 
     # ---- pools
 
     def merge_pool(self, node_id: str, report: PoolReport, now: float, wall: str | None = None) -> bool:
         """Take over the fields that `report` has, null ones too: what was read from the node's pool route.
 
-        False if the node is gone meanwhile, or nothing changed. Without `wall`, a pool that becomes bound is bound
-        since the node's last beat.
+        False if the node is gone meanwhile, or nothing changed; raises INVALID_REQUEST if it is too much. Without
+        `wall`, a pool that becomes bound is bound since the node's last beat.
         """
         node = self._nodes.get(node_id)
         if node is None or not node.online:
             return False
+        self._limits.admit(node_id, node.peer, {"pools": [report]}, whole=False, merge=True)
         changed = self._take_pools(node, [report], now, whole=False, merge=True)
         self._settle(node, wall or node.last_beat_wall)
         return bool(changed)
@@ -372,14 +367,22 @@ class Registry:
             pool.ended_since_report += used
             pool.facts = None
 
-    def busy(self, node_id: str, pool_id: str, now: float) -> None:
-        """The node answered ALL_SLOTS_BUSY to a claim of ours, which is not released yet.
+    def accepted(self, claim: Claim) -> None:
+        """The node has taken its task."""
+        pool = self._pool(claim.node_id, claim.pool_id)
+        if pool is not None:
+            pool.slot_word.accepted()
+
+    def busy(self, claim: Claim, now: float, *, full: bool = True) -> None:
+        """The node has no room for a claim of ours, which is not released yet; `full`: it said that no slot is free.
 
         No slot is free there until a report says so, one of our other claims ends, or REFUSAL_HOLDS_S is over.
         """
-        pool = self._pool(node_id, pool_id)
+        pool = self._pool(claim.node_id, claim.pool_id)
         if pool is not None:
             pool.refuse(now)
+            if full:
+                pool.slot_word.refused(now)
 
     def succeeded(self, claim: Claim, now: float) -> None:
         """Its attempt ended well: said before the release, of every attempt that was answered to its end."""
@@ -486,10 +489,7 @@ class Registry:
         for node in self._nodes.values():
             node.held = isinstance(change, Storm)
             self._forget_facts(node)
-        fields: dict[str, Any] = {"reason": change.reason, "missing": len(change.missing), "nodes": len(answers)}
-        if isinstance(change, Ended):
-            fields["lasted_s"] = round(change.lasted_s, 1)
-        self._events.append(Event("storm.ended" if isinstance(change, Ended) else "storm.began", fields))
+        self._events.append(Event(*change.told(nodes=len(answers))))
 
     def _forget_facts(self, node: Node) -> None:
         for pool in node.pools.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from llorch import __version__
 from llorch.auth import Scope
 from llorch.control.state import CONTROL
 from llorch.control.views import storm_view
-from llorch.openapi import openapi
+from llorch.openapi import Description
 from llorch.web import Route, json_response
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,10 +40,10 @@ async def metrics(request: web.Request) -> web.StreamResponse:
 
 def routes(others: Sequence[Route]) -> tuple[Route, ...]:
     """All routes of the control: `others`, and those of this module, with the document that lists them."""
-    document: dict[str, object] = {}
+    description = Description(title="llorch control", version=__version__)
 
     async def describe(_request: web.Request) -> web.StreamResponse:
-        return json_response(document)
+        return json_response(await asyncio.to_thread(description.document))
 
     table = (
         *others,
@@ -52,5 +53,5 @@ def routes(others: Sequence[Route]) -> tuple[Route, ...]:
         Route("GET", "/metrics", Scope.METRICS, metrics, "Prometheus text", returns="text/plain"),
         Route("GET", "/openapi.json", Scope.OPEN, describe, "This document"),
     )
-    document.update(openapi(table, title="llorch control", version=__version__))
+    description.routes = table
     return table

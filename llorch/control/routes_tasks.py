@@ -9,7 +9,7 @@ import uuid
 from aiohttp import web
 
 from llorch.auth import Principal, Scope
-from llorch.control import intake
+from llorch.control import intake, on_record
 from llorch.control.answers import (
     Answer,
     Detached,
@@ -27,29 +27,35 @@ from llorch.control.tasks import ENDED, State, Task, view_of_report
 from llorch.control.views import openai_models
 from llorch.errors import Code, LlorchError
 from llorch.messages import TaskBody
+from llorch.openai_paths import served
 from llorch.web import PRINCIPAL, REQUEST_ID, Route, json_response, read_body
 
 MAX_LISTED_TASKS = 1_000
 
 
 async def submit(request: web.Request) -> web.StreamResponse:
+    with request.app[CONTROL].quotas.stream(request[PRINCIPAL].name):
+        return await _submit(request)
+
+
+async def _submit(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     task = await _native_task(request)
     earlier = await control.replays.earlier(task)
     if task.detach:
-        return await (_detach(control, task) if earlier is None else _taken_before(control, task, earlier))
+        return await (_detach(request, task) if earlier is None else _taken_before(request, task, earlier))
     accept = request.headers.get("Accept", "")
     answer: Answer
     if "application/json" in accept and "text/event-stream" not in accept:
         answer = NativeJson(task)
     else:
         answer = NativeStream(request, task, control.slow_reader_timeout_s, again=earlier is not None)
-    return await _serve(control, task, answer, earlier)
+    return await _serve(request, task, answer, earlier)
 
 
 async def _native_task(request: web.Request) -> Task:
     """The task of a request. Its body is the task's alone: no frame keeps it for as long as the answer takes."""
-    return intake.native_task(
+    task = intake.native_task(
         await read_body(request, most_bytes=request.app[CONTROL].max_body_bytes),
         request.headers,
         owner=request[PRINCIPAL].name,
@@ -57,12 +63,31 @@ async def _native_task(request: web.Request) -> Task:
         task_id=str(uuid.uuid4()),
         now=time.monotonic(),
     )
+    return _allowed(request, task)
+
+
+def _allowed(request: web.Request, task: Task) -> Task:
+    """Raises FORBIDDEN for a model that this token is not for."""
+    if not request[PRINCIPAL].may_use(task.wish.model):
+        raise LlorchError(
+            Code.FORBIDDEN,
+            "this token is not for this model",
+            param="model",
+            hint="GET /v1/models lists those it is for",
+        )
+    return task
 
 
 async def openai(request: web.Request) -> web.StreamResponse:
+    with request.app[CONTROL].quotas.stream(request[PRINCIPAL].name):
+        return await _openai(request)
+
+
+async def _openai(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
+    where = served(request.path)  # before a byte of the body is read
     task = intake.openai_task(
-        request.path,
+        where.path,
         await read_body(request, most_bytes=control.max_body_bytes),
         request.headers,
         owner=request[PRINCIPAL].name,
@@ -70,17 +95,18 @@ async def openai(request: web.Request) -> web.StreamResponse:
         task_id=str(uuid.uuid4()),
         now=time.monotonic(),
     )
-    earlier = await control.replays.earlier(task)
-    return await _serve(control, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s), earlier)
+    earlier = await control.replays.earlier(_allowed(request, task))
+    return await _serve(request, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s), earlier)
 
 
-async def _serve(control: Control, task: Task, answer: Answer, earlier: str | None) -> web.StreamResponse:
+async def _serve(request: web.Request, task: Task, answer: Answer, earlier: str | None) -> web.StreamResponse:
     """Run the task, or read the `earlier` one that it repeats."""
+    control = request.app[CONTROL]
     if earlier is not None:
-        _repeats(control, task, earlier)
+        _repeats(request, task, earlier)
         return await follow(control, task, answer)
     try:
-        tail = await control.dispatcher.serve(task, answer)
+        tail = await control.dispatcher.serve(task, answer, started=lambda: on_record.task_accepted(request, task))
         return await answer.ended(tail)
     except ShuttingDown:
         return await answer.stopped(task.request_id)
@@ -88,13 +114,15 @@ async def _serve(control: Control, task: Task, answer: Answer, earlier: str | No
         return await answer.failed(error, task.request_id)
 
 
-def _repeats(control: Control, task: Task, earlier: str) -> None:
+def _repeats(request: web.Request, task: Task, earlier: str) -> None:
     task.task_id, task.replayed, task.body = earlier, True, b""
-    control.metrics.resumed("key")
+    request.app[CONTROL].metrics.resumed("key")
+    on_record.task_accepted(request, task)
 
 
-async def _detach(control: Control, task: Task) -> web.StreamResponse:
-    audience = control.dispatcher.start(task, Detached())
+async def _detach(request: web.Request, task: Task) -> web.StreamResponse:
+    audience = request.app[CONTROL].dispatcher.start(task, Detached())
+    on_record.task_accepted(request, task)
     try:
         await audience.taken.wait()
     except asyncio.CancelledError:
@@ -111,8 +139,9 @@ def _check_taken(audience: Audience) -> None:
         raise stopping() if task.stopped else task.error.copy()
 
 
-async def _taken_before(control: Control, task: Task, earlier: str) -> web.StreamResponse:
-    _repeats(control, task, earlier)
+async def _taken_before(request: web.Request, task: Task, earlier: str) -> web.StreamResponse:
+    control = request.app[CONTROL]
+    _repeats(request, task, earlier)
     audience = control.dispatcher.audience(earlier)
     if audience is not None:
         with audience.listening():
@@ -163,7 +192,15 @@ def _view(control: Control, task_id: str, principal: Principal) -> dict[str, obj
         return task.view(position=position, eta_ms=eta_ms)
     if known is not None and _may_see(principal, known[1].owner):
         return view_of_report(*known)
+    owner = _owner(control, task_id)
+    if owner is not None:
+        on_record.task_hidden(control, principal, task_id, owner)
     raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
+
+
+def _owner(control: Control, task_id: str) -> str | None:
+    task, known = control.dispatcher.tasks.get(task_id), control.registry.task(task_id)
+    return task.owner if task is not None else known[1].owner if known is not None else None
 
 
 async def list_tasks(request: web.Request) -> web.StreamResponse:
@@ -190,6 +227,8 @@ async def show_task(request: web.Request) -> web.StreamResponse:
 async def cancel_task(request: web.Request) -> web.StreamResponse:
     control, principal = request.app[CONTROL], request[PRINCIPAL]
     task_id = await _sought(control, request)
+    _view(control, task_id, principal)
+    await on_record.task_canceled(request, task_id, _owner(control, task_id))
     view = _view(control, task_id, principal)
     task, known = _find(control, task_id, principal), control.registry.task(task_id)
     remembered = task is not None
@@ -234,7 +273,7 @@ async def dry_run(request: web.Request) -> web.StreamResponse:
     task = intake.native_task(
         raw, request.headers, owner=request[PRINCIPAL].name, request_id="", task_id="", now=time.monotonic()
     )
-    return json_response(control.dispatcher.explain(task.wish).to_wire())
+    return json_response(control.dispatcher.explain(_allowed(request, task).wish).to_wire())
 
 
 # ---------------------------------------------------------------- following
@@ -257,12 +296,14 @@ async def follow_events(request: web.Request) -> web.StreamResponse:
     if offset:
         control.metrics.resumed("client")
     answer = NativeStream(request, mine, control.slow_reader_timeout_s, again=True)
-    return await follow(control, mine, answer, offset, attempt=attempt)
+    with control.quotas.stream(principal.name):
+        return await follow(control, mine, answer, offset, attempt=attempt)
 
 
 async def models(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     listed = openai_models(control.registry)
+    listed["data"] = [entry for entry in listed["data"] if request[PRINCIPAL].may_use(entry["id"])]
     if not listed["data"]:  # a client that takes the only one there is would be told that there is none
         control.recovery.check(time.monotonic(), "its nodes may still bring their models")
     return json_response(listed)
@@ -271,7 +312,7 @@ async def models(request: web.Request) -> web.StreamResponse:
 async def model(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     for entry in openai_models(control.registry)["data"]:
-        if entry["id"] == request.match_info["model_id"]:
+        if entry["id"] == request.match_info["model_id"] and request[PRINCIPAL].may_use(entry["id"]):
             return json_response(entry)
     control.recovery.check(time.monotonic(), "its nodes may still bring this model")
     raise LlorchError(Code.MODEL_NOT_FOUND, "no node has this model", param="model")

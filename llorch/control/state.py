@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from llorch.audit import Audit
+from llorch.control.access import Access
+from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
+from llorch.control.distrust import Distrust
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics
 from llorch.control.node_client import NodeClient
@@ -16,6 +20,8 @@ from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
 from llorch.control.roster import Roster
+from llorch.doors import Doors
+from llorch.quotas import Quotas
 from llorch.tasks import Guard
 
 
@@ -30,6 +36,12 @@ class Control:
     recovery: Recovery
     roster: Roster
     replays: Replays
+    quotas: Quotas
+    doors: Doors
+    access: Access
+    admission: Admission
+    audit: Audit
+    distrust: Distrust
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from typing import Any
 
 WINDOW_S = 5.0
 FEWEST_NODES = 3
@@ -32,6 +33,10 @@ class Storm:
     until: float
     missing: frozenset[str]
 
+    def told(self, *, nodes: int) -> tuple[str, dict[str, Any]]:
+        """The event for the log."""
+        return "storm.began", {"reason": self.reason, "missing": len(self.missing), "nodes": nodes}
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -40,6 +45,10 @@ class Ended:
     reason: str
     lasted_s: float
     missing: frozenset[str]
+
+    def told(self, *, nodes: int) -> tuple[str, dict[str, Any]]:
+        fields = {"reason": self.reason, "missing": len(self.missing), "nodes": nodes}
+        return "storm.ended", fields | {"lasted_s": round(self.lasted_s, 1)}
 
 
 class Storms:

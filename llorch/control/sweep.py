@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from llorch.control import on_record
+from llorch.control.report_limits import MOST_POOLS
 from llorch.control.state import Control, wall_time
 from llorch.errors import LlorchError
 from llorch.logs import Log
@@ -22,6 +24,7 @@ async def expire_step(control: Control) -> float:
     for node in control.registry.expire(now):
         control.metrics.beat(node.node_id, "missed")
         log.warning("node.expired", node_id=node.node_id)
+        on_record.node_expired(control, node.node_id)
     control.dispatcher.registry_changed()
     return EXPIRE_EVERY_S
 
@@ -58,11 +61,12 @@ async def probe(control: Control, node_id: str) -> None:
         return
     control.registry.probed(node_id, True, time.monotonic())
     pools = answer.get("pools") if isinstance(answer, dict) else None
-    for entry in pools if isinstance(pools, list) else []:
+    for entry in pools[:MOST_POOLS] if isinstance(pools, list) else []:
         try:
             report = parse(PoolReport, entry)
+            control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
         except LlorchError:
             log.warning("pool.unread", node_id=node_id, code="INVALID_REQUEST")
             continue
-        control.registry.merge_pool(node_id, report, now=time.monotonic(), wall=wall_time())
+        control.distrust.read(node_id, report)
     control.dispatcher.registry_changed()

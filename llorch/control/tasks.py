@@ -58,6 +58,7 @@ class Task:
     received_at: float
     deadline_at: float | None = None
     priority: str = "interactive"  # or "batch"
+    max_tokens: int | None = None  # of its answer, where its client said so
     key_digest: str | None = None  # of its owner and its Idempotency-Key
     first_try: bool = False  # its client says that this is no repetition
     state: State = State.QUEUED
@@ -77,6 +78,7 @@ class Task:
     stopped: bool = False  # this control let go of it, because it shuts down
     abandoned: bool = False  # its reader left; the node decides what becomes of it
     named: bool = False  # its client chose its task_id
+    opened: tuple[tuple[int, str], ...] = ()  # each attempt and its node, of those run from here
     replayed: bool = False  # not run for this request: an earlier one sent the same
 
     @classmethod
@@ -102,6 +104,13 @@ class Task:
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def cost(self) -> int | None:
+        """Tokens that an ended task took; None if nobody knows, for its end was not read."""
+        if self.tail is not None:
+            return self.tail.tokens_in + self.tail.tokens_out
+        return None if self.offset else 0
 
     def open_header(self, epoch: str, now: float) -> dict[str, Any]:
         """What an OPEN says of the task's present attempt."""

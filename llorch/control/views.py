@@ -16,8 +16,10 @@ from llorch.control.registry import Registry
 
 
 def node_state(node: Node) -> str:
-    """One word for a node, the worst that is true of it: offline, registered (nothing heard since), unreachable,
-    draining, online."""
+    """One word for a node, the worst that is true of it: quarantined, offline, registered (nothing heard since),
+    unreachable, draining, online."""
+    if node.quarantine is not None:
+        return "quarantined"
     if not node.online:
         return "offline"
     if not node.reachable:
@@ -48,6 +50,7 @@ def node_view(registry: Registry, node: Node, now: float) -> dict[str, Any]:
         "reachable": node.reachable,
         "draining": node.draining,
         "suspect": node.suspect(now),
+        "quarantine": _quarantine_view(node, now),
         "heartbeat_age_ms": _age_ms(node.last_beat, now),
         "last_heartbeat_at": node.last_beat_wall,
         "registered_at": node.registered_wall,
@@ -67,6 +70,15 @@ def node_view(registry: Registry, node: Node, now: float) -> dict[str, Any]:
         "gpus": [gpu.model_dump(exclude={"gone"}) for gpu in sorted(node.gpus.values(), key=lambda gpu: gpu.index)],
         "pools": pools,
     }
+
+
+def _quarantine_view(node: Node, now: float) -> dict[str, Any] | None:
+    """Why, since when, and for how much longer at least: 0 once it may register again, and has not."""
+    quarantine = node.quarantine
+    if quarantine is None:
+        return None
+    left_ms = round(quarantine.left_s(now) * 1_000)
+    return {"reason": quarantine.reason, "age_ms": _age_ms(quarantine.since, now), "left_ms": left_ms}
 
 
 def pools_view(registry: Registry, now: float) -> dict[str, Any]:
@@ -93,6 +105,7 @@ def _pool_view(node: Node, pool: Pool, now: float) -> dict[str, Any]:
         "bound_since": pool.bound_since,
         "facts_age_ms": _age_ms(pool.reported_at, now),
         "breaker": _breaker_view(pool.breaker, now),
+        "quarantined": node.quarantine.reason if node.quarantine is not None else None,
     }
     return view
 

@@ -15,16 +15,19 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
-from llorch import __version__, listen, logs, systemd, tls, web
-from llorch.auth import MIN_TOKEN_CHARS, Scope, TokenRing, parse_tokens
+from llorch import __version__, listen, logs, systemd, web
 from llorch.config import NodeSettings
 from llorch.config_pools import PoolSpec
+from llorch.doors import Limits as DoorLimits
 from llorch.errors import ConfigError
 from llorch.node import pool_events as ev
+from llorch.node.access import Access
 from llorch.node.calls import LinkCalls
 from llorch.node.catalog import Catalog
 from llorch.node.engine_answer import engine_session
@@ -41,19 +44,16 @@ from llorch.node.runner import Runner
 from llorch.node.state import NODE, Node
 from llorch.node.supervisor import Supervisor
 from llorch.node.tasklog import Limits, TaskLogs
+from llorch.quotas import Quotas, Rates
+from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
 
+LIVE = ("service_token", "node_token", "tls_cert", "tls_key", "tls_ca", "log_level")
+T = TypeVar("T")
+
 log = logs.Log("node")
-
-
-def token_ring(settings: NodeSettings) -> TokenRing:
-    """The controls that may call this node."""
-    pairs = parse_tokens(settings.service_token or "", min_chars=1 if settings.dev else MIN_TOKEN_CHARS)
-    if not pairs:
-        raise ConfigError("no service token: no control could use this node")
-    return TokenRing((name, token, frozenset({Scope.CONTROL, Scope.METRICS})) for name, token in pairs)
 
 
 def default_node_id() -> str:
@@ -110,29 +110,37 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
 
+    async def unless(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What `work` gives; None if a signal came first. Its exceptions are its own."""
+        doing, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self.wanted.wait())
+        try:
+            await asyncio.wait([doing, stopped], return_when=asyncio.FIRST_COMPLETED)
+            return await doing if doing.done() else None
+        finally:
+            for task in (doing, stopped):
+                task.cancel()
+            await asyncio.gather(doing, stopped, return_exceptions=True)
+
     def _signalled(self) -> None:
         if self.wanted.is_set():
             self.at_once.set()
         self.wanted.set()
 
 
-async def run(settings: NodeSettings) -> int:
+async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     stop = Stop(asyncio.Event(), asyncio.Event())
     stop.watch()
-    ring = token_ring(settings)
-    server_tls = (
-        tls.Identities(tls.server_context(settings.tls_cert, settings.tls_key))
-        if settings.tls_cert and settings.tls_key
-        else None
-    )
-    client_tls = tls.client_context(settings.tls_ca)
     _, runtime_dir = directories(settings)
     node_id = settings.node_id or default_node_id()
     inventory, catalog = GpuInventory(), Catalog()
     async with contextlib.AsyncExitStack() as exits:
         exits.callback(inventory.close)
         exits.callback(catalog.close)
+        controls = await exits.enter_async_context(web.client_session())
+        access = await stop.unless(Access.open(settings, node_id, controls))
+        if access is None:
+            return 0
         gpus = await asyncio.to_thread(inventory.read)
         plans = await asyncio.to_thread(make_plans, settings, catalog, len(gpus))
         pools = Pools([plan.spec for plan in plans], {plan.spec.id: plan.model_id for plan in plans})
@@ -149,7 +157,6 @@ async def run(settings: NodeSettings) -> int:
             on_note=lambda note: on_note(metrics, note),
         )
         engines = await exits.enter_async_context(engine_session())
-        controls = await exits.enter_async_context(web.client_session(tls=client_tls))
         memberships: list[Membership] = []
 
         def changed(_pool_id: str = "") -> None:
@@ -197,35 +204,54 @@ async def run(settings: NodeSettings) -> int:
             zone=settings.zone,
             cost_weight=settings.cost_weight,
         )
-        gate = web.Gate(
-            ring=lambda: ring,
-            refused=lambda code: metrics.auth_failed(code.value),
-            metrics_open=settings.bind.loopback,
-        )
+        quotas = Quotas(Rates(failures_per_min=settings.rate_failures or None), metrics.limits.limited)
+        gate = access.gate(lambda code: metrics.auth_failed(code.value), quotas)
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[NODE] = node
         await node.refresh()
-        server = await listen.serve(app, settings.bind.host, settings.bind.port, tls=server_tls)
+        doors = listen.watched_doors(
+            DoorLimits(
+                settings.max_connections,
+                settings.max_connections_per_ip,
+                trusted=settings.trusted_proxies,
+                for_nodes=False,
+            ),
+            refused=metrics.limits.refused,
+        )
+        metrics.limits.watch(doors)
+        server = await listen.serve(
+            app,
+            settings.bind.host,
+            settings.bind.port,
+            tls=access.identities,
+            refused=lambda _peer, _why: metrics.auth_failed("tls"),
+            doors=doors,
+        )
         exits.push_async_callback(server.close)
         guard = Guard("node")
         exits.push_async_callback(guard.close)
         guard.loop(runner.sweep, "sweep")
         guard.loop(lambda: _refresh(node, changed), "refresh")
         guard.spawn(_digest(catalog, node, changed), "digests")
-        token = parse_tokens(settings.node_token or settings.service_token or "", min_chars=1)[0][1]
+        reloader = Reloader(settings, source, LIVE, partial(_settle, access))
+        guard.loop(reloader.step, "reload")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
         calls = LinkCalls(node)
         memberships += [
-            Membership(
-                node, identity, url, lambda: token, controls, client_tls, calls, early_beat_s=settings.early_beat
-            )
+            Membership(node, identity, url, access.credentials(url), controls, calls, early_beat_s=settings.early_beat)
             for url in settings.join
         ]
+        if access.certificate is not None:
+            from llorch.node.join import Renewal
+
+            urls = [url for url in settings.join if url.startswith("https:")]
+            guard.spawn(Renewal(access.certificate, controls, urls, access.renewed).run(), "renewal")
         members = Guard("node.members")
         try:
             await supervisor.start()
             for membership in memberships:
                 members.spawn(membership.run(), membership.url)
-            _settle()
+            _freeze()
             print(f"ready url={server.url}", file=sys.stderr, flush=True)
             systemd.notify("READY=1")
             await stop.wanted.wait()
@@ -257,6 +283,11 @@ async def _digest(catalog: Catalog, node: Node, changed: Callable[[], None]) -> 
         changed()
 
 
+def _settle(access: Access, settings: NodeSettings) -> None:
+    access.settled(settings)
+    logs.configure(settings.log_level)
+
+
 async def _drain(runner: Runner, grace_s: float, stop: Stop) -> None:
     """Let running tasks end, up to `grace_s` or the next signal."""
     log.info("node.draining", node_id=runner.node_id, running=len(runner), grace_s=grace_s)
@@ -268,18 +299,18 @@ async def _drain(runner: Runner, grace_s: float, stop: Stop) -> None:
             wait.cancel()
 
 
-def _settle() -> None:
+def _freeze() -> None:
     """What was made while starting stays: the collector need not look at it again with every stream."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
-def main(settings: NodeSettings) -> int:
+def main(settings: NodeSettings, source: Source[NodeSettings]) -> int:
     """Run a node in this process, on the fastest loop there is."""
     logs.configure(settings.log_level)
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(run(settings))
-    return int(uvloop.run(run(settings)))
+        return asyncio.run(run(settings, source))
+    return int(uvloop.run(run(settings, source)))

@@ -18,6 +18,7 @@ from llorch import __version__, records
 from llorch.errors import Code, LlorchError
 from llorch.link import Link, LinkOwner
 from llorch.messages import decode_object
+from llorch.node.credentials import Credentials
 
 TIMEOUT_S = 10.0
 MAX_HEAD_BYTES = 16 * 1024
@@ -70,8 +71,7 @@ async def dial(
     url: str,
     node_id: str,
     lease_id: str,
-    token: str,
-    tls: ssl.SSLContext | None,
+    credentials: Credentials,
     epoch: str,
     take: Callable[[], T],
 ) -> T:
@@ -83,8 +83,8 @@ async def dial(
     transport: asyncio.Transport | None = None
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            transport, handshake = await _connect(url, tls)
-            transport.write(_request(url, node_id, lease_id, token))
+            transport, handshake = await _connect(url, credentials)
+            transport.write(_request(url, node_id, lease_id, credentials.headers))
             if not await handshake.until(lambda received: b"\r\n\r\n" in received, MAX_HEAD_BYTES):
                 raise _lost("the control did not answer the upgrade")
             head = bytes(handshake.received).partition(b"\r\n\r\n")[0]
@@ -111,7 +111,7 @@ async def dial(
     return owner
 
 
-async def _connect(url: str, tls: ssl.SSLContext | None) -> tuple[asyncio.Transport, _Handshake]:
+async def _connect(url: str, credentials: Credentials) -> tuple[asyncio.Transport, _Handshake]:
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     host = parts.hostname or ""
@@ -119,13 +119,13 @@ async def _connect(url: str, tls: ssl.SSLContext | None) -> tuple[asyncio.Transp
         _Handshake,
         host,
         parts.port or (443 if secure else 80),
-        ssl=(tls or ssl.create_default_context()) if secure else None,
-        server_hostname=host if secure else None,
+        ssl=(credentials.context or ssl.create_default_context()) if secure else None,
+        server_hostname=(credentials.server_name or host) if secure else None,
     )
     return transport, protocol
 
 
-def _request(url: str, node_id: str, lease_id: str, token: str) -> bytes:
+def _request(url: str, node_id: str, lease_id: str, shown: Mapping[str, str]) -> bytes:
     if not _FIELD_VALUE.fullmatch(lease_id):
         raise _lost("the control gave out a lease that no header can carry")
     parts = urlsplit(url)
@@ -133,7 +133,7 @@ def _request(url: str, node_id: str, lease_id: str, token: str) -> bytes:
     host = parts.netloc.rpartition("@")[2]
     fields = {
         "Host": host,
-        "Authorization": f"Bearer {token}",
+        **shown,
         "Connection": "Upgrade",
         "Upgrade": records.UPGRADE,
         "X-Llorch-Lease": lease_id,

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llorch.logs import Log, printable
-from llorch.node.engines.spec import LOOPBACK, Launch, shown_env
+from llorch.node.engines.environment import for_engine
+from llorch.node.engines.spec import LOOPBACK, Launch
 
 LAUNCHER = "llorch.node.engines.launch"
 TAIL_BYTES = 16 * 1024
@@ -114,7 +115,7 @@ class EngineProcess:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *argv, *launch.argv, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                env=shown_env(env) | dict(launch.env),
+                env=for_engine(env) | dict(launch.env),
             )  # fmt: skip
         finally:
             os.close(output)

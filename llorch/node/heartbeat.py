@@ -14,9 +14,7 @@ import asyncio
 import contextlib
 import json
 import random
-import ssl
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -29,6 +27,7 @@ from llorch.errors import MEANINGS, Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import decode_json
 from llorch.node import reports
+from llorch.node.credentials import Credentials
 from llorch.node.dial import dial
 from llorch.node.link import Calls, NodeLink
 from llorch.node.reports import Identity, Snapshot
@@ -43,8 +42,9 @@ LEAVE_TIMEOUT_S = 2.0
 MAX_ANSWER_BYTES = 1024 * 1024
 
 _REGISTER_AGAIN = frozenset({Code.NODE_UNKNOWN, Code.LEASE_STALE, Code.NODE_ID_CONFLICT})
-_FOR_A_PERSON = frozenset({Code.UNAUTHENTICATED, Code.FORBIDDEN, Code.NODE_ID_CONFLICT, Code.UNTRUSTED_ADDRESS})
-_WRONG_TOKEN = "--node-token or --node-token-file has to hold a node token of that control"
+_FOR_A_PERSON = frozenset(
+    {Code.UNAUTHENTICATED, Code.FORBIDDEN, Code.NODE_ID_CONFLICT, Code.NODE_QUARANTINED, Code.UNTRUSTED_ADDRESS}
+)
 
 log = Log("node.heartbeat")
 
@@ -70,9 +70,8 @@ class Membership:
         node: Node,
         identity: Identity,
         url: str,
-        token: Callable[[], str],
+        credentials: Credentials,
         session: aiohttp.ClientSession,
-        tls: ssl.SSLContext | None,
         calls: Calls,
         *,
         early_beat_s: float,
@@ -80,9 +79,8 @@ class Membership:
         self.url = url.rstrip("/")
         self._node = node
         self._identity = identity
-        self._token = token
+        self._credentials = credentials
         self._session = session
-        self._tls = tls
         self._calls = calls
         self._early_beat_s = early_beat_s
         self._lease: Lease | None = None
@@ -140,6 +138,7 @@ class Membership:
         if not (isinstance(lease_id, str) and isinstance(epoch, str) and isinstance(interval_ms, int)):
             raise LlorchError(Code.NODE_LOST, "the control's answer to the registration can't be read")
         self._sent, self._changed_at = now, None
+        self._credentials.heard(answer.get("authorities"))
         log.info("node.registered", node_id=self._node.node_id, url=self.url, epoch=epoch)
         return Lease(lease_id, epoch, max(interval_ms / 1_000, 0.01))
 
@@ -212,6 +211,7 @@ class Membership:
         answer = await self._call("POST", f"{self._path()}/heartbeat", message)
         self._rtt_ms = round((time.monotonic() - started) * 1_000, 3)
         self._node.metrics.beat(self._rtt_ms)
+        self._credentials.heard(answer.get("authorities"))
         return answer
 
     def _next(self, lease: Lease) -> reports.Beat:
@@ -239,7 +239,7 @@ class Membership:
             )
             return made
 
-        await dial(self.url, self._node.node_id, lease.lease_id, self._token(), self._tls, lease.epoch, take)
+        await dial(self.url, self._node.node_id, lease.lease_id, self._credentials, lease.epoch, take)
         log.info("link.up", node_id=self._node.node_id, url=self.url)
 
     def _link_lost(self, link: NodeLink, reason: str) -> None:
@@ -263,8 +263,15 @@ class Membership:
         """How long to wait after a failure, which is logged once for each kind in a row."""
         self._failures += 1
         if error.code in _FOR_A_PERSON:
-            hint = _WRONG_TOKEN if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN) else error.hint
-            log.error("control.refuses", node_id=self._node.node_id, url=self.url, code=error.code, hint=hint)
+            hint = self._credentials.mend if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN) else error.hint
+            log.error(
+                "control.refuses",
+                node_id=self._node.node_id,
+                url=self.url,
+                code=error.code,
+                reason=error.message,
+                hint=hint,
+            )
             return SLOW_RETRY.delay_s(self._failures, random.random())
         tell = log.warning if self._failures in (1, 10) or self._failures % 100 == 0 else log.debug
         tell(
@@ -282,13 +289,20 @@ class Membership:
         self, method: str, path: str, body: dict[str, Any] | None, *, timeout_s: float = CALL_TIMEOUT_S
     ) -> dict[str, Any]:
         """One request to the control. Raises its refusal, or NODE_LOST where there is no answer to read."""
-        headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/json"}
+        shown = self._credentials
+        headers = {**shown.headers, "Content-Type": "application/json"}
         data = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
         try:
             async with (
                 asyncio.timeout(timeout_s),
                 self._session.request(
-                    method, self.url + path, data=data, headers=headers, ssl=self._tls or True, allow_redirects=False
+                    method,
+                    self.url + path,
+                    data=data,
+                    headers=headers,
+                    ssl=shown.context or True,
+                    server_hostname=shown.server_name,
+                    allow_redirects=False,
                 ) as response,
             ):
                 answer = await _whole(response)

@@ -15,6 +15,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from llorch.limit_metrics import LimitMetrics
 from llorch.messages import Tail
 
 SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -35,6 +36,7 @@ class NodeMetrics:
         self._rtt = Gauge("llorch_heartbeat_rtt_seconds", "round trip of a heartbeat", ["node"], registry=r)
         self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
         self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
+        self.limits = LimitMetrics(r)
         # labels() locks and hashes; the label sets are few: models, pools and codes of one node.
         self._child = lru_cache(maxsize=1024)(lambda metric, *labels: metric.labels(*labels))
 

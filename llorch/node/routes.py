@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import web
 
 from llorch import __version__
 from llorch.auth import Scope
 from llorch.node import calls, routes_tasks
 from llorch.node.state import NODE
-from llorch.openapi import openapi
+from llorch.openapi import Description
 from llorch.web import Route, json_response
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,10 +21,10 @@ async def metrics(request: web.Request) -> web.StreamResponse:
 
 
 def routes() -> tuple[Route, ...]:
-    document: dict[str, object] = {}
+    description = Description(title="llorch node", version=__version__)
 
     async def describe(_request: web.Request) -> web.StreamResponse:
-        return json_response(document)
+        return json_response(await asyncio.to_thread(description.document))
 
     table = (
         *map(calls.http_route, calls.CALLS),
@@ -45,5 +47,5 @@ def routes() -> tuple[Route, ...]:
         Route("GET", "/metrics", Scope.METRICS, metrics, "Prometheus text", returns="text/plain"),
         Route("GET", "/openapi.json", Scope.OPEN, describe, "This document"),
     )
-    document.update(openapi(table, title="llorch node", version=__version__))
+    description.routes = table
     return table

@@ -26,6 +26,7 @@ from llorch.node.engines import openai_api
 from llorch.node.engines.openai_api import Decoder, EngineRequest, NativeDecoder, TaskFacts
 from llorch.node.replicas import Lease
 from llorch.node.tasklog import NATIVE, Gone, Reader, State, TaskEntry, TaskLogs
+from llorch.openai_paths import served
 from llorch.tasks import Guard
 from llorch.web import MIN_BODY_RATE
 
@@ -114,8 +115,8 @@ class Runner:
             raise LlorchError(Code.PAYLOAD_TOO_LARGE, f"the body is over {self.max_body_bytes} bytes")
         if opening.prefix_len:
             raise invalid("this node does not continue tasks that began elsewhere", param="prefix_len")
-        if opening.path != NATIVE and opening.path not in openai_api.PATHS:
-            raise LlorchError(Code.NOT_FOUND, "no engine of this node serves this path")
+        if opening.path != NATIVE:
+            served(opening.path)
         self._fence(opening)
         lease = self.pools.acquire(opening.pool_id, _slot(opening), opening.model)
         entry = self.logs.add(opening, self.clock(), self.wall())

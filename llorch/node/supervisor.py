@@ -30,6 +30,7 @@ from llorch.node import probing
 from llorch.node.engine_process import EngineProcess, RuntimeDir, clear_leftovers, tail, write_private
 from llorch.node.engines.spec import LOOPBACK
 from llorch.node.handoff import Handoff, Network, file_name, render
+from llorch.node.listeners import exposed
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
 from llorch.node.watcher import Watcher
@@ -40,6 +41,7 @@ CHECK_S = 5.0  # how often a ready engine is asked whether it is still there
 CHECKS_LOST = 2  # in a row: one refused connection may be a full backlog
 PROBE_FIRST_S, PROBE_MOST_S = 0.05, 0.5  # between two questions; a handoff is to be routable within 2 s
 QUIET_S = 3.0  # an engine that isn't there yet is no news before this
+SHOWN_ADDRESSES = 3  # of an engine that listens where it should not
 
 log = Log("supervisor")
 
@@ -254,16 +256,22 @@ class Supervisor:
         assert self._http is not None  # start() came first
         key = (probe.pool_id, probe.replica_id)
         began, pause_s = self._clock(), PROBE_FIRST_S
+        said: str | None = None
         while True:
+            answer, reason = None, ""
             try:
                 answer = await probing.generates(self._http, probe.handoff)
             except probing.NotYet as error:
                 reason = str(error)
-            else:
+            if reason != said and (where := await self._exposed(key)):  # its sockets changed only if its answers did
+                reached = f"it listens on {', '.join(where)}: engines listen on loopback only"
+                self.post(ev.ProbeFailed(*key, probe.probe, reached, gave_up=True))
+                return
+            if answer is not None:
                 self._missed.pop(key, None)
                 self.post(ev.ProbeOk(*key, probe.probe, slots=answer.slots, ctx=answer.ctx))
                 return
-            waited_s = self._clock() - began
+            said, waited_s = reason, self._clock() - began
             if key in self._running and waited_s > self._load_timeout_s:
                 late = f"it was not ready within {self._load_timeout_s:.0f} s: {reason}"
                 self.post(ev.ProbeFailed(*key, probe.probe, late, gave_up=True))
@@ -272,6 +280,13 @@ class Supervisor:
                 self.post(ev.ProbeFailed(*key, probe.probe, reason))
             await asyncio.sleep(pause_s)
             pause_s = min(PROBE_MOST_S, pause_s * 2)
+
+    async def _exposed(self, key: Key) -> list[str]:
+        """Where an engine of ours can be reached from other machines. Others' engines are their owners' to judge."""
+        process = self._running.get(key)
+        if process is None or process.pid is None:
+            return []
+        return (await asyncio.to_thread(exposed, process.pid))[:SHOWN_ADDRESSES]
 
     async def _check(self) -> float:
         """Whether the ready engines are still there. The end of our own is seen at once; this is for the others."""

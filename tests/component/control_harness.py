@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import tempfile
 import uuid
@@ -24,7 +25,7 @@ from aiohttp import web as aioweb
 
 from llorch import records, sse, tls
 from llorch.config_kinds import HostPort
-from llorch.control import answers, app, dispatch, follow, log_reader
+from llorch.control import answers, app, dispatch, follow, log_reader, replay, sweep, waiting
 from llorch.errors import MEANINGS, Code
 from llorch.records import Record, Type
 from llorch.settings import ControlSettings
@@ -33,6 +34,7 @@ from tests.cluster import eventually
 MODEL = "m"
 TOKENS = {name: secrets.token_hex(16) for name in ("alice", "bob", "admin", "node", "service")}
 WINDOW = records.INITIAL_CREDIT_BYTES
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where nothing is waited for to be on disk
 _CLIENT_TLS = tls.client_context(None)  # one for all tests: reading the system's authorities takes 40 ms
 
 
@@ -43,7 +45,7 @@ def settings(**more: Any) -> ControlSettings:
         admin_token=f"root={TOKENS['admin']}",
         node_token=TOKENS["node"],
         service_token=TOKENS["service"],
-        **{"shutdown_grace": 0.0, "recovery_window": 0.0, **more},
+        **{"shutdown_grace": 0.0, "recovery_window": 0.0, "rate_failures": 0, **more},
     )
 
 
@@ -70,6 +72,19 @@ def ping_soon(monkeypatch: pytest.MonkeyPatch) -> float:
     return 0.15
 
 
+def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the control looks at by the clock, nodes and queue and roster, it looks at every 50 ms instead of 1 s."""
+    for module, name in (
+        (sweep, "EXPIRE_EVERY_S"), (sweep, "ROSTER_EVERY_S"), (waiting, "WAIT_TICK_S"), (follow, "LOOK_AGAIN_S"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, 0.05)
+
+
+def no_answer_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is asked for a task, and in these tests says nothing, is waited for 0.1 s instead of 1 s."""
+    monkeypatch.setattr(replay, "ASK_S", 0.1)
+
+
 def lost_soon(monkeypatch: pytest.MonkeyPatch, after_s: float = 0.1) -> None:
     """A node whose connection broke under an answer is waited for as long as this, instead of 5 s."""
     monkeypatch.setattr(log_reader, "RECONNECT_S", after_s)
@@ -84,6 +99,7 @@ class Attempt:
     def __init__(self, node_id: str, header: dict[str, Any]) -> None:
         self.node_id = node_id
         self.header = header
+        self.accepted = False
         self.body = b""
         self.log = b""
         self.tokens: list[str] = []
@@ -113,7 +129,10 @@ class Attempt:
     # ---- what the node says
 
     def accept(self) -> Attempt:
-        self.emit(Type.ACCEPT)
+        """ACCEPT, once."""
+        if not self.accepted:
+            self.accepted = True
+            self.emit(Type.ACCEPT)
         return self
 
     def refuse(self, code: Code) -> None:
@@ -199,6 +218,7 @@ class LinkedNode:
         self.late: list[Record] = []
         self.pongs = 0
         self.answer_pings = True
+        self.lives_when_asked = False  # something comes over the link at once; an answer to the OPEN it is not
         self.up = False
         self._cluster = cluster
         self._streams: dict[int, Stream] = {}
@@ -254,6 +274,8 @@ class LinkedNode:
             stream = self._streams[record.stream] = Stream(self, record.stream, kind, json.loads(payload))
             kept = self.attached if kind == Type.ATTACH else self.calls if "method" in stream.header else self.opened
             kept.append(stream)
+            if self.lives_when_asked:
+                self.lives()
         elif kind == Type.PING:
             if self.answer_pings:
                 self.send(records.encode(0, Type.PONG))
@@ -325,6 +347,7 @@ class HttpAttempt(Attempt):
         self.status: int | None = None
         self.gone = asyncio.Event()
         self.stays_open = False  # the connection, after the TAIL
+        self.content_type = records.CONTENT_TYPE
 
     def emit(self, kind: int, payload: bytes = b"") -> None:
         self.script.put_nowait(records.encode(0, kind, payload))
@@ -415,7 +438,7 @@ class DialledNode:
             first = await attempt.script.get()
             if attempt.status is not None:
                 return aioweb.Response(status=attempt.status, body=first, content_type="application/json")
-            response = aioweb.StreamResponse(headers={"Content-Type": records.CONTENT_TYPE})
+            response = aioweb.StreamResponse(headers={"Content-Type": attempt.content_type})
             if first:
                 await response.prepare(request)
             data = first
@@ -628,7 +651,7 @@ async def a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
     """A control with these settings, and everything closed at the end."""
     with (
         mock.patch.object(app.tls, "client_context", lambda _ca: _CLIENT_TLS),
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True, dir=_MEMORY) as folder,
     ):
         async with _a_control(**{"data_dir": folder, **more}) as running:
             yield running
@@ -649,5 +672,6 @@ async def _a_control(**more: Any) -> AsyncIterator[ControlUnderTest]:
 
 __all__ = [
     "MODEL", "TOKENS", "WINDOW", "Answered", "Asking", "Attempt", "ControlUnderTest", "DialledNode", "LinkedNode",
-    "Stream", "a_control", "bearer", "error_wire", "eventually", "lost_soon", "ping_soon", "pool", "settings",
+    "Stream", "a_control", "bearer", "error_wire", "eventually", "look_often", "lost_soon", "no_answer_soon",
+    "ping_soon", "pool", "settings",
 ]  # fmt: skip

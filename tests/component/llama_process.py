@@ -62,7 +62,7 @@ def flags(key_file: Path) -> list[str]:
     return [
         *("--host", "127.0.0.1", "--port", "0", "--api-key-file", str(key_file), "--alias", "demo"),
         *("--parallel", str(SLOTS), "--ctx-size", str(SLOTS * CTX), "--cache-ram", "0", "--no-cache-idle-slots"),
-        *("--no-webui", "--n-gpu-layers", "0", "--threads", "2"),
+        *("--no-webui", "--n-gpu-layers", "0", "--threads", "1"),  # two that share a core wait for each other
     ]
 
 

@@ -24,6 +24,7 @@ from llorch.auth import Scope, TokenRing
 from llorch.link import Link
 from llorch.node import pool_events as ev
 from llorch.node.calls import LinkCalls
+from llorch.node.credentials import TokenCredentials
 from llorch.node.engine_answer import engine_session
 from llorch.node.handoff import Handoff
 from llorch.node.heartbeat import Membership
@@ -393,7 +394,13 @@ class NodeUnderTest:
         identity = Identity("n1", "boot-1", "0", 1, 1)
         self.memberships = [
             Membership(
-                self.node, identity, control.url, lambda: NODE_TOKEN, session, None, calls, early_beat_s=early_beat_s
+                self.node,
+                identity,
+                control.url,
+                TokenCredentials(lambda: NODE_TOKEN, None),
+                session,
+                calls,
+                early_beat_s=early_beat_s,
             )
             for control in controls
         ]

@@ -68,6 +68,7 @@ async def control() -> AsyncIterator[ScriptedControl]:
         running.on("GET /readyz", answer({"status": "ok", "version": "9", "role": "control"}))
         running.on("GET /v2/nodes", answer({"nodes": [NODE]}))
         running.on("GET /v2/nodes/n1", answer(NODE))
+        running.on("POST /v2/nodes/n1/pardon", answer({"success": True, "node_id": "n1", "was_quarantined": True}))
         running.on("GET /v2/pools", answer({"pools": [POOL]}))
         running.on("GET /v1/models", answer({"data": [{"id": "m"}]}))
         running.on("GET /v2/tasks", answer({"tasks": [VIEW]}))
@@ -423,6 +424,7 @@ CLIENT_COMMANDS = [
     (("status",), "GET /readyz"),
     (("node", "ls"), "GET /v2/nodes"),
     (("node", "show", "n1"), "GET /v2/nodes/n1"),
+    (("node", "pardon", "n1"), "POST /v2/nodes/n1/pardon"),
     (("pool", "ls"), "GET /v2/pools"),
     (("task", "ls"), "GET /v2/tasks"),
     (("task", "show", TASK), f"GET /v2/tasks/{TASK}"),
@@ -512,6 +514,24 @@ async def test_a_node_is_shown_with_its_gpus_and_pools(control: ScriptedControl,
     assert "1.0G/24G" in shown
     assert "41C" in shown
     assert "3/4" in shown
+
+
+async def test_a_quarantined_node_is_shown_with_why_and_can_be_pardoned(
+    control: ScriptedControl, llorch: CommandLine
+) -> None:
+    shut_out = NODE | {"state": "quarantined", "quarantine": {"reason": "lies (3)", "age_ms": 1, "left_ms": 9}}
+    control.on("GET /v2/nodes", answer({"nodes": [shut_out]}))
+    control.on("GET /v2/nodes/n1", answer(shut_out))
+    for argv in (("node", "ls"), ("node", "show", "n1")):
+        ran = await llorch(*argv)
+        assert ("quarantined" in ran.out, "lies (3)" in ran.out) == (True, True)
+    ran = await llorch("status")
+    assert (ran.code, "problem  node n1 is quarantined for lies (3)\n" in ran.out) == (1, True)
+    ran = await llorch("node", "pardon", "n1")
+    assert (ran.code, ran.out, ran.err) == (0, "", "n1 may come back\n")
+    control.on("POST /v2/nodes/n1/pardon", answer({"success": True, "node_id": "n1", "was_quarantined": False}))
+    assert (await llorch("node", "pardon", "n1")).err == "n1 was not quarantined\n"
+    assert json.loads((await llorch("node", "pardon", "n1", "--json")).out)["was_quarantined"] is False
 
 
 async def test_what_a_node_says_can_not_move_the_cursor_or_break_a_table(

@@ -21,6 +21,7 @@ from tests.component.control_harness import (
     Stream,
     a_control,
     eventually,
+    look_often,
     pool,
 )
 
@@ -394,7 +395,10 @@ async def looked_twice(control: ControlUnderTest) -> None:
     await eventually(look, within_s=5, what="two sweeps")
 
 
-async def test_many_nodes_that_vanish_at_once_stay_online_and_tasks_wait_or_go_to_those_that_answer() -> None:
+async def test_many_nodes_that_vanish_at_once_stay_online_and_tasks_wait_or_go_to_those_that_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    look_often(monkeypatch)
     async with a_control() as control:
         nodes = [await control.join(name) for name in "abcde"]
         assert await storm(control) is None
@@ -426,7 +430,8 @@ async def test_many_nodes_that_vanish_at_once_stay_online_and_tasks_wait_or_go_t
         assert await control.metric("llorch_storm") == 0
 
 
-async def test_nodes_that_sign_off_one_after_another_are_no_storm() -> None:
+async def test_nodes_that_sign_off_one_after_another_are_no_storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_often(monkeypatch)
     async with a_control() as control:
         for node in [await control.join(name) for name in "abcde"]:
             if node.node_id != "e":
@@ -443,6 +448,7 @@ async def test_a_control_that_stood_still_gives_leases_the_time_back_and_says_so
     clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s)
     for module in (sweep, routes_nodes, routes_health):
         monkeypatch.setattr(module, "time", clock)
+    look_often(monkeypatch)
     caplog.set_level("INFO")
     async with a_control() as control:
         node = await control.join("a")

@@ -16,6 +16,7 @@ from tests.component.control_harness import (
     Stream,
     a_control,
     eventually,
+    look_often,
     lost_soon,
     ping_soon,
     pool,
@@ -174,9 +175,9 @@ async def test_a_task_that_only_its_node_knows_is_shown_followed_and_canceled() 
         await eventually(lambda: node.calls)
         assert (node.calls[0].header["method"], node.calls[0].header["path"]) == ("DELETE", f"/v2/tasks/{task_id}")
         node.calls[0].emit_json(Type.HEAD, {"status": 202, "headers": {}})
-        node.calls[0].emit(Type.DATA, b"{}")
-        node.calls[0].tail()
+        node.calls[0].data(b"{}").tail()
         assert (await canceling.answer()).status == 202
+        reader.log = b"x" * 9  # what was read before
         reader.accept().head().end("canceled")
         assert (await asking.answer()).events[-1][1]["finish_reason"] == "canceled"
 
@@ -184,13 +185,14 @@ async def test_a_task_that_only_its_node_knows_is_shown_followed_and_canceled() 
 # ---------------------------------------------------------------- before the first byte, and ends that no log has
 
 
-async def test_a_reader_of_a_task_that_moves_on_reads_it_where_it_ran() -> None:
+async def test_a_reader_of_a_task_that_moves_on_reads_it_where_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_often(monkeypatch)
     async with a_control() as control:
         node = await control.join("a", pool("p0"), pool("p1"))
         asking = control.submit()
         first = (await node.asked()).accept()
         following = control.events(first.task_id)
-        await asyncio.wait((following._task,), timeout=2 * follow.LOOK_AGAIN_S)
+        await asyncio.wait((following._task,), timeout=4 * follow.LOOK_AGAIN_S)
         assert node.attached == [], "it has no log to read yet"
         first.fail_early()
         second = (await node.asked()).begin().say("hi")

@@ -23,6 +23,7 @@ from tests.component.control_harness import (
     a_control,
     error_wire,
     eventually,
+    look_often,
     pool,
 )
 from tests.component.test_control_reconnect import back
@@ -384,7 +385,8 @@ async def test_a_named_task_that_was_refused_may_be_sent_again() -> None:
         assert (await again.answer()).said == "hi"
 
 
-async def test_a_detached_task_that_no_node_took_is_refused_to_all_who_sent_it() -> None:
+async def test_a_detached_task_that_no_node_took_is_refused_to_all_who_sent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_often(monkeypatch)
     async with a_control(queue_timeout=0.5) as control:
         node = await control.join("a", pool(slots=1))
         control.chat()

@@ -10,7 +10,7 @@ import pytest
 
 from llorch import records
 from llorch.records import Type
-from tests.component.control_harness import LinkedNode, a_control, eventually, pool
+from tests.component.control_harness import LinkedNode, a_control, eventually, look_often, pool
 
 GPU = {"index": 0, "uuid": "gpu-0", "name": "n", "vram_total_bytes": 8, "vram_used_bytes": 1}
 
@@ -114,8 +114,11 @@ async def test_another_process_is_refused_while_the_first_answers_and_taken_in_w
         assert await control.metric("llorch_registrations_total", outcome="refused") == 1
 
 
-async def test_the_end_of_a_link_is_seen_at_once_and_silence_makes_a_node_offline() -> None:
-    async with a_control(heartbeat_interval=0.2, offline_after=2.0) as control:
+async def test_the_end_of_a_link_is_seen_at_once_and_silence_makes_a_node_offline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    look_often(monkeypatch)
+    async with a_control(heartbeat_interval=0.2, offline_after=1.2) as control:
         node = await control.join("a")
 
         async def state() -> str:

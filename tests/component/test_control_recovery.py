@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from tests.component.control_harness import Asking, ControlUnderTest, LinkedNode, a_control, eventually, pool
+from tests.component.control_harness import (
+    Asking,
+    ControlUnderTest,
+    LinkedNode,
+    a_control,
+    eventually,
+    look_often,
+    no_answer_soon,
+    pool,
+)
 from tests.component.test_control_idempotency import DIGEST, KEY, keyed
 
 TASK = str(uuid.uuid4())
@@ -48,7 +57,10 @@ async def _answers(control: ControlUnderTest) -> dict[str, tuple[int, str]]:
     return found
 
 
-async def test_unknown_tasks_and_replayed_keys_are_told_to_wait(tmp_path: Path) -> None:
+async def test_unknown_tasks_and_replayed_keys_are_told_to_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_answer_soon(monkeypatch)
     async with a_control(**remembering(tmp_path, "a", "b")) as control:
         await control.join("b")
         assert set((await _answers(control)).values()) == {(503, "RECOVERING")}
@@ -67,7 +79,7 @@ async def test_a_first_try_is_no_replay_and_runs_at_once(tmp_path: Path) -> None
 
 
 async def test_the_window_ends_by_itself(tmp_path: Path) -> None:
-    settings = remembering(tmp_path, "gone") | {"recovery_window": 1.5}
+    settings = remembering(tmp_path, "gone") | {"recovery_window": 1.0}
     async with a_control(**settings) as control:
         assert (await control.ask("GET", f"/v2/tasks/{TASK}").answer()).code == "RECOVERING"
 
@@ -163,7 +175,11 @@ async def test_a_task_that_no_report_carried_is_asked_for_at_every_node() -> Non
         assert (answer.status, answer.json["state"], answer.json["node_id"]) == (200, "done", "a")
 
 
-async def test_who_was_here_is_remembered_and_who_signed_off_is_not(tmp_path: Path) -> None:
+async def test_who_was_here_is_remembered_and_who_signed_off_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_often(monkeypatch)
+
     def saved() -> set[str]:
         return set(json.loads((tmp_path / "nodes.json").read_text())["nodes"])
 
@@ -328,8 +344,11 @@ async def test_models_are_not_said_to_be_missing_while_nodes_may_still_bring_the
         assert await asked("", "/m") == [(200, ""), (404, "MODEL_NOT_FOUND")]
 
 
-async def test_an_attempt_that_came_to_nothing_is_not_the_task_while_others_may_turn_up(tmp_path: Path) -> None:
+async def test_an_attempt_that_came_to_nothing_is_not_the_task_while_others_may_turn_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first attempt failed before its first byte; the second one was shown, and its node is not back yet."""
+    no_answer_soon(monkeypatch)
     nothing = report(state="sealed", offset=0, code="ENGINE_FAILED", key_digest=DIGEST)
     async with a_control(**remembering(tmp_path, "a", "b")) as control:
         first = await control.join("a", tasks=[nothing])
@@ -382,7 +401,11 @@ async def test_a_task_that_is_read_again_does_not_take_the_key_of_one_that_runs(
             await each.leave()
 
 
-async def test_who_is_not_all_of_those_of_before_is_not_remembered_as_such(tmp_path: Path) -> None:
+async def test_who_is_not_all_of_those_of_before_is_not_remembered_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_often(monkeypatch)
+    no_answer_soon(monkeypatch)  # time enough for two looks at the roster
     settings = remembering(tmp_path)
     (tmp_path / "nodes.json").write_text('{"nodes": ["a"')
     for _ in range(2):  # killed again before its nodes were back

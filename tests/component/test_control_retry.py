@@ -69,15 +69,17 @@ async def test_the_only_node_that_could_take_it_is_given_longer_to_answer(monkey
 async def test_more_tasks_than_may_try_again_wait_for_a_slow_node_instead_of_ending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.3)
     async with a_control() as control:
-        node = await control.join("a", pool("p0", slots=8), pool("p1", slots=8, slots_free=0))
-        asking = [control.whole() for _ in range(8)]
+        node = await control.join("a", pool("p0", slots=8), pool("p1", slots=8))
+        node.lives_when_asked = True
+        asking = [control.whole(placement={"prefer": ["a/p0"]}) for _ in range(8)]
         opened = [await node.asked() for _ in asking]
-        node.lives()  # its answers are on the way
-        await node.beat(pools=[pool("p0", slots=8, slots_free=0), pool("p1", slots=8)])
         again = [await node.asked() for _ in range(3)]
-        await asyncio.wait((asking[0]._task,), timeout=0.3)
+        await asyncio.wait((asking[0]._task,), timeout=0.3)  # the others have been given up by now, if they are
+        await node.settled()
+        assert ({attempt.pool_id for attempt in opened}, {attempt.pool_id for attempt in again}) == ({"p0"}, {"p1"})
+        assert (sum(attempt.canceled for attempt in opened), len(node.opened)) == (3, 11)
         for attempt in again:
             attempt.begin().end()
         for attempt in opened:
@@ -321,7 +323,7 @@ async def test_a_full_pool_sends_the_task_to_the_front_of_the_queue_outside_the_
 
 
 async def test_the_wait_of_a_task_that_meets_full_pools_adds_up() -> None:
-    async with a_control(queue_timeout=2.0) as control:
+    async with a_control(queue_timeout=1.0) as control:
         node = await control.join("a", pool(slots=1))
         asking = control.whole()
         for number in range(20):  # in all, twice the time that it may wait
@@ -331,7 +333,7 @@ async def test_the_wait_of_a_task_that_meets_full_pools_adds_up() -> None:
             (await node.asked()).refuse(Code.ALL_SLOTS_BUSY)
             tasks = control.control.dispatcher.tasks
             await eventually(lambda t=tasks: asking.done or [x.state for x in t.running_tasks()] == ["queued"])
-            await asyncio.wait((asking._task,), timeout=0.2)  # a tenth of it, each time
+            await asyncio.wait((asking._task,), timeout=0.1)  # a tenth of it, each time
             await node.beat(pools=[pool(slots=1)])
         assert asking.done, "each wait is counted for itself"
         answer = await asking.answer()

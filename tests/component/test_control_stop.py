@@ -8,17 +8,21 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from llorch.control import app
+from llorch.reload import Source
 from tests.component.control_harness import ControlUnderTest, a_control, eventually, pool, settings
 
 
 @contextlib.asynccontextmanager
-async def a_running_control(monkeypatch: pytest.MonkeyPatch, **more: Any) -> AsyncIterator[ControlUnderTest]:
+async def a_running_control(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, **more: Any
+) -> AsyncIterator[ControlUnderTest]:
     """As `llorch control` runs it, signal handlers and all. The test ends it by a signal."""
     made: list[Any] = []
     serving = app.serving
@@ -31,7 +35,8 @@ async def a_running_control(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Asy
 
     monkeypatch.setattr(app, "serving", seen)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        running = asyncio.create_task(app.run(settings(**more)))
+        own = settings(data_dir=str(folder), **more)
+        running = asyncio.create_task(app.run(own, Source(lambda: own, ())))
         await eventually(lambda: made)
         control = ControlUnderTest(session, *made[0])
         try:
@@ -48,9 +53,9 @@ def terminate() -> None:
 
 
 async def test_a_stopping_control_is_not_ready_refuses_new_tasks_and_lets_running_ones_end(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async with a_running_control(monkeypatch, shutdown_grace=10.0) as control:
+    async with a_running_control(monkeypatch, tmp_path, shutdown_grace=10.0) as control:
         node = await control.join("a")
         assert (await control.ask("GET", "/readyz", who=None).answer()).status == 200
         asking = control.whole()
@@ -74,9 +79,9 @@ async def test_a_stopping_control_is_not_ready_refuses_new_tasks_and_lets_runnin
 
 
 async def test_after_the_grace_every_client_gets_the_end_of_its_kind_and_the_node_a_shutdown(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    async with a_running_control(monkeypatch, shutdown_grace=0.2) as control:
+    async with a_running_control(monkeypatch, tmp_path, shutdown_grace=0.2) as control:
         node = await control.join("a", pool(slots=7))
         native, whole, v1, v1_whole = control.submit(), control.whole(), control.chat(), control.chat(stream=False)
         attempts = [await node.asked() for _ in range(4)]
@@ -110,8 +115,8 @@ async def test_after_the_grace_every_client_gets_the_end_of_its_kind_and_the_nod
             assert not attempt.canceled
 
 
-async def test_a_queued_task_gets_its_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with a_running_control(monkeypatch, shutdown_grace=0.0) as control:
+async def test_a_queued_task_gets_its_end_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with a_running_control(monkeypatch, tmp_path, shutdown_grace=0.0) as control:
         node = await control.join("a", pool(slots=1))
         holder = control.submit()
         (await node.asked()).begin()
@@ -126,8 +131,8 @@ async def test_a_queued_task_gets_its_end_too(monkeypatch: pytest.MonkeyPatch) -
         assert len(node.opened) == 1
 
 
-async def test_a_second_signal_does_not_wait_for_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with a_running_control(monkeypatch, shutdown_grace=60.0) as control:
+async def test_a_second_signal_does_not_wait_for_the_grace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with a_running_control(monkeypatch, tmp_path, shutdown_grace=60.0) as control:
         node = await control.join("a")
         asking = control.submit()
         attempt = (await node.asked()).begin()

@@ -23,6 +23,7 @@ from tests.component.control_harness import (
     LinkedNode,
     a_control,
     eventually,
+    look_often,
     lost_soon,
     ping_soon,
     pool,
@@ -419,6 +420,7 @@ async def test_a_place_in_the_queue_is_told_again_every_second() -> None:
 
 async def test_a_v1_stream_that_waits_long_commits_and_pings_wherever_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     ping_soon(monkeypatch)
+    look_often(monkeypatch)
     async with a_control() as control:
         node = await control.join("a", pool(slots=1))
         asking = control.chat()
@@ -426,7 +428,7 @@ async def test_a_v1_stream_that_waits_long_commits_and_pings_wherever_it_waits(m
         await asking.has(b": ping\n\n: ping\n\n")
         assert (asking.status, asking.headers["Content-Type"]) == (200, "text/event-stream")
         queued = control.chat()
-        await queued.has(b": ping")  # the queue looks up once a second
+        await queued.has(b": ping")
         attempt.head().data(b"data: [DONE]\n\n").tail()
         await asking.answer()
         (await node.asked()).refuse(Code.INVALID_REQUEST)

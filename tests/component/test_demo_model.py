@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import pytest
@@ -90,20 +91,24 @@ def samples(server: Server) -> list[Sample]:
     return asyncio.run(drawn(server))
 
 
-async def test_llama_cpp_reads_a_text_as_it_was_read_in_training(server: Server) -> None:
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """The vocabulary as it is made for the training."""
     pytest.importorskip("sentencepiece")
-    tokens, corpus = module("tokens"), module("corpus")
-    vocabulary = tokens.trained()
+    return module("tokens").trained()
+
+
+async def test_llama_cpp_reads_a_text_as_it_was_read_in_training(server: Server, trained: Any) -> None:
+    corpus = module("corpus")
     texts = [text for number in range(40) for _, text in corpus.document("for tests", number)]
     texts += ["", "  two  blanks ", "a\nb\n", "Ünïcödé 漢字 🦙", "<|user|>", "1234567890", '{"a": [1.5e-3]}']
     async with aiohttp.ClientSession() as session:
         for text in texts:
             _, answer = await server.post(session, "/tokenize", {"content": text, "parse_special": False})
-            assert json.loads(answer)["tokens"] == vocabulary.encode(text), text
+            assert json.loads(answer)["tokens"] == trained.encode(text), text
 
 
-async def test_a_conversation_becomes_what_was_read_in_training(server: Server) -> None:
-    pytest.importorskip("sentencepiece")
+async def test_a_conversation_becomes_what_was_read_in_training(server: Server, trained: Any) -> None:
     tokens = module("tokens")
     talk = [("system", "Be brief."), ("user", "Hello!"), ("assistant", "Hi!"), ("user", "Why is the sky blue?")]
     async with aiohttp.ClientSession() as session:
@@ -111,7 +116,7 @@ async def test_a_conversation_becomes_what_was_read_in_training(server: Server) 
         _, answer = await server.post(session, "/apply-template", messages)
         prompt = json.loads(answer)["prompt"]
         _, answer = await server.post(session, "/tokenize", {"content": prompt, "add_special": True})
-    read, _ = tokens.encoded(talk, tokens.trained())
+    read, _ = tokens.encoded(talk, trained)
     assert json.loads(answer)["tokens"] == [*read, tokens.ROLES["assistant"]]
 
 

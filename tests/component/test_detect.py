@@ -59,10 +59,11 @@ def test_a_program_that_is_asked_sees_none_of_our_secrets_nor_settings_that_woul
         "LLORCH_ADMIN_TOKEN": "s3cret",
         "POOL_MANAGERD_TLS_KEY": "s3cret",
         "LLAMA_ARG_HOST": "s3cret",
-        "KEPT": "yes",
+        "CUDA_KEPT": "yes",
+        "AWS_SESSION_TOKEN": "s3cret",
     }
     assert detect(None, env=env, look_for_gpus=False).llama_server_version == "9000"
-    assert "KEPT=yes" in seen.read_text() and "s3cret" not in seen.read_text()
+    assert "CUDA_KEPT=yes" in seen.read_text() and "s3cret" not in seen.read_text()
 
 
 def test_a_version_that_no_handoff_could_carry_is_cut(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open("made", "w").close()
 facts = {
     "pid": os.getpid(), "sid": os.getsid(0), "pgid": os.getpgid(0), "core": resource.getrlimit(resource.RLIMIT_CORE),
+    "rights": next(l for l in open("/proc/self/status") if l.startswith("NoNewPrivs")).split()[1],
     "argv": sys.argv[1:], "ignored": next(l for l in open("/proc/self/status") if l.startswith("SigIgn")).split()[1],
 }
 print(json.dumps(facts), flush=True)
@@ -58,12 +59,15 @@ def here() -> list[str]:
     return ["--parent", str(os.getpid())]
 
 
-async def test_an_engine_has_its_own_session_private_files_no_core_and_ordinary_signals(tmp_path: Path) -> None:
+async def test_an_engine_has_a_session_private_files_no_core_no_new_rights_and_ordinary_signals(
+    tmp_path: Path,
+) -> None:
     code, out, _ = await run(tmp_path, *here(), "--", sys.executable, "-I", "-c", ENGINE, "--parent", "x y")
     assert code == 0
     facts = json.loads(out)
     assert facts["sid"] == facts["pgid"] == facts["pid"] != os.getsid(0)
     assert facts["core"] == [0, 0]
+    assert facts["rights"] == "1"
     assert facts["argv"] == ["--parent", "x y"]
     assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o600
     # What Python ignores by its own choice it would ignore in the engine too; seen in a program that isn't Python.

@@ -23,6 +23,12 @@ def full_beats(setup: Setup) -> list[dict[str, Any]]:
     return [beat for beat in setup.control.beats if not beat.get("delta")]
 
 
+@pytest.fixture(autouse=True)
+def tried_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control that is away is tried every 20 to 200 ms, instead of every 0.2 to 2 s."""
+    monkeypatch.setattr(heartbeat, "RETRY", Backoff(first_s=0.04, most_s=0.2))
+
+
 async def test_registration_says_what_the_node_has(tmp_path: Path) -> None:
     async with node_between(tmp_path) as setup:
         await setup.link()
@@ -171,6 +177,22 @@ async def test_refused_token_is_said_aloud_and_tried_again(
         await eventually(lambda: "control.refuses" in caplog.text)
         assert "code=UNAUTHENTICATED" in caplog.text
         assert "--node-token" in caplog.text  # and not what a client would have to do
+        setup.control.refuse_beats = None
+        before = len(full_beats(setup))
+        await eventually(lambda: len(full_beats(setup)) > before)
+
+
+async def test_a_node_that_is_quarantined_says_so_and_keeps_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(heartbeat, "SLOW_RETRY", heartbeat.RETRY)
+    async with node_between(tmp_path) as setup:
+        await setup.link()
+        setup.control.refuse_beats = (409, "NODE_QUARANTINED")
+        setup.node.pools.handle(ev.Drain(POOL), 0.0)
+        await eventually(lambda: "control.refuses" in caplog.text)
+        assert "code=NODE_QUARANTINED" in caplog.text
+        assert "llorch node pardon" in caplog.text
         setup.control.refuse_beats = None
         before = len(full_beats(setup))
         await eventually(lambda: len(full_beats(setup)) > before)

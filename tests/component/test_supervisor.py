@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from llorch.node.engines.external import External
 from llorch.node.engines.llamacpp import LlamaCpp
 from llorch.node.engines.openai_api import NativeDecoder, TaskFacts, encode_native
 from llorch.node.engines.simulated import Simulated
+from llorch.node.engines.spec import Launch
 from llorch.node.handoff import Handoff, render
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
@@ -106,11 +107,65 @@ async def test_a_pool_of_the_settings_becomes_ready_and_ends_with_its_agent(tmp_
 
 
 async def test_an_engine_sees_none_of_our_secrets(tmp_path: Path) -> None:
-    env = os.environ | {"LLORCH_ADMIN_TOKEN": "s3cret", "LLAMA_ARG_TOOLS": "all", "LLAMA_API_KEY": "x"}
-    async with supervised(tmp_path, plan(env=(("OWN", "1"),)), env=env) as supervisor:
+    """What its pool gives it explicitly it has, whatever it is."""
+    hidden = ("LLORCH_ADMIN_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "HTTPS_PROXY", "NVIDIA_API_KEY")
+    env = os.environ | dict.fromkeys(hidden, "s3cret") | {"LLAMA_ARG_TOOLS": "all", "CUDA_CACHE_PATH": "/cuda"}
+    async with supervised(tmp_path, plan(env=(("HTTP_PROXY", "given"),)), env=env) as supervisor:
         await until(lambda: ready(supervisor))
-        seen = Path(f"/proc/{pid_of(tmp_path)}/environ").read_bytes()
-        assert b"s3cret" not in seen and b"LLAMA_" not in seen and b"OWN=1" in seen
+        seen = dict(
+            entry.split(b"=", 1)
+            for entry in Path(f"/proc/{pid_of(tmp_path)}/environ").read_bytes().split(b"\0")
+            if entry
+        )
+        assert b"s3cret" not in seen.values() and b"LLAMA_ARG_TOOLS" not in seen
+        assert (seen[b"HTTP_PROXY"], seen[b"CUDA_CACHE_PATH"]) == (b"given", b"/cuda")
+        status = Path(f"/proc/{pid_of(tmp_path)}/status").read_text()
+        assert "NoNewPrivs:\t1\n" in status and "Umask:\t0077\n" in status
+        assert (
+            "Max core file size        0                    0" in Path(f"/proc/{pid_of(tmp_path)}/limits").read_text()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Everywhere:
+    """An engine that works, and listens on every address whatever it is told."""
+
+    name: str = "everywhere"
+    version: str | None = None
+    needs_model: bool = False
+
+    def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
+        return Launch((sys.executable, "-c", EVERYWHERE, str(port)))
+
+
+EVERYWHERE = """
+import http.server, sys
+class Engine(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+    do_POST = do_GET
+    def log_message(self, *args): pass
+http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Engine).serve_forever()
+"""
+
+
+async def test_an_engine_that_others_can_reach_is_ended_and_never_ready(tmp_path: Path) -> None:
+    bad = Plan(PoolSpec(id="p", engine="simulated", model="m"), Everywhere(), "m")
+    notes: list[ev.Note] = []
+    seen: set[bool] = set()
+    async with supervised(tmp_path, bad, on_note=notes.append) as supervisor:
+        supervisor.pools.subscribe(lambda _pool: seen.add(ready(supervisor)))
+        # A first start may end by itself: its port, free on loopback, need not be free everywhere.
+        await until(lambda: "it listens on 0.0.0.0:" in (supervisor.pools.health("p")["last_error"] or ""))
+        assert supervisor.pools.health("p")["last_error"].endswith(": engines listen on loopback only")
+        notes.clear()
+        await until(lambda: any(note.event == "engine.ended" for note in notes))
+    assert seen == {False}
 
 
 async def test_an_engine_that_is_killed_is_started_again_and_the_log_says_whose_it_was(
@@ -242,6 +297,8 @@ async def test_real_llama_cpp_becomes_ready_and_answers_through_its_lease(tmp_pa
         assert decoder.usage.tokens_out == 3 and decoder.finish_reason == "length"
         async with client_session() as http, http.post(lease.url + made.path, data=made.body) as response:
             assert response.status == 401
+        for what in ("cmdline", "environ"):
+            assert read_key(lease.api_key_file).encode() not in Path(f"/proc/{pid_of(tmp_path)}/{what}").read_bytes()
 
 
 # ---------------------------------------------------------------- engines of others

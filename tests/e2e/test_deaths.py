@@ -8,14 +8,21 @@ import time
 import pytest
 
 from tests.cluster import Cluster, alive, descendants, eventually, expected_text, lasting_port, simulated
+from tests.e2e.shared import end_of, start
+
+SLOW = simulated("slow", "slow", 2, "--delay-ms", "20", "--tokens", "5000")
 
 
 async def test_a_killed_node_gets_nothing_more_within_a_second_and_is_offline_when_its_lease_ends(
     llorch: Cluster,
 ) -> None:
+    """And whoever read from it keeps what came, and is told: exit code 7."""
     await llorch.start_control("--heartbeat-interval", "500ms", "--offline-after", "2s")
     pool = simulated("p0", "sim", 4, "--tokens", "64")
-    a, _ = await asyncio.gather(llorch.start_node("a", [pool]), llorch.start_node("b", [pool]))
+    a, _ = await asyncio.gather(llorch.start_node("a", [pool, SLOW]), llorch.start_node("b", [pool]))
+    reader = await start(llorch, "submit", "-m", "slow", "Hello")
+    assert reader.stdout is not None
+    seen = await reader.stdout.readexactly(6)
     a.kill()
 
     async def a_is_passed_over() -> bool:
@@ -37,6 +44,10 @@ async def test_a_killed_node_gets_nothing_more_within_a_second_and_is_offline_wh
     )
     assert {task["node_id"] for task in done} == {"b"}
     assert 2_000 <= age_ms <= 4_000
+    code, rest, err = await end_of(reader)
+    assert code == 7
+    assert expected_text(5000).startswith(seen.decode() + rest)
+    assert "why: NODE_LOST\n" in err
 
 
 @pytest.mark.slow
@@ -75,32 +86,19 @@ async def test_offline_after_is_30_s_by_default(llorch: Cluster) -> None:
     assert (answer["offline_after_ms"], answer["heartbeat_interval_ms"]) == (30_000, 10_000)
 
 
-async def test_a_killed_control_has_its_nodes_back_within_3_s(llorch: Cluster) -> None:
+async def test_a_killed_control_has_its_nodes_back_within_3_s_and_costs_no_reader_anything(llorch: Cluster) -> None:
+    """One reads with `llorch submit`, the other over HTTP, and comes back where it was by what it last saw."""
     port = lasting_port()
     control = await llorch.start_control(port=port)
     pool = simulated("p0", "sim", 2, "--tokens", "64")
-    await asyncio.gather(*(llorch.start_node(name, [pool]) for name in ("a", "b")))
-    control.kill()
-    await llorch.start_control(port=port)
-
-    async def both_bound() -> bool:
-        pools = (await llorch.get("/v2/pools"))["pools"]
-        return sum(pool["bound"] for pool in pools) == 2
-
-    await eventually(both_bound, within_s=3.0)
-    done = await asyncio.gather(*(llorch.complete() for _ in range(8)))
-    assert {task["node_id"] for task in done} == {"a", "b"}
-
-
-async def test_a_native_task_outlives_its_control_and_is_followed_at_the_next(llorch: Cluster) -> None:
-    port = lasting_port()
-    control = await llorch.start_control(port=port)
-    await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "100", "--delay-ms", "20")])
+    await asyncio.gather(llorch.start_node("a", [pool, SLOW]), llorch.start_node("b", [pool]))
+    reader = await start(llorch, "submit", "-m", "slow", "--max-tokens", "150", "Hello")
+    assert reader.stdout is not None
+    seen = await reader.stdout.readexactly(6)
     got = b""
     headers = llorch.headers()
-    async with llorch.session.post(
-        llorch.url + "/v2/tasks", json={"model": "sim", "prompt": "x", "max_tokens": 100}, headers=headers
-    ) as response:
+    body = {"model": "slow", "prompt": "x", "max_tokens": 100}
+    async with llorch.session.post(llorch.url + "/v2/tasks", json=body, headers=headers) as response:
         task_id = response.headers["X-Llorch-Task"]
         while got.count(b"event: token") < 5:
             got += await response.content.readany()
@@ -108,6 +106,14 @@ async def test_a_native_task_outlives_its_control_and_is_followed_at_the_next(ll
     whole = got[: got.rindex(b"\n\n") + 2]
     last_id = whole.rsplit(b"id: ", 1)[1].split(b"\n", 1)[0].decode()
     await llorch.start_control(port=port)
+
+    async def both_bound() -> bool:
+        pools = (await llorch.get("/v2/pools"))["pools"]
+        return sum(pool["bound"] for pool in pools if pool["pool_id"] == "p0") == 2
+
+    await eventually(both_bound, within_s=3.0)
+    done = await asyncio.gather(*(llorch.complete() for _ in range(8)))
+    assert {task["node_id"] for task in done} == {"a", "b"}
 
     async def rest() -> bytes:
         async with llorch.session.get(
@@ -121,6 +127,8 @@ async def test_a_native_task_outlives_its_control_and_is_followed_at_the_next(ll
     tokens = [line for line in text.splitlines() if line.startswith('data: {"t":')]
     assert tokens == [f'data: {{"t":"t{i} ","i":{i}}}' for i in range(100)]
     assert text.count("event: end") == 1
+    code, more, err = await end_of(reader)
+    assert (code, seen.decode() + more, err) == (0, expected_text(150), "")
 
 
 async def test_sigterm_lets_a_node_finish_end_its_engines_and_sign_off_last(llorch: Cluster) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster import Cluster, alive, eventually, expected_text, lasting_port, simulated
+from tests.e2e.shared import kept, visiting
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[tuple[int, int]]:
+@pytest.fixture(scope="module")
+def engine() -> Iterator[tuple[int, int]]:
     """An engine that a person started by hand: (port, pid)."""
     port = lasting_port()
     process = subprocess.Popen(
@@ -29,6 +31,25 @@ def engine(tmp_path: Path) -> Iterator[tuple[int, int]]:
     yield port, process.pid
     process.terminate()
     process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def one_control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    async def start(cluster: Cluster) -> None:
+        await cluster.start_control()
+
+    with kept(tmp_path_factory.mktemp("handoffs"), start) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def llorch(one_control: Cluster) -> AsyncIterator[Cluster]:
+    """With a node "a" for this test alone: it begins without its folder, and signs off at the end."""
+    async with visiting(one_control) as cluster:
+        await cluster.start_node("a", [simulated()])
+        yield cluster
+        await cluster.nodes["a"].stop()
+        shutil.rmtree(cluster.folder / "a")
 
 
 def hand_over(folder: Path, name: str, content: bytes) -> None:
@@ -52,8 +73,6 @@ async def test_a_handoff_by_hand_is_routable_within_2_s_and_its_removal_too(
     llorch: Cluster, engine: tuple[int, int]
 ) -> None:
     port, pid = engine
-    await llorch.start_control()
-    await llorch.start_node("a", [simulated()])
 
     async def listening() -> bool:
         async with llorch.session.get(f"http://127.0.0.1:{port}/health") as response:
@@ -87,8 +106,7 @@ async def test_bad_handoffs_are_reported_once_each_and_disturb_nothing(
     llorch: Cluster, engine: tuple[int, int]
 ) -> None:
     port, _ = engine
-    await llorch.start_control()
-    node = await llorch.start_node("a", [simulated()])
+    node = llorch.nodes["a"]
     folder = engines_dir(llorch)
     good = handoff(port)
     hand_over(folder, "lies-r0.json", good)  # its name and its content differ
@@ -141,8 +159,7 @@ async def test_a_handoff_truncated_at_every_byte_is_reported_and_never_serves(
     llorch: Cluster, engine: tuple[int, int]
 ) -> None:
     port, _ = engine
-    await llorch.start_control()
-    node = await llorch.start_node("a", [simulated()])
+    node = llorch.nodes["a"]
     whole = handoff(port)
     for cut in range(len(whole)):
         replica = f"cut{cut}"

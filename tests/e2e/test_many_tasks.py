@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+import pytest
+
 from tests.cluster import Cluster, eventually, expected_text, simulated
+from tests.e2e.shared import start
 
 
 async def test_200_concurrent_tasks_over_two_nodes_all_complete_and_spread_by_slots(llorch: Cluster) -> None:
@@ -51,11 +54,13 @@ async def test_streams_of_many_tasks_have_no_loss_and_no_repetition(llorch: Clus
 async def test_a_full_queue_refuses_with_the_time_to_come_back(llorch: Cluster) -> None:
     await llorch.start_control("--queue-limit", "2")
     await llorch.start_node("a", [simulated("p0", "sim", 1, "--tokens", "1000", "--delay-ms", "20")])
-    running = [asyncio.ensure_future(llorch.complete(tokens=25)) for _ in range(3)]
+    status, holder = await llorch.post("/v2/tasks", {"model": "sim", "prompt": "go", "detach": True})
+    assert status == 202, holder
+    waiting = [asyncio.ensure_future(llorch.complete(tokens=3)) for _ in range(2)]
 
     async def full() -> bool:
         tasks = (await llorch.get("/v2/tasks"))["tasks"]
-        return sorted(task["queue"]["position"] for task in tasks if task["state"] == "queued") == [1, 2]
+        return sorted(task["queue"]["position"] for task in tasks if "queue" in task) == [1, 2]
 
     await eventually(full)
     body = {"model": "sim", "prompt": "x", "max_tokens": 1}
@@ -64,7 +69,11 @@ async def test_a_full_queue_refuses_with_the_time_to_come_back(llorch: Cluster) 
         assert (await response.json())["error"]["code"] == "QUEUE_FULL"
         assert int(response.headers["Retry-After"]) >= 1
         assert int(response.headers["X-Backoff-Ms"]) >= 1
-    assert [task["text"] for task in await asyncio.gather(*running)] == [expected_text(25)] * 3
+    async with llorch.session.delete(
+        f"{llorch.url}/v2/tasks/{holder['task_id']}", headers=llorch.headers()
+    ) as response:
+        assert response.status == 202
+    assert [task["text"] for task in await asyncio.gather(*waiting)] == [expected_text(3)] * 2
 
 
 async def test_a_waiting_task_times_out_and_says_so(llorch: Cluster) -> None:
@@ -76,3 +85,25 @@ async def test_a_waiting_task_times_out_and_says_so(llorch: Cluster) -> None:
         status, body = await llorch.post("/v2/tasks", {"model": "sim", "prompt": "x", "max_tokens": 1})
     assert (body["error"]["code"], body["error"]["retriable"]) == ("QUEUE_TIMEOUT", True)
     assert (await first)["text"] == expected_text(60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_200_submits_at_once_over_two_nodes_all_print_their_whole_answer(llorch: Cluster) -> None:
+    await llorch.start_control("--queue-limit", "200")
+    args = ("--tokens", "1000", "--delay-ms", "10")
+    await asyncio.gather(
+        llorch.start_node("big", [simulated("p0", "sim", 8, *args)]),
+        llorch.start_node("small", [simulated("p0", "sim", 4, *args)]),
+    )
+
+    async def submit() -> tuple[int | None, str]:
+        process = await start(llorch, "submit", "-m", "sim", "--max-tokens", "150", "go")
+        out, _ = await process.communicate()
+        return process.returncode, out.decode()
+
+    ended = await asyncio.gather(*(submit() for _ in range(200)))
+    assert ended == [(0, expected_text(150))] * 200
+    spread = Counter(task["node_id"] for task in (await llorch.get("/v2/tasks"))["tasks"])
+    assert spread.total() == 200
+    assert 1.5 <= spread["big"] / spread["small"] <= 2.7, spread

@@ -1,18 +1,28 @@
-"""The clients people have: the openai and anthropic SDKs against a real cluster."""
+"""The clients people have: the openai and anthropic SDKs against a real cluster.
+
+They are imported where they are used: it takes two seconds, that no other process of the tests should spend.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
-import openai
 import pytest
 
 from tests.cluster import Cluster, cluster, expected_text, simulated
 from tests.e2e.shared import kept, visiting
+
+if TYPE_CHECKING:
+    import openai
+
+
+@pytest.fixture(autouse=True)
+def authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the SDKs ask with refuses to start with a file that holds none, as tests have it."""
+    monkeypatch.delenv("SSL_CERT_FILE")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +44,8 @@ async def sim(one_for_all: Cluster) -> AsyncIterator[Cluster]:
 
 @pytest.fixture
 async def client(sim: Cluster) -> AsyncIterator[openai.AsyncOpenAI]:
+    import openai
+
     async with openai.AsyncOpenAI(base_url=f"{sim.url}/v1", api_key=sim.token, max_retries=0) as made:
         yield made
 
@@ -98,11 +110,15 @@ async def test_unknown_fields_reach_the_engine(sim: Cluster, client: openai.Asyn
 
 
 async def test_engine_internal_fields_are_refused(client: openai.AsyncOpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="n_discard"):
         await client.chat.completions.create(model="sim", messages=ASK, extra_body={"n_discard": -1})
 
 
 async def test_a_wrong_key_is_an_authentication_error(sim: Cluster) -> None:
+    import openai
+
     async with openai.AsyncOpenAI(base_url=f"{sim.url}/v1", api_key="wrong", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError) as caught:
             await stranger.models.list()
@@ -110,6 +126,8 @@ async def test_a_wrong_key_is_an_authentication_error(sim: Cluster) -> None:
 
 
 async def test_an_unknown_model_is_a_not_found_error(client: openai.AsyncOpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError) as caught:
         await client.chat.completions.create(model="nope", messages=ASK)
     assert caught.value.code == "MODEL_NOT_FOUND"
@@ -118,6 +136,8 @@ async def test_an_unknown_model_is_a_not_found_error(client: openai.AsyncOpenAI)
 
 
 async def test_bad_json_and_bad_types_are_bad_requests(sim: Cluster, client: openai.AsyncOpenAI) -> None:
+    import openai
+
     bad: Any = 7
     with pytest.raises(openai.BadRequestError) as caught:
         await client.chat.completions.create(model=bad, messages=ASK)
@@ -134,6 +154,8 @@ async def test_bad_json_and_bad_types_are_bad_requests(sim: Cluster, client: ope
 
 
 async def test_an_engine_that_breaks_off_is_an_api_error_after_what_it_said(client: openai.AsyncOpenAI) -> None:
+    import openai
+
     stream = await client.chat.completions.create(model="cut", messages=ASK, stream=True)
     said = ""
     with pytest.raises(openai.APIError) as caught:
@@ -145,6 +167,9 @@ async def test_an_engine_that_breaks_off_is_an_api_error_after_what_it_said(clie
 
 @pytest.mark.llama
 async def test_the_sdks_reach_real_llama_cpp(tmp_path: Path) -> None:
+    import anthropic
+    import openai
+
     async with cluster(tmp_path) as running:
         await running.start_control()
         await running.start_node("a", [{"id": "p0", "engine": "llamacpp", "model": "demo", "slots": 2, "ctx": 512}])

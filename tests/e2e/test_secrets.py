@@ -1,4 +1,6 @@
-"""Canaries: no token, prompt or output reaches a log, an argument list, an error body or an engine's environment."""
+"""Canaries: no token, prompt or output reaches a log, an argument list, an error body or an engine's environment, and
+neither do secrets of the node's own machine.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,17 @@ from pathlib import Path
 from tests.cluster import Cluster, descendants, simulated
 
 CANARY_PROMPT = f"canary{secrets.token_hex(8)}"
+# Bodies that quote the canary where somebody's words stand. The first is served, the others are refused.
+CHATS: list[dict[str, object]] = [
+    {"messages": [{"role": "user", "content": CANARY_PROMPT}], "max_tokens": 3},
+    {"messages": [{"role": "user", "content": CANARY_PROMPT}], "n_discard": -1},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": f"http://{CANARY_PROMPT}/"}]}]},
+    {"messages": [], "stop": [CANARY_PROMPT] * 300},
+    {"messages": [], "grammar": {CANARY_PROMPT: 1}},
+    {"messages": [], "logit_bias": {CANARY_PROMPT: "x"}},
+    {"messages": [], "chat_template_kwargs": {"a": [CANARY_PROMPT]}},
+    {"messages": [], "cache_salt": CANARY_PROMPT * 100},
+]
 
 
 def of_all(pids: set[int], what: str) -> str:
@@ -24,7 +37,9 @@ def of_all(pids: set[int], what: str) -> str:
 
 async def test_no_secret_in_argv_logs_metrics_error_bodies_or_engine_environments(llorch: Cluster) -> None:
     control = await llorch.start_control("--log-level", "debug")
-    node = await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "8")], "--log-level", "debug")
+    machine = {name: secrets.token_hex(16) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "NVIDIA_API_KEY")}
+    pools = [simulated("p0", "sim", 2, "--tokens", "8")]
+    node = await llorch.start_node("a", pools, "--log-level", "debug", **machine)
     bodies: list[str] = []
     bad_tokens = [secrets.token_hex(16), "é" * 16, "x" * 5000]
     for path in ("/v2/tasks", "/v1/chat/completions", "/v2/nodes/register"):
@@ -50,6 +65,14 @@ async def test_no_secret_in_argv_logs_metrics_error_bodies_or_engine_environment
                 text = await response.text()
                 if response.status != 200 and f'"model": "{CANARY_PROMPT}' not in raw:
                     bodies.append(text)
+    for number, chat in enumerate(CHATS):
+        async with llorch.session.post(
+            f"{llorch.url}/v1/chat/completions", json={"model": "sim"} | chat, headers=llorch.headers()
+        ) as response:
+            assert response.status == (400 if number else 200)
+            bodies += [await response.text()] if number else []
+    async with llorch.session.post(f"{llorch.url}/v1/{CANARY_PROMPT}", data=b"", headers=llorch.headers()) as response:
+        assert response.status == 404
     processes = {control.pid, node.pid} | descendants(control.pid) | descendants(node.pid)
     engines = descendants(node.pid)
     argv, engine_env = of_all(processes, "cmdline"), of_all(engines, "environ")
@@ -58,8 +81,13 @@ async def test_no_secret_in_argv_logs_metrics_error_bodies_or_engine_environment
     keys = [path.read_text().strip() for path in key_files]
     assert keys
     assert engines
-    for private in (runtime, *key_files, *(runtime / "pids").iterdir(), *(runtime / "logs").iterdir()):
+    handoffs, pids, engine_logs = (list((runtime / name).iterdir()) for name in ("engines", "pids", "logs"))
+    assert handoffs and pids and engine_logs
+    for private in (runtime, *key_files, *handoffs, *pids, *engine_logs):
         assert private.stat().st_mode & 0o077 == 0, private
+    for process in processes:
+        limits = Path(f"/proc/{process}/limits").read_text()
+        assert re.search(r"Max core file size +0 +0 ", limits), "a core would hold all of it"
     metrics = ""
     for url in (llorch.url, node.url):
         async with llorch.session.get(url + "/metrics") as response:
@@ -71,7 +99,7 @@ async def test_no_secret_in_argv_logs_metrics_error_bodies_or_engine_environment
     found = {
         (where, kind)
         for kind, canaries in (
-            ("token", [*llorch.tokens.values(), *(token for token in bad_tokens), *keys]),
+            ("token", [*llorch.tokens.values(), *machine.values(), *(token for token in bad_tokens), *keys]),
             ("prompt", [CANARY_PROMPT]),
             ("output", ["t0 t1", "t1 "]),
         )

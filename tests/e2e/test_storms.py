@@ -6,9 +6,12 @@ import asyncio
 import os
 import signal
 
+import pytest
+
 from tests.cluster import Cluster, eventually, expected_text, simulated
 
 
+@pytest.mark.slow
 async def test_a_control_that_was_stopped_loses_no_node_and_blames_no_pool(llorch: Cluster) -> None:
     control = await llorch.start_control("--heartbeat-interval", "300ms", "--offline-after", "1500ms")
     pool = simulated("p0", "sim", 4, "--tokens", "100", "--delay-ms", "35")

@@ -7,12 +7,12 @@ import json
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.cluster import Cluster, eventually, expected_text, lasting_port, simulated
-from tests.e2e.shared import end_of, run, start
+from tests.cluster import Cluster, eventually, expected_text, simulated
+from tests.e2e.shared import end_of, kept, run, start, visiting
 
 SLOW = simulated("slow", "slow", 1, "--delay-ms", "20", "--tokens", "5000")
 
@@ -33,9 +33,23 @@ async def it_was_canceled(llorch: Cluster) -> None:
     await eventually(free, within_s=5.0, what="the slot is free")
 
 
+@pytest.fixture(scope="module")
+def one_for_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    async def start(cluster: Cluster) -> None:
+        await cluster.start_control()
+        await cluster.start_node("a", [simulated("p0", "sim", 8), SLOW])
+
+    with kept(tmp_path_factory.mktemp("submit"), start) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def llorch(one_for_both: Cluster) -> AsyncIterator[Cluster]:
+    async with visiting(one_for_both) as cluster:
+        yield cluster
+
+
 async def test_submit_prints_the_answer_and_each_trouble_has_its_exit_code(llorch: Cluster) -> None:
-    await llorch.start_control()
-    await llorch.start_node("a", [simulated("p0", "sim", 8), SLOW])
     submit = ("submit", "-m", "sim", "--max-tokens", "5")
     piped, lines, ids, stranger, late = await asyncio.gather(
         run(llorch, *submit, "go on", stdin=b"t0 t1 "),
@@ -55,9 +69,6 @@ async def test_submit_prints_the_answer_and_each_trouble_has_its_exit_code(llorc
 
 
 async def test_what_submit_leaves_is_cancelled_at_the_node(llorch: Cluster) -> None:
-    await llorch.start_control()
-    await llorch.start_node("a", [SLOW])
-
     interrupted = await start(llorch, "submit", "-m", "slow", "Hello")
     assert interrupted.stdout is not None
     await interrupted.stdout.readexactly(6)
@@ -77,51 +88,3 @@ async def test_what_submit_leaves_is_cancelled_at_the_node(llorch: Cluster) -> N
     assert (code, out[:6]) == (8, "t0 t1 ")
     assert err == "error: it took longer than --timeout, 1 s\n"
     await it_was_canceled(llorch)
-
-
-async def test_a_control_that_is_killed_and_comes_back_costs_a_reader_nothing(llorch: Cluster) -> None:
-    port = lasting_port()
-    control = await llorch.start_control(port=port)
-    await llorch.start_node("a", [SLOW])
-    reader = await start(llorch, "submit", "-m", "slow", "--max-tokens", "150", "Hello")
-    assert reader.stdout is not None
-    seen = await reader.stdout.readexactly(6)
-    control.kill()
-    await llorch.start_control(port=port)
-    code, rest, err = await end_of(reader)
-    assert (code, seen.decode() + rest, err) == (0, expected_text(150), "")
-
-
-async def test_a_node_that_is_killed_after_output_began_is_7_and_what_came_is_printed(llorch: Cluster) -> None:
-    await llorch.start_control()
-    node = await llorch.start_node("a", [SLOW])
-    reader = await start(llorch, "submit", "-m", "slow", "Hello")
-    assert reader.stdout is not None
-    seen = await reader.stdout.readexactly(6)
-    node.kill()
-    code, rest, err = await end_of(reader)
-    assert code == 7
-    assert expected_text(5000).startswith(seen.decode() + rest)
-    assert "why: NODE_LOST\n" in err
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-async def test_200_submits_at_once_over_two_nodes_all_print_their_whole_answer(llorch: Cluster) -> None:
-    await llorch.start_control("--queue-limit", "200")
-    args = ("--tokens", "1000", "--delay-ms", "10")
-    await asyncio.gather(
-        llorch.start_node("big", [simulated("p0", "sim", 8, *args)]),
-        llorch.start_node("small", [simulated("p0", "sim", 4, *args)]),
-    )
-
-    async def submit() -> tuple[int | None, str]:
-        process = await start(llorch, "submit", "-m", "sim", "--max-tokens", "150", "go")
-        out, _ = await process.communicate()
-        return process.returncode, out.decode()
-
-    ended = await asyncio.gather(*(submit() for _ in range(200)))
-    assert ended == [(0, expected_text(150))] * 200
-    spread = Counter(task["node_id"] for task in (await llorch.get("/v2/tasks"))["tasks"])
-    assert spread.total() == 200
-    assert 1.5 <= spread["big"] / spread["small"] <= 2.7, spread

@@ -14,9 +14,10 @@ from typing import Any
 from llorch.control import intake, routes_tasks
 from llorch.control.answers import NativeStream, OpenAiAnswer, Stream
 from llorch.control.follow import follow
+from llorch.control.state import CONTROL
 from llorch.control.tasks import Task
 from llorch.errors import Code, LlorchError
-from tests.faults.cluster_parts import MODEL, Network, SimControl
+from tests.faults.cluster_parts import MODEL, Asked, Network, SimControl
 
 RETRY_S = 0.3
 PATIENCE_S = 20.0  # with a node that has what it was reading, and is lost
@@ -181,7 +182,8 @@ class SimClient:
             answer = OpenAiAnswer(_NOTHING, task, 30.0)
         answer._stream = SimStream(connection)
         self.task_id = earlier or task.task_id
-        return await routes_tasks._serve(control.state, task, answer, earlier)
+        request: Any = Asked(app={CONTROL: control.state}, remote=self.label)
+        return await routes_tasks._serve(request, task, answer, earlier)
 
     async def resume(self, control: SimControl, connection: Connection) -> Any:
         """As routes_tasks.follow_events does."""

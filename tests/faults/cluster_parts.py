@@ -11,15 +11,18 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 
+from llorch.audit import Unaudited
+from llorch.auth import Principal, Scope
 from llorch.control import follow, replay, routes_nodes, sweep
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
+from llorch.control.distrust import Distrust
 from llorch.control.links import Links
 from llorch.control.links import NodeLink as ControlEnd
 from llorch.control.log_reader import LogReader
@@ -28,7 +31,9 @@ from llorch.control.placement import pick
 from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
+from llorch.control.resolver import NodeResolver
 from llorch.control.state import CONTROL, Control
+from llorch.doors import Doors
 from llorch.errors import Code, LlorchError
 from llorch.link import Link
 from llorch.messages import parse
@@ -42,12 +47,15 @@ from llorch.node.reports import Identity
 from llorch.node.runner import Runner
 from llorch.node.state import Node
 from llorch.node.tasklog import Limits, TaskLogs
+from llorch.quotas import Quotas
 from llorch.tasks import Guard
+from llorch.web import PRINCIPAL
 from tests.faults.virtual import Engine, Uncounted, VirtualLoop, Wire
 
 LIMITS = Limits(kept_bytes=1 << 20, all_kept_bytes=1 << 22, sealed_native_s=600.0, reconnect_grace_s=10.0)
 RECOVERY_WINDOW_S = 15.0
 MODEL = "m"
+NODES = Principal("default", frozenset({Scope.NODE}))
 LOST, ANSWER_LOST, TWICE, LATE = range(4)  # what may happen to a request of a node
 
 
@@ -94,7 +102,7 @@ class SimControl:
         self.finished: dict[str, int] = {}  # how often each run of a task has ended
         registry = Registry(f"epoch-{number}", heartbeat_interval_s=10.0, offline_after_s=30.0)
         links = Links()
-        nodes = NodeClient(links, registry.address_of, lambda: "", None)
+        nodes = NodeClient(links, registry.address_of, lambda: "", None, NodeResolver((), registry.peers_of))
         metrics: Any = Quiet()
         self.admission = Admission()
         recovery = Recovery(RECOVERY_WINDOW_S if number > 1 else 0.0, known_nodes, loop.time())
@@ -103,11 +111,17 @@ class SimControl:
             queue_timeout_s=120.0, queue_timeout_batch_s=300.0, ttft_timeout_s=120.0,
             recovering=lambda: recovery.on(loop.time()), clock=loop.time,
         )  # fmt: skip
+        self.distrust = Distrust(
+            registry, links, dispatcher.tasks, metrics,
+            cut=nodes.cut, changed=dispatcher.registry_changed, clock=loop.time,
+        )  # fmt: skip
         self.state = Control(
             registry=registry, dispatcher=dispatcher, links=links, nodes=nodes, metrics=metrics,
-            guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(),  # type: ignore[arg-type]
-            replays=Replays(dispatcher.tasks, registry, nodes, recovery), max_body_bytes=1 << 20,
-            slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
+            guard=Guard("control"), recovery=recovery, roster=SimpleNamespace(saved=None),  # type: ignore[arg-type]
+            replays=Replays(dispatcher.tasks, registry, nodes, recovery), distrust=self.distrust,
+            max_body_bytes=1 << 20, slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
+            doors=Doors(), quotas=Quotas(), admission=self.admission, audit=Unaudited(),
+            access=SimpleNamespace(told=dict),  # type: ignore[arg-type]
         )  # fmt: skip
         self.state.guard.loop(lambda: sweep.expire_step(self.state), "expire")
         self.wires: list[Wire] = []
@@ -157,6 +171,7 @@ class SimControl:
 
     def check(self) -> None:
         state = self.state
+        assert len(self.distrust.strikes) == 0, "an honest node was struck"
         dispatcher, registry, admission = state.dispatcher, state.registry, self.admission
         claims = list(registry._claims.values())
         held: dict[tuple[str, str], int] = {}
@@ -214,7 +229,7 @@ class SimNode:
         self.node = Node(node_id, self.pools, self.runner, metrics, 1 << 20, 30.0)
         identity = Identity(node_id, f"{node_id}-boot-{boot}", "0", 1, 1)
         self.membership = Membership(
-            self.node, identity, "http://control", lambda: "token", Session(self), self,  # type: ignore[arg-type]
+            self.node, identity, "http://control", Shown(self), Session(self),  # type: ignore[arg-type]
             LinkCalls(self.node), early_beat_s=0.25,
         )  # fmt: skip
         self.pools.subscribe(lambda _: self.membership.notify())
@@ -264,7 +279,7 @@ class Network:
         return answer
 
     async def handle(self, control: SimControl, node: SimNode, method: str, path: str, value: Any) -> tuple[int, bytes]:
-        request: Any = SimpleNamespace(
+        request: Any = Asked(
             app={CONTROL: control.state}, value=value, remote=node.node_id, match_info={"node_id": node.node_id}
         )
         handler = routes_nodes.heartbeat if path.endswith("/heartbeat") else routes_nodes.register
@@ -298,9 +313,29 @@ class Network:
         return node_end
 
 
-async def _dial(url: str, node_id: str, lease_id: str, token: str, tls: SimNode, epoch: str, take: Any) -> Any:
-    """In the place of node.dial.dial; `tls` carries the node."""
-    return tls.network.link(tls, lease_id, epoch, take)
+class Asked(SimpleNamespace):
+    """A request of somebody who showed the nodes' shared token."""
+
+    def __getitem__(self, key: object) -> Principal | str:
+        return NODES if key is PRINCIPAL else "request"
+
+
+async def _dial(url: str, node_id: str, lease_id: str, shown: Shown, epoch: str, take: Any) -> Any:
+    """In the place of node.dial.dial; what is shown carries the node."""
+    return shown.node.network.link(shown.node, lease_id, epoch, take)
+
+
+class Shown:
+    """Credentials that nobody looks at."""
+
+    headers: ClassVar[Mapping[str, str]] = {}
+    context = server_name = None
+
+    def __init__(self, node: SimNode) -> None:
+        self.node = node
+
+    def heard(self, authorities: object) -> None:
+        """There are none."""
 
 
 class Session:
@@ -311,7 +346,15 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def request(
-        self, method: str, url: str, *, data: bytes | None, headers: Any, ssl: Any, allow_redirects: bool
+        self,
+        method: str,
+        url: str,
+        *,
+        data: bytes | None,
+        headers: Any,
+        ssl: Any,
+        server_hostname: Any,
+        allow_redirects: bool,
     ) -> AsyncIterator[Any]:
         value = json.loads(data) if data else None
         status, body = await self.node.network.http(self.node, method, url.removeprefix("http://control"), value)

@@ -331,6 +331,12 @@ async def _all_or_first_failure(main: Coroutine[Any, Any, None], *others: asynci
         await _end([running])
 
 
+def _struck(folder: Path) -> list[str]:
+    """Where a control says that a node did what no honest one can: all nodes of a run are honest."""
+    logs = [path.read_text(errors="replace") for path in sorted(folder.glob("control*.log"))]
+    return [line for text in logs for line in text.splitlines() if "node.struck" in line]
+
+
 async def run(plan: Plan, folder: Path, make: type[Broken] = Broken, tls_ca: str | None = None) -> list[Entry]:
     """A run in `folder`, where its logs and its `history.jsonl` stay. Returns the history.
 
@@ -350,6 +356,8 @@ async def run(plan: Plan, folder: Path, make: type[Broken] = Broken, tls_ca: str
                     await Run(plan, broken, recorder).run()
             finally:
                 await broken.close()
+        for line in _struck(folder):
+            recorder.note("struck", line=line)
     finally:
         recorder.close()
     return sorted(recorder.entries, key=lambda entry: entry["at"])

@@ -19,6 +19,7 @@ PROOFS = {
     "control_killed": "hundreds of streams outlive their control, three times",
     "stalled": "a thousand stalled readers cost a window each and hold up nobody",
     "leaving": "a client that leaves frees its engine slot",
+    "rotation": "tokens and authorities are rotated under load, and no request fails",
     "fair": "one principal sends 50 times what another does, which waits at most twice as long as alone",
 }
 

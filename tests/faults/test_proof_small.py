@@ -13,7 +13,12 @@ import pytest
 
 from tests.faults.proofs import PROOFS
 
-SMALL = ("node_killed", "control_killed", "leaving")
+SMALL = (
+    pytest.param("node_killed", marks=pytest.mark.slow),  # a reader whose node is gone is told after 5 s
+    pytest.param("control_killed", marks=pytest.mark.slow),
+    pytest.param("rotation", marks=pytest.mark.slow),
+    "leaving",
+)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -583,3 +583,7 @@ def test_a_run_in_which_most_tasks_fail_is_invalid() -> None:
     verdict = judge(failed("NODE_LOST").end().entries)
     assert verdict.invalid
     assert not verdict.passed
+
+
+def test_an_honest_node_is_never_struck() -> None:
+    assert Tale().whole().note("struck", line="node.struck node_id=a kind=false_slots").rules() == ["struck"]

@@ -38,6 +38,9 @@ def judge(history: Sequence[dict[str, Any]]) -> Verdict:
             verdict.violations += rule(story, facts)
     verdict.violations += _slots(facts)
     verdict.violations += _what_is_left(facts, entries)
+    verdict.violations += (
+        Violation("struck", None, entry["at"], entry["line"]) for entry in entries if entry["what"] == "struck"
+    )
     verdict.violations.sort(key=lambda violation: violation.at)
     _count(verdict, told, facts, entries)
     return verdict

@@ -222,7 +222,7 @@ class _Making:
             if name == "path":
                 return rng.choice(tuple(OPENAI))
             nodes = NODE_IDS[:3] if self.operation.method == "DELETE" and rng.random() < 0.95 else NODE_IDS
-            known = {"node_id": nodes, "pool": ("p0", "p1", "x"), "model_id": MODELS}
+            known = {"node_id": nodes, "pool": ("p0", "p1", "x"), "model_id": MODELS, "token": ("aaaaaaaa", "default")}
             return rng.choice(known[name])
         self.plain = False
         pick = rng.random()

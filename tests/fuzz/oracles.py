@@ -39,6 +39,8 @@ INTENDED: Mapping[str, frozenset[Code]] = {
     "GET /v2/tasks/{task}/log": _TASK_ENDS,
 }
 _TYPES = frozenset(meaning.type for meaning in MEANINGS.values())
+# The hostile node is caught, and so it should be.
+_OWED = re.compile(r"ERROR node.quarantined node_id=fz-hostile ")
 _WRONG_IN_LOGS = re.compile(
     r"Traceback|request\.failed|loop\.failed|loop\.ended|call\.failed|library\.logged|Exception ignored|Error:"
 )
@@ -64,7 +66,8 @@ def judge(case: Case, answer: Answer) -> list[str]:
 def _access(case: Case, answer: Answer) -> Iterable[str]:
     if not case.plain:
         return
-    if not case.allowed and answer.status not in (401, 403):
+    unread = answer.status in (400, 414, 431) and answer.headers.get("x-request-id") != case.request_id
+    if not case.allowed and answer.status not in (401, 403) and not unread:
         yield f"{answer.status} for who may not ask this"
     if case.allowed and answer.status in (401, 403):
         yield f"{answer.status} for who may ask this"
@@ -74,7 +77,9 @@ def _ids(case: Case, answer: Answer) -> Iterable[str]:
     given = answer.headers.get("x-request-id", "")
     if answer.status != 101 and (not given or given != answer.headers.get("x-correlation-id")):
         yield "no request id"
-    if case.well_formed and case.request_id and given != case.request_id:
+    # Refused by its framing, before its headers count for anything.
+    unread = answer.status in (400, 414, 431) and len(given) == 16
+    if case.well_formed and not unread and case.request_id and given != case.request_id:
         yield "another request id than was given"
 
 
@@ -165,5 +170,9 @@ def secrets_in(text: bytes | str, secrets: Iterable[str]) -> list[str]:
 
 def judge_log(text: str, secrets: Iterable[str]) -> list[str]:
     """What is wrong with the lines that a role has logged."""
-    wrong = [f"logged: {line[:300]}" for line in text.splitlines() if _WRONG_IN_LOGS.search(line) or " ERROR " in line]
+    wrong = [
+        f"logged: {line[:300]}"
+        for line in text.splitlines()
+        if _WRONG_IN_LOGS.search(line) or (" ERROR " in line and not _OWED.search(line))
+    ]
     return wrong + [f"in the log: {found}" for found in secrets_in(text, secrets)]

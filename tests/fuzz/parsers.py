@@ -6,6 +6,7 @@ written again is the same. Where a rule is meant to keep something out, the orac
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import math
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 
 from multidict import CIMultiDict
 
-from llorch import records, sse
+from llorch import openai_paths, pki, records, sse
 from llorch.auth import Principal, Scope, TokenRing, authorize, parse_tokens, presented_token
 from llorch.cli import contexts
 from llorch.client.events import read_event
@@ -57,6 +58,8 @@ from llorch.node.engines.chunks import Meter, normalise_error
 from llorch.node.modelref import model_id
 from llorch.records import RecordError, Type
 from llorch.tls import NameReader
+from llorch.tokens import Tokens, is_whole, read_join_token
+from llorch.tokens import Wish as TokenWish
 from tests.fuzz import seeds
 from tests.fuzz.watch import Shape, Target
 
@@ -162,14 +165,16 @@ def task_body(data: bytes) -> None:
 
 def openai_body(data: bytes) -> None:
     headers, body = _request(data)
-    path = headers.get("path", openai_api.CHAT)
+    path = headers.get("path", openai_paths.CHAT)
     task = intake.openai_task(path, body, headers, owner="a", request_id="r", task_id=seeds.TASK_ID, now=NOW)
     _plain_task(task)
     request = openai_api.encode_openai(path, decode_object(body), "engine-model")
     wire = decode_object(request.body)
     assert wire["model"] == "engine-model"
     assert not set(wire) & seeds.ENGINES_OWN, "a field that belongs to the engine"
-    assert not request.stream or path not in openai_api.USAGE_ON_REQUEST or wire["stream_options"]["include_usage"]
+    assert (
+        not request.stream or not openai_paths.SERVED[path].usage_on_request or wire["stream_options"]["include_usage"]
+    )
 
 
 def reader_position(data: bytes) -> None:
@@ -424,7 +429,7 @@ def engine_answer(data: bytes) -> None:
 
 _STREAMS: tuple[Callable[[openai_api.TaskFacts], openai_api.Decoder], ...] = (
     openai_api.NativeDecoder,
-    lambda facts: openai_api.OpenAiDecoder(facts, openai_api.EngineRequest(openai_api.CHAT, b"", True, False)),
+    lambda facts: openai_api.OpenAiDecoder(facts, openai_api.EngineRequest(openai_paths.CHAT, b"", True, False)),
     lambda facts: openai_api.OpenAiDecoder(facts, openai_api.EngineRequest(openai_api.MESSAGES, b"", True)),
 )
 
@@ -548,14 +553,35 @@ def tokens(data: bytes) -> None:
         raise
     ring = TokenRing((name, token, frozenset({Scope.SUBMIT})) for name, token in pairs)
     for name, token in pairs:
-        found = ring.identify(token)
+        found = ring.identify(token, NOW)
         assert found is not None and len(token) >= 32 and token.isascii() and token.isprintable() and " " not in token
         if token.strip("="):  # `name===` is a token with its padding, so one of `=` alone can't have a name
             assert parse_tokens(f"{name}={token}") == [(name, token)], "written again, it differs"
-        assert ring.identify(token + "x") is None or token + "x" in dict(map(reversed, pairs))
+        assert ring.identify(token + "x", NOW) is None or token + "x" in dict(map(reversed, pairs))
 
 
-# Join tokens: a target of their own once there are any.
+def made_tokens(data: bytes) -> None:
+    """Tokens that llorch makes, as somebody types them; and the store of them, as it may lie on a disk."""
+    text = data.decode("utf-8", "surrogateescape")
+    if is_whole(text) and text.startswith(("llt1_", "llj1_")):
+        assert text.isascii() and text.isprintable(), "a token that no header carries"
+    try:
+        assert len(read_join_token(text)) == 32 and is_whole(text), "an authority out of what is no token"
+    except LlorchError as error:
+        assert len(text) < 16 or text[:16] not in str(error), "a token is quoted"
+    with contextlib.suppress(ValueError, LlorchError):
+        value = decode_object(data)
+        store = Tokens.from_json(value)
+        assert Tokens.from_json(store.to_json()) == store, "written again, it differs"
+
+
+def certificates(data: bytes) -> None:
+    """A bundle of authorities, as anybody may send it before he is trusted."""
+    pki.read_certs(data)
+
+
+def certificate_request(data: bytes) -> None:
+    pki.read_request(data)
 
 
 def presented(data: bytes) -> None:
@@ -563,7 +589,7 @@ def presented(data: bytes) -> None:
     headers, _ = _request(data + b"\n\n")
     ring = TokenRing([("someone", TOKEN, frozenset({Scope.READ}))])
     token = presented_token(headers)
-    who: Principal = authorize(ring, headers, Scope.READ)
+    who: Principal = authorize(None if token is None else ring.identify(token, NOW), Scope.READ)
     assert token == TOKEN and who.name == "someone", "somebody got in without the token"
 
 
@@ -617,6 +643,19 @@ HOST_WORDS = (
     b"0x7f.1", b"2130706433", b"0177.1", b":80", b"@", b"..", b"[", b"]", b"%", b"#", b"?", b"\\", b"a" * 64,
     b"[64:ff9b::7f00:1]",
 )  # fmt: skip
+
+
+def _made() -> tuple[bytes, ...]:
+    """A token of each kind, and a store with one."""
+    store, _, client = Tokens().add(TokenWish(models=frozenset({"m"}), life_s=60), NOW, bytes(range(40)))
+    _, _, join = Tokens().add(TokenWish(), NOW, bytes(range(40)), bytes(32))
+    return client.encode(), join.encode(), json.dumps(store.to_json()).encode()
+
+
+def _pems() -> tuple[bytes, ...]:
+    key = pki.ec.derive_private_key(1_000_003, pki.ec.SECP256R1())  # the same in every run, and nobody's
+    authority = pki.make_authority(key, 1_800_000_000.0)
+    return pki.pem_of([authority]), pki.make_request(key, "gpu-1")
 
 
 @cache
@@ -752,6 +791,9 @@ def targets() -> tuple[Target, ...]:
             refused,
             BINARY,
         ),
+        Target("made_tokens", made_tokens, _made(), (), BINARY, (b"llt1_", b"llj1_", b'"tokens"')),
+        Target("certificates", certificates, _pems()[:1], (ValueError,), BINARY, (b"-----BEGIN", b"-----END")),
+        Target("certificate_request", certificate_request, _pems()[1:], refused, BINARY, (b"-----BEGIN", b"-----END")),
         Target(
             "model_refs",
             model_refs,

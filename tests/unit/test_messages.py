@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llorch import messages
 from llorch.errors import Code, LlorchError
 from llorch.messages import (
     Head,
@@ -225,3 +227,43 @@ def test_a_node_id_is_a_plain_word(node_id: str) -> None:
 )
 def test_model_ids(text: str, ok: bool) -> None:
     assert model_id_ok(text) is ok
+
+
+@pytest.mark.parametrize(
+    ("raw", "taken"),
+    [
+        ('{"a":[' + "0," * (1_000 - 3) + "0]}", True),
+        ('{"a":[' + "0," * 1_000 + "0]}", False),
+        ('{"a":[' + "[]," * (1_000 // 2) + "0]}", False),
+        ('{"a":[' + "{}," * (1_000 // 2) + "0]}", False),
+        ('{"a":"' + ",[{" * 1_000 + '"}', True),
+        ('{"a":"' + ",[{\\" * 1_000 + '"}', True),
+    ],
+)
+def test_so_many_values_that_they_would_fill_the_memory_are_refused_and_text_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, raw: str, taken: bool
+) -> None:
+    monkeypatch.setattr(messages, "MAX_VALUES", 1_000)
+    raw = raw.replace("{\\", '{\\"')
+    if taken:
+        assert "a" in decode_json(raw.encode())
+    else:
+        with pytest.raises(LlorchError, match="values"):
+            decode_json(raw.encode())
+
+
+def test_a_long_text_beside_many_brackets_is_measured_in_little_memory() -> None:
+    """It was a gigabyte for every eight megabytes of text."""
+    raw = ('{"a":' + "[" * 20 + "]" * 20 + ',"b":' + "[" * 20 + "]" * 20 + ',"c":"' + "x, " * 1_000_000 + '"}').encode()
+    tracemalloc.start()
+    try:
+        decode_json(raw)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_body_that_is_wrong_in_a_thousand_places_is_told_so_in_one_line() -> None:
+    with pytest.raises(LlorchError, match="5001 fields are unknown or wrong") as caught:
+        parse(TaskBody, {f"k{number}": 0 for number in range(5_000)})
+    assert caught.value.details is None

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 
 from llorch.logs import Log, printable
 from llorch.node.engines.auto import EngineFacts
+from llorch.node.engines.environment import for_engine
 from llorch.node.engines.llama_server import OPTIONAL
-from llorch.node.engines.spec import shown_env
 
 ASK_TIMEOUT_S = 20.0  # a first CUDA initialisation takes some seconds
 _DEVICE = re.compile(r"^\s+\w+: .*\([1-9]\d* MiB", re.MULTILINE)  # BLAS is listed as a device too, with 0 MiB
@@ -29,7 +29,7 @@ log = Log("engines")
 
 def detect(llama_server: str | None, *, env: Mapping[str, str], look_for_gpus: bool = True) -> EngineFacts:
     """The facts. `llama_server` is a path from the settings; without one PATH is searched."""
-    env = shown_env(env)
+    env = for_engine(env)
     program = shutil.which(llama_server or "llama-server", path=env.get("PATH"))
     if program is not None:
         version, flags, server_gpu, problem = _ask_llama_server(program, env)

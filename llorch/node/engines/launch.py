@@ -2,9 +2,9 @@
 
     python -m llorch.node.engines.launch --parent PID [--log FILE] -- ARGV...
 
-Owns what must hold before the engine's first instruction: its own session, SIGKILL at its parent's death (Linux),
-no core dumps (they would hold prompts), files readable by this user alone. Then it becomes the engine. Imports little,
-for it runs before every engine.
+Owns what must hold before the engine's first instruction: its own session, SIGKILL at its parent's death and no rights
+beyond its parent's (Linux), no core dumps (they would hold prompts), files readable by this user alone. Then it becomes
+the engine. Imports little, for it runs before every engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # prctl(2)
 CANNOT_START = 127  # what shells use for a program that isn't there
 
 
@@ -27,11 +27,24 @@ def die_with_parent(parent: int) -> None:
     """
     if sys.platform != "linux":
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        print(f"launch: prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
-        sys.exit(1)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
+        sys.exit(1)
+
+
+def gain_no_rights() -> None:
+    """From here on no program that is executed gains rights by it, set-uid or with file capabilities: whoever takes an
+    engine over has this user's rights and no way to more. Linux only. It includes nvidia-modprobe, so the driver's
+    device files have to be there: the agent's own look at the GPUs, which comes first, makes them.
+    """
+    if sys.platform == "linux":
+        _prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0))) != 0:
+        print(f"launch: prctl: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -53,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
+    gain_no_rights()
     die_with_parent(given.parent)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, which a program inherits
         signal.signal(number, signal.SIG_DFL)

@@ -25,6 +25,7 @@ class LlamaCpp:
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         argv = [self.python, "-m", "llorch.node.engines.llamacpp_server"]
-        argv += server_flags(pool, model_id=model_id, port=port, key_file=key_file, model_path=model_path)
         argv += [word for option in OPTIONAL for word in option]
-        return Launch((*argv, *gpu_flags(pool), *pool.args), {**visible_gpus(pool), **dict(pool.env)})
+        argv += gpu_flags(pool)
+        argv += server_flags(pool, model_id=model_id, port=port, key_file=key_file, model_path=model_path)
+        return Launch(tuple(argv), {**visible_gpus(pool), **dict(pool.env)})

@@ -2,7 +2,7 @@
 
 Surface:
     encode_native(body, model) -> EngineRequest         a native task body, from a typed allow-list
-    encode_openai(path, body, model) -> EngineRequest   a `/v1/*` body: unknown fields pass, engine-internal ones don't
+    encode_openai(path, body, model) -> EngineRequest   a `/v1/*` body, less what `fields` keeps from engines
     NativeDecoder(facts) -> Decoder                     the answer to a native task: engine bytes in, log bytes out
     openai_decoder(facts, request) -> Decoder           the answer to a `/v1` request, streamed or in one piece
     normalise_error(status, body) -> LlorchError        an engine's error answer in our words
@@ -24,21 +24,12 @@ from typing import Any, Protocol
 
 from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import TaskBody, Timings
+from llorch.node.engines import fields
 from llorch.node.engines.chunks import Chunk, Meter
 from llorch.node.engines.chunks import Usage as Usage
 from llorch.node.engines.chunks import normalise_error as normalise_error
+from llorch.openai_paths import CHAT, COMPLETIONS, MESSAGES, SERVED, served
 from llorch.sse import Splitter, SseError, parse
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-EMBEDDINGS = "/v1/embeddings"
-RESPONSES = "/v1/responses"
-MESSAGES = "/v1/messages"
-PATHS = frozenset(
-    {CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, "/v1/messages/count_tokens", "/v1/rerank", "/v1/reranking"}
-)
-STREAMING_PATHS = frozenset({CHAT, COMPLETIONS, RESPONSES, MESSAGES})
-USAGE_ON_REQUEST = frozenset({CHAT, COMPLETIONS})  # the others report usage unasked
 
 MAX_HELD_BYTES = 4 * 1024 * 1024  # one whole task log; a larger answer passes through unread
 
@@ -54,32 +45,6 @@ NATIVE_PARAMETERS = (
     "grammar",
     "json_schema",
 )
-
-# Fields that steer an engine's insides instead of the answer: slots and KV cache of other requests, adapters shared
-# with them, addresses that the engine would connect to, templates that it would run. n_discard=-1 corrupted llama.cpp's
-# memory (CVE-2026-21869). They are refused rather than dropped, so that nobody believes they took effect.
-DENIED_FIELDS = frozenset(
-    {
-        "id_slot",
-        "slot_id",
-        "n_discard",
-        "n_keep",
-        "n_cache_reuse",
-        "n_cmpl",
-        "lora",
-        "lora_path",
-        "chat_template",
-        "kv_transfer_params",
-        "data_parallel_rank",
-        "mm_processor_kwargs",
-        "vllm_xargs",
-        "bootstrap_host",
-        "bootstrap_port",
-        "bootstrap_room",
-        "session_params",
-    }
-)
-DENIED_PREFIXES = ("speculative.",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +67,7 @@ def _dump(value: object) -> bytes:
 def encode_native(body: TaskBody, model: str) -> EngineRequest:
     """A native task for an engine that knows its model as `model`. Always streams, always with usage."""
     wire: dict[str, Any] = {"model": model}
+    fields.check_media("messages", body.messages)
     if body.messages is not None:
         # A native stream is all that the model says; parsed thoughts would go missing from it.
         wire |= {"messages": body.messages, "reasoning_format": "none"}
@@ -117,27 +83,22 @@ def encode_native(body: TaskBody, model: str) -> EngineRequest:
 
 def encode_openai(path: str, body: Mapping[str, Any], model: str) -> EngineRequest:
     """A client's `/v1/*` body for an engine that knows its model as `model`. Raises LlorchError for what is refused."""
-    if path not in PATHS:
-        raise LlorchError(
-            Code.NOT_FOUND, f"there is no {path[:100]!r} here", hint="served: " + ", ".join(sorted(PATHS))
-        )
-    for name in body:
-        if name in DENIED_FIELDS or name.startswith(DENIED_PREFIXES):
-            raise invalid(f"`{name[:100]}` belongs to the engine and can't be set in a request", param=name[:100])
+    where = served(path)
+    fields.check(body)
     _one_sequence(path, body)
     stream = body.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise invalid("`stream` is true or false", param="stream")
-    streamed = bool(stream) and path in STREAMING_PATHS
-    wire = dict(body) | {"model": model}
+    streamed = bool(stream) and where.streams
+    wire = fields.without_refused(body) | {"model": model}
     asked = True
-    if streamed and path in USAGE_ON_REQUEST:
+    if streamed and where.usage_on_request:
         options = body.get("stream_options")
         if options is not None and not isinstance(options, Mapping):
             raise invalid("`stream_options` is an object", param="stream_options")
         asked = (options or {}).get("include_usage") is True
         wire["stream_options"] = {**(options or {}), "include_usage": True}
-    return EngineRequest(path, _dump(wire), stream=streamed, client_asked_usage=asked)
+    return EngineRequest(where.path, _dump(wire), stream=streamed, client_asked_usage=asked)
 
 
 def _one_sequence(path: str, body: Mapping[str, Any]) -> None:
@@ -412,7 +373,7 @@ class OpenAiDecoder(_Stream):
     def _end(self, now: float, block: bytes = b"") -> bytes:
         self.first_content = self.done = True
         held, self._held = self._held, b""
-        if self._path in USAGE_ON_REQUEST:
+        if SERVED[self._path].usage_on_request:
             return held + (block or b"data: [DONE]\n\n")
         return held + block
 

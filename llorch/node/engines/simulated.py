@@ -23,4 +23,4 @@ class Simulated:
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         argv = [self.python, "-m", "llorch.node.engines.simulated_server"]
         argv += server_flags(pool, model_id=model_id, port=port, key_file=key_file, model_path=None)
-        return Launch((*argv, *pool.args), dict(pool.env))
+        return Launch(tuple(argv), dict(pool.env))

@@ -13,13 +13,11 @@ from typing import Protocol
 from llorch.config_pools import PoolSpec
 
 LOOPBACK = "127.0.0.1"
-# Not for an engine to see: our own secrets, and settings of llama.cpp that would bend the flags it is given.
-HIDDEN_ENV = ("LLORCH_", "ORCHESTRATORD_", "POOL_MANAGERD_", "LLAMA_")
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A program to run. `env` is added to the inherited environment, from which llorch's own settings are removed."""
+    """A program to run. `env` is added to what `environment` leaves of the agent's own."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -40,11 +38,6 @@ class Engine(Protocol):
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         """How to start one replica of `pool`. `model_id` is what clients name; `key_file` holds the API key."""
-
-
-def shown_env(inherited: Mapping[str, str]) -> dict[str, str]:
-    """The part of our own environment that an engine may see."""
-    return {name: value for name, value in inherited.items() if not name.startswith(HIDDEN_ENV)}
 
 
 def visible_gpus(pool: PoolSpec) -> Mapping[str, str]:

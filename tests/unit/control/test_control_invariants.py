@@ -135,7 +135,7 @@ class Control(RuleBasedStateMachine):
             real.running[claim.pool_id].add(claim)
             self.held[claim] = waiter
             return
-        self.registry.busy(claim.node_id, claim.pool_id, self.now)
+        self.registry.busy(claim, self.now)
         self.release(claim)
         self.admission.enqueue(replace(waiter, front=True), self.now, SLOTS)
         self.pump()

@@ -224,7 +224,7 @@ BUT_NOT_IN_A_REFUSAL = {Code.MODEL_NOT_AVAILABLE, Code.DRAINING}
 @pytest.mark.parametrize("code", MEANINGS)
 def test_what_counts_against_a_pool_is_its_own_fault(code: Code) -> None:
     error = LlorchError(code, "")
-    others = {Code.NO_CAPACITY, Code.RECOVERING, Code.QUEUE_TIMEOUT}  # no node says these
+    others = {Code.NO_CAPACITY, Code.RECOVERING, Code.QUEUE_TIMEOUT, Code.INSUFFICIENT_STORAGE}  # no node says these
     if code not in others:
         assert blames(error) == (code in BLAMED | BUT_NOT_IN_A_REFUSAL)
         assert blames(error, refused=True) == (code in BLAMED)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
-from llorch.control import registry as registry_module
+from llorch.control import report_limits
 from llorch.control.placement import PoolFacts, Wish, pick
 from llorch.control.registry import Claim, Node, Registration, Registry
 from llorch.control.task_reports import MAX_TASKS_PER_NODE, TaskReports
@@ -74,7 +75,7 @@ def test_a_registered_node_is_known_with_its_pools_at_once() -> None:
 def test_there_are_so_many_nodes_and_no_more_and_the_one_longest_offline_makes_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry_module, "MAX_NODES", 3)
+    monkeypatch.setattr(report_limits, "MOST_NODES", 3)
     registry = Registry("epoch")
     for place, node_id in enumerate("abc"):
         register(registry, node_id, now=float(place))
@@ -256,7 +257,7 @@ def test_a_minimal_node_that_went_offline_is_back_with_its_next_beat() -> None:
 
 
 def test_a_minimal_node_is_told_apart_by_its_address_alone() -> None:
-    registry = Registry("epoch")
+    registry = Registry("epoch", node_cidr=(ip_network("10.0.0.0/24"),))
     minimal(registry)
     minimal(registry, peer="10.0.0.7")
     assert code(minimal, registry, peer="10.0.0.8", address="10.0.0.8:9200") is Code.NODE_ID_CONFLICT
@@ -408,7 +409,7 @@ def test_a_claim_that_no_node_has_seen_hides_no_slot_that_somebody_else_took() -
 
 def refuse(registry: Registry, claim: Claim, now: float) -> None:
     """What dispatch does with ALL_SLOTS_BUSY."""
-    registry.busy(claim.node_id, claim.pool_id, now)
+    registry.busy(claim, now)
     registry.release(claim)
 
 

@@ -35,13 +35,6 @@ def test_only_the_newest_ended_tasks_can_be_explained(monkeypatch: pytest.Monkey
     assert all(store.get(task.task_id) is task for task in seen)
 
 
-@pytest.mark.parametrize("path", ["/v1/a\rb", "/v1/a\0b", "/v1/ü", "/v1/" + "a" * 300])
-def test_a_path_that_no_node_could_be_sent_is_404_before_anything_is_placed(path: str) -> None:
-    with pytest.raises(LlorchError) as caught:
-        taken(path)
-    assert caught.value.code is Code.NOT_FOUND
-
-
 @pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "x", "86400001", "000000000001" + "9" * 400, "9" * 5_000])
 def test_a_deadline_that_is_none_is_400_however_long(text: str) -> None:
     with pytest.raises(LlorchError) as caught:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from llorch.config_engine_args import RESERVED
 from llorch.config_pools import PoolSpec
 from llorch.errors import ConfigError
 from llorch.messages import model_id_ok
 from llorch.node.engines.auto import ENGINES, EngineFacts, choose, engine
+from llorch.node.engines.environment import for_engine
 from llorch.node.engines.external import External
-from llorch.node.engines.llama_server import RESERVED, LlamaServer
+from llorch.node.engines.llama_server import LlamaServer
 from llorch.node.engines.llamacpp import LlamaCpp
 from llorch.node.engines.simulated import Simulated
 from llorch.node.engines.spec import Engine, Launch
@@ -38,7 +40,7 @@ def test_every_engine_listens_on_loopback_behind_a_key_that_is_not_in_argv(made:
     assert value(launch, "--api-key-file") == "/run/key" and "--api-key" not in launch.argv
     assert value(launch, "--alias") == "m" and value(launch, "--parallel") == "3"
     assert value(launch, "--ctx-size") == "3000", "the context is divided between the slots"
-    assert launch.argv[-2:] == ("--flash-attn", "on")
+    assert launch.argv.index("--flash-attn") < launch.argv.index("--host"), "of two of a kind the last one counts"
 
 
 @pytest.mark.parametrize("made", [SERVER, LlamaCpp("/usr/bin/python")])
@@ -67,9 +69,36 @@ def test_the_gpus_of_a_pool_are_the_ones_its_engine_sees(gpus: Any, layers: str 
 @pytest.mark.parametrize("flag", sorted(RESERVED))
 @pytest.mark.parametrize("made", [SERVER, LlamaCpp("/usr/bin/python"), Simulated("/usr/bin/python")])
 def test_what_llorch_rests_on_cannot_be_changed_by_args(made: Engine, flag: str) -> None:
-    for args in ((flag, "x"), (f"{flag}=x",)):
-        with pytest.raises(ConfigError, match="can't be given in a pool's args"):
-            start(made, replace(SPEC, args=args))
+    written = [flag] if not flag.startswith("--") else [flag, "--" + flag[2:].replace("-", "_")]
+    for args in ((word, "x") for word in written), ((f"{word}=x",) for word in written):
+        for words in args:
+            with pytest.raises(ConfigError, match="can't be given to an engine") as caught:
+                start(made, replace(SPEC, args=words))
+            assert "=x" not in caught.value.message
+
+
+def test_what_slots_do_is_told_by_an_engine_only_where_a_pool_says_so() -> None:
+    assert "--no-slots" in start(SERVER).argv
+    argv = start(SERVER, replace(SPEC, args=("--slots",))).argv
+    assert argv.index("--no-slots") < argv.index("--slots")
+
+
+def test_an_engine_sees_of_our_environment_what_it_needs_and_nothing_else() -> None:
+    needed = {
+        "PATH": "/bin", "HOME": "/root", "LANG": "C.UTF-8", "LC_ALL": "C", "TMPDIR": "/t", "LD_LIBRARY_PATH": "/l",
+        "CUDA_VISIBLE_DEVICES": "1", "NVIDIA_VISIBLE_DEVICES": "all", "HIP_VISIBLE_DEVICES": "0", "HF_HOME": "/hf",
+        "HSA_OVERRIDE_GFX_VERSION": "10.3.0", "ROCR_VISIBLE_DEVICES": "0", "GGML_CUDA_ENABLE_UNIFIED_MEMORY": "1",
+        "OMP_NUM_THREADS": "4", "XDG_CACHE_HOME": "/c", "PYTHONPATH": "/p",
+    }  # fmt: skip
+    kept_back = (
+        "LLORCH_ADMIN_TOKEN", "LLORCH_SERVICE_TOKEN_FILE", "ORCHESTRATORD_TLS_KEY", "POOL_MANAGERD_TLS_KEY",
+        "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CLIENT_SECRET",
+        "SSH_AUTH_SOCK", "GITHUB_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "NVIDIA_API_KEY",
+        "CUDA_TOKEN", "GGML_PASSWORD", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "LD_PRELOAD", "LD_AUDIT",
+        "LLAMA_ARG_HOST", "LLAMA_API_KEY", "NOTIFY_SOCKET", "KUBERNETES_SERVICE_HOST", "DBUS_SESSION_BUS_ADDRESS",
+        "XDG_RUNTIME_DIR", "PYTHONSTARTUP", "PYTHONBREAKPOINT", "KUBECONFIG", "DATABASE_URL", "path", "",
+    )  # fmt: skip
+    assert for_engine(needed | dict.fromkeys(kept_back, "x")) == needed
 
 
 def test_an_external_engine_is_not_started() -> None:

@@ -12,12 +12,7 @@ from llorch import sse
 from llorch.errors import Code, LlorchError
 from llorch.messages import TaskBody
 from llorch.node.engines.openai_api import (
-    CHAT,
-    COMPLETIONS,
-    EMBEDDINGS,
     MAX_HELD_BYTES,
-    MESSAGES,
-    RESPONSES,
     Decoder,
     EngineRequest,
     NativeDecoder,
@@ -27,6 +22,7 @@ from llorch.node.engines.openai_api import (
     normalise_error,
     openai_decoder,
 )
+from llorch.openai_paths import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 
 FACTS = TaskFacts("task-1", "node-1", "pool-1", "m", attempt=2, accepted_at=10.0, request_id="req-1")
 
@@ -387,13 +383,6 @@ def test_one_prompt_in_a_list_or_as_tokens_is_one_prompt() -> None:
     for prompt in (["a"], [1, 2, 3], [1, "a", 2], "a", [[1, 2]]):
         encode_openai(COMPLETIONS, {"prompt": prompt, "n": 1}, "m")
     encode_openai(EMBEDDINGS, {"input": ["a", "b"]}, "m")
-
-
-@pytest.mark.parametrize("path", ["/invocations", "/pause", "/v1/load_lora_adapter", "/slots/0", "/v1/../slots", "/v1"])
-def test_other_paths_do_not_reach_an_engine(path: str) -> None:
-    with pytest.raises(LlorchError) as caught:
-        encode_openai(path, {}, "m")
-    assert caught.value.code is Code.NOT_FOUND
 
 
 # ---------------------------------------------------------------- errors

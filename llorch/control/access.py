@@ -1,0 +1,398 @@
+"""Who may come in at a control, and who it is to them.
+
+Owns the ring of tokens (those of the settings and those of the data directory), the principals that certificates stand
+for, the certificates that its listener shows, and the look for changes of all of these: a change is read whole, then
+swapped, and what a revoked credential had opened is ended. Static mode is the same without an authority.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from llorch import private, tls
+from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Principal, Scope, TokenRing, parse_tokens
+from llorch.config import ControlSettings
+from llorch.control.nodes import Node
+from llorch.control.token_files import TokenFiles, principals
+from llorch.errors import Code, ConfigError, LlorchError
+from llorch.logs import Log
+from llorch.quotas import Quotas
+from llorch.sessions import Sessions
+from llorch.tokens import Kind, Record, Tokens, Wish, is_whole
+from llorch.web import Gate
+
+if TYPE_CHECKING:
+    from llorch.control.authority import Authority
+
+LOOK_EVERY_S = 1.0  # a revocation has to be in force within 5 s
+SAVE_USE_EVERY_S = 60.0
+PAIR_LIFE_S = 30 * 86_400.0  # of our certificate: its key never leaves the process, and every start makes another
+
+log = Log("control.access")
+
+
+class Access:
+    """Use `open`. `ring` and `identities` are what is in force now; `step` keeps them so."""
+
+    def __init__(self, settings: ControlSettings, authority: Authority | None, files: TokenFiles) -> None:
+        self.settings = settings
+        self.authority = authority
+        self.files = files
+        self.sessions = Sessions()
+        self.ring = TokenRing()
+        self.identities: tls.Identities | None = None
+        self.pair: tuple[bytes, bytes] | None = None  # our certificate within the cluster, and its key
+        self.outgoing: ssl.SSLContext | None = None  # for calls to nodes that have certificates
+        self._pair_made = 0.0
+        self._shown_until: float | None = None
+        self._shown: dict[str, str] = {}  # newest certificates that nodes have shown and that are not confirmed yet
+        self._tls_stamps: tuple[object, ...] = ()
+        self._use_saved = time.monotonic()
+        self._failed = ""
+        self.noted: Callable[[str, dict[str, str | int]], None] = lambda _event, _fields: None  # changes found on disk
+
+    @classmethod
+    def open(cls, settings: ControlSettings) -> Access:
+        """Blocking. Makes the authority at the first start. Raises ConfigError."""
+        authority = None
+        if settings.tls_cert and settings.tls_key:
+            tls.server_context(settings.tls_cert, settings.tls_key)  # before anything is made
+        if serves_tls(settings):
+            from llorch.control.authority import Authority  # 50 ms that a control without certificates need not pay
+
+            authority, made = Authority.open(settings.data_dir, settings.ca_passphrase, time.time())
+            if made:
+                log.info("authority.made", path=Path(settings.data_dir) / "pki")
+        access = cls(settings, authority, TokenFiles(settings.data_dir))
+        if not settings.dev:
+            access.files.load()
+            access.files.load_use()
+        access._make_ring()
+        access._make_identities()
+        if not any(principal.may(Scope.SUBMIT) for principal in access.ring):
+            log.warning("tokens.none", hint="nobody can send a task yet: `llorch token new` makes a token")
+        return access
+
+    # ------------------------------------------------------------ who comes in
+
+    def gate(
+        self,
+        refused: Callable[[Code], None],
+        denied: Callable[[web.Request, Code, Sequence[Scope]], None] = lambda _request, _code, _wanted: None,
+        quotas: Quotas | None = None,
+    ) -> Gate:
+        """What stands before every route of this control."""
+        return Gate(
+            denied=denied,
+            ring=lambda: self.ring,
+            refused=refused,
+            metrics_open=self.settings.bind.loopback,
+            look_again=self.look_again,
+            certified=self.certified if self.authority is not None else None,
+            identified=self.identified,
+            sessions=self.sessions,
+            quotas=quotas or Quotas(),
+        )
+
+    def _make_ring(self) -> None:
+        now = time.time()
+        self.ring = TokenRing(static_tokens(self.settings), principals(self.files.tokens, now))
+
+    def certified(self, peer: tls.Peer) -> Principal:
+        """Whom a certificate stands for. Raises UNAUTHENTICATED for one that is no good any more."""
+        assert self.authority is not None
+        if peer.role is not tls.Role.NODE:
+            return Principal(f"{peer.role}:{peer.name}", frozenset(), peer.serial[:8])
+        principal = Principal(
+            name=f"node:{peer.name}",
+            scopes=frozenset({Scope.NODE}),
+            fingerprint=peer.serial[:8].lower(),
+            node_id=peer.name,
+            issued=peer.issued,
+            issuer=peer.issuer,
+            expires=peer.ends,
+        )
+        refusal = self._refusal(principal, time.time())
+        held = self.authority.trust.issued.get(peer.name)
+        if held is not None and not held.confirmed and held.serial == peer.serial.lower().lstrip("0"):
+            self._shown[peer.name] = held.serial
+        if refusal is not None:
+            raise LlorchError(
+                Code.UNAUTHENTICATED, refusal, hint="`llorch token join` on the control makes it a member again"
+            )
+        return principal
+
+    def _refusal(self, principal: Principal, now: float) -> str | None:
+        assert self.authority is not None and principal.issued is not None and principal.expires is not None
+        node_id, issued, ends = principal.node_id or "", principal.issued, principal.expires
+        return self.authority.trust.refusal(node_id, issued, ends, now, principal.issuer)
+
+    def _still_good(self, principal: Principal) -> bool:
+        now = time.time()
+        if principal.issued is not None:
+            return self._refusal(principal, now) is None
+        return self.ring.holds(principal, now)
+
+    def look_again(self, token: str) -> bool:
+        """A token that llorch may have made, and the ring does not hold: it may be a second old."""
+        if token.startswith(("llt1_", "llj1_")) and is_whole(token):
+            before = self.ring
+            self._try("tokens", self._look_at_tokens)
+            return self.ring is not before
+        return False
+
+    def identified(self, principal: Principal) -> None:
+        """A credential was presented just now."""
+        if principal.token_id is not None:
+            self.files.last_used[principal.token_id] = time.time()
+
+    def told(self) -> dict[str, str]:
+        """What nodes are told of the authorities with every answer, so that they notice when others are trusted."""
+        return {} if self.authority is None else {"authorities": self.authority.trust.bundle_id}
+
+    # ------------------------------------------------------------ tokens
+
+    def new_token(self, wish: Wish) -> tuple[Record, str]:
+        """Raises INVALID_REQUEST, or CONFLICT where there is no authority that a machine could join."""
+        pin = None
+        if wish.kind is Kind.JOIN:
+            if self.authority is None:
+                raise LlorchError(
+                    Code.CONFLICT, "this control serves without TLS, so no other machine can join it",
+                    hint="start it with --bind 0.0.0.0:8080",
+                )  # fmt: skip
+            pin = self.authority.trust.digest
+        record, text = self.files.new(wish, time.time(), pin)
+        self._make_ring()
+        return record, text
+
+    def revoke_token(self, which: str) -> list[Record]:
+        """In force at once, here; within a second at controls on the same directory."""
+        revoked = self.files.revoke(which, time.time())
+        self._make_ring()
+        self.sessions.end(self._still_good)
+        return revoked
+
+    def may_issue(self, principal: Principal, node_id: str) -> None:
+        """Raises FORBIDDEN for another's id or a credential that gives none, CONFLICT without an authority."""
+        if self.authority is None:
+            raise LlorchError(Code.CONFLICT, "this control has no authority: it serves without TLS")
+        if principal.node_id is not None and principal.node_id != node_id:
+            raise LlorchError(Code.FORBIDDEN, "this credential is for another node", param="node_id")
+        if principal.issued is None and Scope.JOIN not in principal.scopes:
+            raise LlorchError(
+                Code.FORBIDDEN,
+                "a shared node token gives no certificate",
+                hint="`llorch token join` makes one that does",
+            )
+
+    def issue(self, principal: Principal, csr: bytes, node_id: str) -> bytes:
+        """A node's certificate with its chain (PEM): its first, for a join token, or the next one of its own.
+
+        Raises FORBIDDEN for another's id, UNAUTHENTICATED for a token that is used up, NODE_ID_CONFLICT.
+        """
+        self.may_issue(principal, node_id)
+        assert self.authority is not None
+        now, life_s = time.time(), self.settings.node_cert_life
+        if principal.issued is not None:
+            return self.authority.issue_node(csr, node_id, now, life_s, take_over=True)
+        token_id = principal.token_id or ""
+        if self.authority.is_repeated(csr, node_id, token_id):
+            return self.authority.issue_node(csr, node_id, now, life_s, take_over=True, token=token_id)
+        self.files.use(token_id, now)  # first, so that of many at once no more get one than it has uses
+        try:
+            take_over = principal.node_id == node_id
+            return self.authority.issue_node(csr, node_id, now, life_s, take_over=take_over, token=token_id)
+        except LlorchError:
+            self.files.give_back(token_id)
+            raise
+        finally:
+            self._make_ring()
+
+    def to_node(self, node: Node | None) -> ssl.SSLContext | None:
+        """What to call a node with; None for one that has no certificate: it is shown the service token."""
+        return self.outgoing if node is not None and node.certified else None
+
+    def service_token(self) -> str:
+        """What is presented to nodes that have no certificate: the first of the service tokens."""
+        tokens = parse_tokens(self.settings.service_token or "", min_chars=1)
+        return tokens[0][1] if tokens else ""
+
+    # ------------------------------------------------------------ for metrics
+
+    def ages_s(self) -> dict[str, float]:
+        """The age of the newest token of each name, by name."""
+        now = time.time()
+        valid = [one for one in self.files.tokens.records if one.kind is Kind.CLIENT and one.ended(now) is None]
+        return {record.name: now - record.created for record in valid}
+
+    def expiries_s(self) -> dict[str, float]:
+        """How long each certificate of this control is still good, by what it is for."""
+        now, found = time.time(), {}
+        if self.authority is not None:
+            found = {"authority": self.authority.trust.ends - now, "control": self._pair_made + PAIR_LIFE_S - now}
+        if self._shown_until is not None:
+            found["tls-cert"] = self._shown_until - now
+        return found
+
+    # ------------------------------------------------------------ who we are
+
+    def _make_identities(self) -> None:
+        """The certificates of the files and of the authority as they are now. Raises ConfigError, changes nothing."""
+        settings, authority, now = self.settings, self.authority, time.time()
+        if authority is None:
+            return
+        pair = self.pair
+        if pair is None or now - self._pair_made > PAIR_LIFE_S / 3:
+            pair = authority.control_pair(socket.gethostname()[:63], names_here(settings), now, PAIR_LIFE_S)
+            self._pair_made = now
+        bundle = authority.trust.bundle_pem
+        own = tls.cluster_server_context(*pair)
+        mutual = tls.mutual_server_context(*pair, bundle)
+        stamps = self._stamps()
+        shown = own
+        if settings.tls_cert and settings.tls_key:
+            shown = tls.server_context(settings.tls_cert, settings.tls_key)
+            self._shown_until = authority.read_expiry(Path(settings.tls_cert))
+        named = {tls.CONTROL_NAME: mutual, tls.JOIN_NAME: own}
+        if self.identities is None:
+            self.identities = tls.Identities(shown, named)
+        else:
+            self.identities.default, self.identities.named = shown, named
+        self.outgoing = tls.cluster_client_context(bundle, pair)
+        self.pair, self._tls_stamps = pair, stamps
+
+    def _stamps(self) -> tuple[object, ...]:
+        files = (self.settings.tls_cert, self.settings.tls_key)
+        return tuple(private.stamp(Path(path)) for path in files if path)
+
+    # ------------------------------------------------------------ changes
+
+    async def step(self) -> float:
+        """Look whether something has changed, and put it in force. What can't be read stays as it was, and is told."""
+        self._try("tokens", self._look_at_tokens)
+        self._try("authority", self._look_at_authority)
+        if self._shown and self.authority is not None:
+            shown, self._shown = self._shown, {}
+            try:
+                await asyncio.to_thread(self.authority.confirm, shown)
+            except LlorchError as error:
+                log.warning("certificates.unconfirmed", reason=error.message)
+        self._try("certificate", self._look_at_certificate)
+        for principal in self.sessions.end(self._still_good):
+            log.warning("session.ended", principal=principal.name, fingerprint=principal.fingerprint, why="revoked")
+        if time.monotonic() - self._use_saved >= SAVE_USE_EVERY_S and not self.settings.dev:
+            self._use_saved = time.monotonic()
+            self.files.save_use()
+        return LOOK_EVERY_S
+
+    def _try(self, what: str, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except ConfigError as error:
+            told = f"{what}: {error.message}"
+            if told != self._failed:
+                log.error("access.unchanged", what=what, why=error.message, hint=error.hint)
+            self._failed = told
+        else:
+            if self._failed.startswith(f"{what}:"):
+                self._failed = ""
+
+    def _look_at_tokens(self) -> None:
+        before = self.files.tokens
+        if not self.settings.dev and self.files.load():
+            self._make_ring()
+            self._note_tokens(before)
+            log.info("tokens.reloaded", tokens=len(self.ring))
+
+    def _note_tokens(self, before: Tokens) -> None:
+        known = {one.id: one for one in before.records}
+        for one in self.files.tokens.records:
+            if one.id not in known:
+                self.noted("token.created", {"token_id": one.id, "name": one.name, "kind": one.kind.value})
+            elif one.revoked is not None and known[one.id].revoked is None:
+                self.noted("token.revoked", {"token_id": one.id, "name": one.name, "kind": one.kind.value})
+
+    def _look_at_authority(self) -> None:
+        if self.authority is None:
+            return
+        before = self.authority.trust
+        changed = self.authority.refresh()
+        for node_id, when in self.authority.trust.revoked.items() if changed else ():
+            if before.revoked.get(node_id) != when:
+                self.noted("certificate.revoked", {"node_id": node_id})
+        if changed and self.authority.trust.bundle != before.bundle:
+            self.noted("authority.changed", {"count": len(self.authority.trust.bundle)})
+            self.pair = None
+            self._make_identities()
+            log.info("authority.reloaded", authorities=len(self.authority.trust.bundle))
+        elif time.time() - self._pair_made > PAIR_LIFE_S / 3:
+            self._make_identities()
+
+    def _look_at_certificate(self) -> None:
+        if self._stamps() != self._tls_stamps:
+            self._make_identities()
+            log.info("certificate.reloaded", path=self.settings.tls_cert)
+
+    def settled(self, settings: ControlSettings) -> None:
+        """Take over settings that were read anew. Raises ConfigError, and changes nothing."""
+        before, self.settings = self.settings, settings
+        if settings.tls_names != before.tls_names:
+            self.pair = None
+        try:
+            self._make_identities()
+        except ConfigError:
+            self.settings = before
+            raise
+        self._make_ring()
+
+
+def serves_tls(settings: ControlSettings) -> bool:
+    """Whether this control listens with TLS: beyond loopback always, unless a mesh does it."""
+    if settings.tls == "off-mesh":
+        return False
+    return settings.tls == "on" or settings.tls_cert is not None or not settings.bind.loopback
+
+
+def static_tokens(settings: ControlSettings) -> list[tuple[str, str, frozenset[Scope]]]:
+    """(name, token, scopes) of the tokens that the settings hold."""
+    shortest = 1 if settings.dev else MIN_TOKEN_CHARS
+    entries: list[tuple[str, str, frozenset[Scope]]] = []
+    for text, scopes in (
+        (settings.api_token, CLIENT_SCOPES),
+        (settings.admin_token, ADMIN_SCOPES),
+        (settings.node_token or settings.service_token, frozenset({Scope.NODE})),
+    ):
+        entries += [(name, token, scopes) for name, token in parse_tokens(text or "", min_chars=shortest)]
+    return entries
+
+
+def names_here(settings: ControlSettings) -> list[str]:
+    """The names and addresses by which clients may reach this machine, for the cluster's own certificate."""
+    names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn(), *settings.tls_names]
+    if settings.bind.everywhere:
+        names += primary_addresses()
+    else:
+        names.append(settings.bind.host)
+    return [name for name in dict.fromkeys(names) if name and name.isascii() and len(name) <= 253]
+
+
+def primary_addresses() -> list[str]:
+    """The addresses from which this machine reaches others. Nothing is sent: a UDP socket that connects has a route."""
+    found: list[str] = []
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.connect((far, 9))
+                found.append(str(sock.getsockname()[0]))
+        except OSError:
+            continue
+    return found

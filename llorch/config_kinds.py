@@ -434,6 +434,8 @@ def _model_ref(value: str) -> str:
         raise BadValue(f"{quote(value)} is not a model reference", f"did you mean file:{value}? (absolute)")
     elif not re.fullmatch(MODEL_ID_PATTERN, value) or ".." in value:
         raise BadValue(f"{quote(value)} is not a model reference", _REF_HINT)
+    if ".." in value.partition("?")[0].split("/"):
+        raise BadValue(f"{quote(value)} leads through `..`", "write the path out")
     return value
 
 

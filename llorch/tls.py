@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import ssl
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,12 +109,16 @@ class NameReader:
         self._found.clear()
         incoming = ssl.MemoryBIO()
         incoming.write(hello)
+        # A name that is not ASCII is none. Python can't raise that out of OpenSSL, and would print a traceback of it.
+        unraisable, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
             self._context.wrap_bio(incoming, ssl.MemoryBIO(), server_side=True).do_handshake()
         except ssl.SSLWantReadError:
             return False, None
         except ssl.SSLError:
             pass  # our own alert below; or no TLS, of which the real handshake will say so
+        finally:
+            sys.unraisablehook = unraisable
         return True, self._found[0] if self._found else None
 
     def _heard(self, _connection: ssl.SSLObject, name: str | None, _context: ssl.SSLContext) -> int:

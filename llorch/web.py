@@ -274,6 +274,10 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
         if scopes.setdefault(route.handler, route.scopes) != route.scopes:
             raise ValueError(f"{route.path}: one handler, two scopes")
         app.router.add_route(route.method, route.path, route.handler, expect_handler=_say_nothing)
+    # aiohttp's own 404 and 405 answer an `Expect` themselves, in their shape, and with a 500 if it is not UTF-8.
+    for path in dict.fromkeys(route.path for route in routes):
+        app.router.add_route("*", path, _wrong_method, expect_handler=_say_nothing)
+    app.router.add_route("*", r"/{path:[\s\S]*}", _no_route, expect_handler=_say_nothing)
     return app
 
 
@@ -281,11 +285,15 @@ async def _say_nothing(_request: web.Request) -> None:
     """`Expect` is answered by the guard: who may not send is told so before its body is on the way."""
 
 
+async def _wrong_method(_request: web.Request) -> web.StreamResponse:
+    raise LlorchError(Code.METHOD_NOT_ALLOWED, "this route does not have this method")
+
+
+async def _no_route(_request: web.Request) -> web.StreamResponse:
+    raise LlorchError(Code.NOT_FOUND, "there is no such route")
+
+
 def _from_http(error: web.HTTPException) -> LlorchError:
-    if error.status == 404:
-        return LlorchError(Code.NOT_FOUND, "there is no such route")
-    if error.status == 405:
-        return LlorchError(Code.METHOD_NOT_ALLOWED, "this route does not have this method")
     if error.status == 413:
         return LlorchError(Code.PAYLOAD_TOO_LARGE, "the body is too large")
     return LlorchError(Code.INVALID_REQUEST, "the request could not be understood", status=error.status)

@@ -45,8 +45,8 @@ def _open_files() -> int:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A component or e2e test leaves no process and no file descriptor."""
-    if not {"component", "e2e", "faults"} & set(Path(request.node.path).parts):
+    """A component, e2e or fuzz test leaves no process and no file descriptor."""
+    if not {"component", "e2e", "faults", "fuzz"} & set(Path(request.node.path).parts):
         yield
         return
     children, files = _processes(), _open_files()

@@ -28,6 +28,7 @@ _THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
 # IPv4-compatible ones are reserved; an IPv4-mapped one is the IPv4 address itself.)
 _TUNNELS = (ipaddress.ip_network("2002::/16"), ipaddress.ip_network("2001::/32"))
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?\.?")
+MAX_LABEL_CHARS = 63  # between two dots, as in RFC 1035; resolving anything else fails in ways of its own
 _NUMERIC_TAIL = re.compile(r"(^|\.)(0[xX][0-9A-Fa-f]*|[0-9]+)\.?$")
 _MEND = "advertise the address that this node registers from, or start the control with --node-cidr naming its network"
 
@@ -116,9 +117,10 @@ def check_address(address: str, peer: str | None, networks: Sequence[Network] = 
         check_ip(host, peer, networks)
         return
     # "127.1" and "0x7f000001" are no addresses by the book, but resolvers take them for one.
-    if not _HOST.fullmatch(host) or ".." in host or _NUMERIC_TAIL.search(host):
+    name, registered_from = host.removesuffix("."), _parse(peer)
+    labels_fit = all(0 < len(label) <= MAX_LABEL_CHARS for label in name.split("."))
+    if not _HOST.fullmatch(host) or _NUMERIC_TAIL.search(host) or not labels_fit:
         raise _untrusted("has no valid host")
-    name, registered_from = host.rstrip("."), _parse(peer)
     at_home = registered_from is not None and registered_from.is_loopback
     if (name == "localhost" or name.endswith(".localhost")) and not at_home:
         raise _untrusted("is loopback, and the node is not on this machine")

@@ -42,7 +42,7 @@ class Roster:
             return frozenset(str(node_id) for node_id in value["nodes"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             log.warning("roster.unread", path=self._path)
             return None
 

@@ -23,9 +23,11 @@ MAIN = """
 import json, sys
 from llorch.config import NodeSettings, HostPort, PoolSpec
 from llorch.node.app import main
+from llorch.reload import Source
 given = json.loads(sys.argv[1])
 pools = tuple(PoolSpec(**{**pool, "args": tuple(pool["args"])}) for pool in given.pop("pools"))
-sys.exit(main(NodeSettings(bind=HostPort("127.0.0.1", 0), pools=pools, **{**given, "join": tuple(given["join"])})))
+settings = NodeSettings(bind=HostPort("127.0.0.1", 0), pools=pools, **{**given, "join": tuple(given["join"])})
+sys.exit(main(settings, Source(lambda: settings, ())))
 """
 
 

@@ -17,11 +17,12 @@ ROLE = """
 import ctypes, json, os, resource, subprocess, sys
 from llorch.cli.roles import role_settings
 from llorch.config import ControlSettings
-settings = role_settings(ControlSettings, {}, None)
+settings, source = role_settings(ControlSettings, {}, None)
 tell = "import os, json; print(json.dumps(dict(os.environ)))"
 child = subprocess.run([sys.executable, "-c", tell], capture_output=True)
 print(json.dumps({
     "read": settings.api_token,
+    "read again": source.read().api_token,
     "dumpable": ctypes.CDLL(None).prctl(3, 0, 0, 0, 0),
     "core": resource.getrlimit(resource.RLIMIT_CORE),
     "files": len(os.listdir("/proc/self/fd")) > 2,
@@ -40,6 +41,6 @@ async def test_a_role_is_closed_to_others_and_hands_no_secret_on(tmp_path: Path)
     )
     out, _ = await asyncio.wait_for(process.communicate(), 20)
     facts = json.loads(out)
-    assert facts["read"] == given["LLORCH_API_TOKEN"]
+    assert facts["read"] == facts["read again"] == given["LLORCH_API_TOKEN"]
     assert (facts["dumpable"], facts["core"], facts["files"]) == (0, [0, 0], True)
     assert not set(given.values()) & set(facts["child"].values()) and facts["child"]["OTHER"] == "stays"

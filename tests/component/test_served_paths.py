@@ -22,7 +22,7 @@ TARGETS = [
     ("/v1/chat%2Fcompletions", "/v1/chat/completions"),
     ("/v1/%63hat/completions", "/v1/chat/completions"),
     ("/v1/models/../chat/completions", None),
-    ("http://elsewhere/v1/chat/completions", "/v1/chat/completions"),
+    ("http://elsewhere/v1/chat/completions", None),
     ("/v1/../invocations", None),
     ("/v1/%2e%2e/invocations", None),
     ("/v1/..%2finvocations", None),

@@ -47,6 +47,10 @@ def normalise_error(status: int, body: bytes) -> LlorchError:
         wire = _error_object(json.loads(body))
     except (ValueError, RecursionError):
         wire = {}
+    return _normalised(status, wire)
+
+
+def _normalised(status: int, wire: Mapping[str, Any]) -> LlorchError:
     said = wire.get("message")
     message = _clean(said) if isinstance(said, str) else ""
     if status == 400 and (wire.get("type") == "exceed_context_size_error" or _TOO_LONG.search(message)):
@@ -76,7 +80,7 @@ def stream_error(wire: object) -> LlorchError:
     error = _error_object({"error": wire})
     code = error.get("code")
     if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:
-        return normalise_error(code, json.dumps({"error": dict(error)}).encode())
+        return _normalised(code, error)
     return LlorchError(Code.ENGINE_FAILED, "the engine reported an error in its stream")
 
 
@@ -208,20 +212,20 @@ class Meter:
 
     def _read_choices(self, choices: list[Any], *, usage_only: bool) -> Chunk:
         chunk = Chunk(usage_only=usage_only)
+        texts: list[str] = []
         for choice in choices:
             if not isinstance(choice, Mapping):
                 continue
             part = choice.get("delta") or choice.get("message")
             if isinstance(part, Mapping):
-                for key in _TEXT_KEYS:
-                    if isinstance(text := part.get(key), str):
-                        chunk.text += text
+                texts += [text for key in _TEXT_KEYS if isinstance(text := part.get(key), str)]
                 chunk.content = chunk.content or any(part.get(key) for key in _OTHER_CONTENT_KEYS)
             elif isinstance(text := choice.get("text"), str):
-                chunk.text += text
+                texts.append(text)
             if (reason := _reason(choice.get("finish_reason"))) is not None:
                 self.finish_reason = reason
                 chunk.terminal = True
+        chunk.text = "".join(texts)
         chunk.content = chunk.content or bool(chunk.text)
         return chunk
 

@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+from tests.faults.certified import Certified, authority_of
 from tests.faults.harness import Plan, run
 from tests.faults.validator import judge
 from tests.faults.verdict import Verdict
@@ -32,12 +33,15 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=24, help="tasks at a time")
     parser.add_argument("--folder", type=Path, help="where what failed is kept; a new one under the temporary folder")
     parser.add_argument("--keep", action="store_true", help="keep what passed, too")
+    parser.add_argument("--tls", action="store_true", help="with an authority: certificates and TLS on every way")
     return parser.parse_args(argv)
 
 
-def one(plan: Plan, folder: Path) -> Verdict:
+def one(plan: Plan, folder: Path, *, certified: bool = False) -> Verdict:
     """One run, judged. A failure of the harness itself makes it invalid."""
     try:
+        if certified:
+            return judge(asyncio.run(run(plan, folder, Certified, authority_of(folder))))
         return judge(asyncio.run(run(plan, folder)))
     except Exception:  # the edge of a run: the next seed goes on
         verdict = Verdict()
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> int:
     for seed in range(given.first, given.first + given.seeds):
         started = time.monotonic()
         place = folder / f"seed-{seed}"
-        verdict = verdicts[seed] = one(Plan(seed, given.faults, given.clients), place)
+        verdict = verdicts[seed] = one(Plan(seed, given.faults, given.clients), place, certified=given.tls)
         print(told(seed, verdict, time.monotonic() - started), flush=True)
         for reason in verdict.invalid:
             print(f"    invalid: {reason}", flush=True)

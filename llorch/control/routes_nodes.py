@@ -111,6 +111,8 @@ async def deregister(request: web.Request) -> web.StreamResponse:
     _must_be(request, node_id)
     if not request[PRINCIPAL].may(Scope.ADMIN):
         control.distrust.check(node_id)  # it stays listed, with why it is shut out
+    if node_id not in control.registry.nodes:
+        return json_response({"success": True})  # it has left before: idempotent, and nothing to put on record
     await on_record.node_deregisters(request, node_id)
     control.registry.deregister(node_id, time.monotonic())
     link = control.links.get(node_id)

@@ -91,8 +91,14 @@ def _no_capacity(case: Case) -> bool:
 
 
 def _model_not_found(case: Case) -> bool:
-    """A control that has just started has never heard of what no node of now has."""
-    return _nowhere(case) and bool(case.facts.restarted(0.0, case.at))
+    """A control that has just started has never heard of what no node of now has; nor is what a node had that has
+    signed off, with its pools and its catalog.
+    """
+    facts, since = case.facts, case.since - RETRIES_LOOK_BACK_S
+    pools = facts.pools_of(case.story.ask["model"])
+    signed_off = {hit.node for hit in facts.hit(since, case.at, parts=("node",), hows=("term",))}
+    gone = all(facts.pools[pool]["node"] in signed_off for pool in pools)
+    return _nowhere(case) and (gone or bool(facts.restarted(0.0, case.at)))
 
 
 def _recovering(case: Case) -> bool:

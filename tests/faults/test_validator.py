@@ -262,6 +262,13 @@ def test_a_control_restart_is_blamed_for_nothing_but_what_it_may_be() -> None:
     assert tale.task().send().answer(503, "RECOVERING").closed().over("refused").rules() == ["unexplained error"]
 
 
+@pytest.mark.parametrize("how", ["node.term", "node.kill"])
+def test_what_a_node_had_is_not_there_once_it_has_signed_off_and_no_sooner(how: str) -> None:
+    tale = Tale().wait(10.0).fault(how, "a", 2.0).wait(1.0)
+    tale.task(model="odd").send().answer(404, "MODEL_NOT_FOUND").closed().over("refused")
+    assert tale.rules() == ([] if how == "node.term" else ["unexplained error"])
+
+
 @pytest.mark.parametrize(("model", "rules"), [("sim", []), ("odd", ["unexplained error"])])
 def test_a_node_that_may_bring_a_task_back_is_one_that_serves_its_model(model: str, rules: list[str]) -> None:
     tale = Tale().wait(10.0).task(model=model, key="key").send().left(back=True).closed("left")

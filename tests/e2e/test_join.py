@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import shlex
 import ssl
 import subprocess
@@ -18,7 +19,7 @@ import aiohttp
 import pytest
 
 from llorch import pki, tls
-from tests.cluster import Cluster, Running, eventually, expected_text, simulated
+from tests.cluster import Cluster, Running, descendants, eventually, expected_text, simulated
 from tests.faults import netns
 
 
@@ -108,6 +109,56 @@ async def test_two_commands_make_a_cluster_and_no_certificate_is_handled_by_hand
     kept = llorch.folder / "a" / "pki" / "node.pem"
     assert kept.stat().st_mode & 0o777 == 0o600
     assert secret not in kept.read_text()
+
+
+async def test_no_secret_of_such_a_cluster_is_anywhere_but_where_it_is_kept(llorch: Cluster) -> None:
+    """Join token, client token, keys, prompt and output: in no log, no audit record, no argument, no environment."""
+    prompt = f"canary{secrets.token_hex(8)}"
+    control = await start_control(llorch, "--log-level", "debug")
+    env, words = await join_command(llorch)
+    node = await llorch.start("a", [*words, *node_words(llorch, "a"), "--log-level", "debug"], **env).ready()
+    async with client_of(llorch):
+        await llorch.bound("a", 1)
+        status, task = await llorch.post("/v2/tasks", {"model": "sim", "prompt": prompt, "max_tokens": 4})
+        assert (status, task["text"]) == (200, expected_text(4))
+        headers = {"Authorization": f"Bearer {llorch.token}x"}
+        async with llorch.session.post(f"{llorch.url}/v2/tasks", data=prompt, headers=headers) as response:
+            refusal = await response.text()
+        async with llorch.session.get(f"{llorch.url}/metrics", headers=llorch.headers()) as response:
+            metrics = await response.text()
+    kept = [llorch.folder / "control" / "pki" / "authority.pem", llorch.folder / "a" / "pki" / "node.pem"]
+    key_lines = [path.read_text().partition("PRIVATE KEY-----\n")[2].split("\n")[0] for path in kept]
+    join_token = env["LLORCH_JOIN_TOKEN"]
+    hidden = [
+        join_token,
+        join_token.split(".")[2][:43],
+        llorch.token,
+        llorch.token.split(".")[1][:43],
+        prompt,
+        *key_lines,
+    ]
+    engines = descendants(node.pid)
+    processes = {control.pid, node.pid} | engines
+    assert engines, "there is an engine to look at"
+    audit = sorted((llorch.folder / "control" / "audit").glob("*.jsonl"))
+    assert audit, "there is an audit log to look at"
+    places = {
+        "the control's log": control.text(),
+        "the node's log": node.text(),
+        "a refusal": refusal,
+        "the metrics": metrics,
+        "the audit log": "".join(path.read_text() for path in audit),
+        "the tokens' store": (llorch.folder / "control" / "tokens.json").read_text(),
+        "arguments": "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in processes),
+        "engines' environments": "".join(Path(f"/proc/{pid}/environ").read_text() for pid in engines),
+        "engines' logs": "".join(
+            path.read_text(errors="replace") for path in (llorch.folder / "a" / ".runtime" / "logs").glob("*")
+        ),
+    }
+    for where, text in places.items():
+        for number, secret in enumerate(hidden):
+            assert secret not in text, f"secret {number} is in {where}"
+    assert expected_text(4) not in places["the control's log"] + places["the node's log"] + places["the audit log"]
 
 
 async def test_a_node_comes_back_with_its_certificate_alone(llorch: Cluster) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.certified import Certified, authority_of
 from tests.faults.harness import Plan, run
 from tests.faults.run import told
 from tests.faults.validator import judge
 
 
-async def passes(plan: Plan, folder: Path) -> None:
-    verdict = judge(await run(plan, folder))
+async def passes(plan: Plan, folder: Path, *, certified: bool = False) -> None:
+    with_tls = (Certified, authority_of(folder)) if certified else ()
+    verdict = judge(await run(plan, folder, *with_tls))
     lines = [told(plan.seed, verdict, 0.0), *verdict.invalid, *map(str, verdict.violations[:20]), str(folder)]
     assert verdict.passed, "\n".join(lines)
     assert sum(verdict.faults.values()) >= plan.faults - 2  # some part may not have been whole in time to be hit
@@ -28,3 +30,9 @@ async def test_six_faults_break_no_promise(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [101, 102])
 async def test_forty_faults_break_no_promise(seed: int, tmp_path: Path) -> None:
     await passes(Plan(seed, 40), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_forty_faults_break_no_promise_with_certificates_on_every_way(tmp_path: Path) -> None:
+    await passes(Plan(103, 40), tmp_path / "run", certified=True)

@@ -12,6 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from llorch.tokens import Kind, Record, Tokens, Wish, is_whole
 from llorch.web import Gate
 
 if TYPE_CHECKING:
-    from llorch.control.authority import Authority
+    from llorch.control.authority import Authority, Trust
 
 LOOK_EVERY_S = 1.0  # a revocation has to be in force within 5 s
 SAVE_USE_EVERY_S = 60.0
@@ -131,9 +132,8 @@ class Access:
         return principal
 
     def _refusal(self, principal: Principal, now: float) -> str | None:
-        assert self.authority is not None and principal.issued is not None and principal.expires is not None
-        node_id, issued, ends = principal.node_id or "", principal.issued, principal.expires
-        return self.authority.trust.refusal(node_id, issued, ends, now, principal.issuer)
+        assert self.authority is not None
+        return _refused(principal, now, self.authority.trust)
 
     def _still_good(self, principal: Principal) -> bool:
         now = time.time()
@@ -203,7 +203,9 @@ class Access:
         assert self.authority is not None
         now, life_s = time.time(), self.settings.node_cert_life
         if principal.issued is not None:
-            return self.authority.issue_node(csr, node_id, now, life_s, take_over=True)
+            return self.authority.issue_node(
+                csr, node_id, now, life_s, take_over=True, still_good=partial(_refused, principal, now)
+            )
         token_id = principal.token_id or ""
         if self.authority.is_repeated(csr, node_id, token_id):
             return self.authority.issue_node(csr, node_id, now, life_s, take_over=True, token=token_id)
@@ -353,6 +355,12 @@ class Access:
             self.settings = before
             raise
         self._make_ring()
+
+
+def _refused(principal: Principal, now: float, trust: Trust) -> str | None:
+    """Why somebody's certificate is no good any more; None if it is."""
+    assert principal.issued is not None and principal.expires is not None
+    return trust.refusal(principal.node_id or "", principal.issued, principal.expires, now, principal.issuer)
 
 
 def serves_tls(settings: ControlSettings) -> bool:

@@ -209,15 +209,28 @@ class Authority:
     # ------------------------------------------------------------ certificates
 
     def issue_node(
-        self, csr: bytes, node_id: str, now: float, life_s: float, *, take_over: bool = False, token: str = ""
+        self,
+        csr: bytes,
+        node_id: str,
+        now: float,
+        life_s: float,
+        *,
+        take_over: bool = False,
+        token: str = "",
+        still_good: Callable[[Trust], str | None] = lambda _trust: None,
     ) -> bytes:
         """A certificate for a node, with its chain (PEM). Raises NODE_ID_CONFLICT for an id whose certificate is in
         force, unless it is to `take_over`: a new machine can't become one that is there.
+
+        `still_good` says what is wrong by now with the one that is renewed: it may have been revoked a moment ago.
         """
         made: list[Cert] = []
         public = pki.read_request(csr)
 
         def issue(trust: Trust) -> None:
+            why = still_good(trust)
+            if why is not None:
+                raise LlorchError(Code.UNAUTHENTICATED, why)
             held = trust.issued.get(node_id)
             if held is not None and not take_over and trust.refusal(node_id, held.issued, held.ends, now) is None:
                 raise LlorchError(

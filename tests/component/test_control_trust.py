@@ -304,6 +304,22 @@ async def test_a_certificate_is_renewed_by_itself_and_for_itself_alone(tmp_path:
         assert code(await control.sign("b", pair=pair)) == (403, "FORBIDDEN")
 
 
+async def test_a_certificate_that_is_revoked_while_it_asks_is_not_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with trusted(tmp_path) as control:
+        pair = control.pair("a", issued=time.time() - 10)
+        elsewhere = Authority.open(control.folder / "c", None, time.time())[0]
+
+        async def meanwhile(*_: object) -> None:
+            elsewhere.revoke("a", time.time())
+
+        monkeypatch.setattr("llorch.control.on_record.certificate_signed", meanwhile)
+        assert code(await control.sign("a", pair=pair)) == (401, "UNAUTHENTICATED")
+        control.authority.refresh()
+        assert "a" not in control.authority.trust.issued
+
+
 async def test_a_shared_node_token_gives_no_certificate(tmp_path: Path) -> None:
     async with trusted(tmp_path) as control:
         answer = await control.sign("a", token=TOKENS["node"])

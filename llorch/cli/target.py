@@ -17,6 +17,7 @@ from llorch.cli.sources import read_secret, resolve_here
 from llorch.config import ClientSettings
 from llorch.config_kinds import URL, BadValue, plain_http_abroad
 from llorch.errors import ConfigError
+from llorch.tokens import is_whole
 
 _OWN_ENV = ("env LLORCH_URL", "env LLORCH_TOKEN", "env LLORCH_TLS_CA")  # LLORCH_API_TOKEN is a control's first of all
 
@@ -72,6 +73,8 @@ def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | 
         if token is not None and plain_http_abroad(url) and not own_url:
             warnings.append(f"context {name}: http:// sends the token unencrypted over the network; use https://")
     withheld = withheld if token is None else None
+    if token is not None and not is_whole(token):
+        warnings.append("the token is cut off or mistyped: copy all of it, to the 8 characters after its last _")
     url_from = origin["url"] if chosen is None or own_url else f"context {name}"
     return Target(
         url, token, tls_ca, pinned, settings.timeout, tuple(warnings), withheld, "-" in read, url_from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from llorch.cli.output import OutputClosed
 from llorch.client import api
 from llorch.errors import Code
 from llorch.tls import server_context
+from llorch.tokens import ID_BYTES, SECRET_BYTES, write_token
 from tests.component.command_line import CommandLine, Ran
 from tests.component.scripted_control import (
     QUEUED,
@@ -727,3 +729,12 @@ async def test_a_broken_standard_output_is_1_and_cancels_the_task(
     ran = await llorch("submit", "-m", "m", "Hello")
     assert ran.code == 1
     assert [asked.path.rsplit("/", 1)[-1] for asked in control.requests] == ["tasks", "cancel"]
+
+
+async def test_a_token_that_was_cut_off_is_told_before_the_control_refuses_it(llorch: CommandLine) -> None:
+    whole = write_token(secrets.token_bytes(ID_BYTES + SECRET_BYTES))[1]
+    for shown, told in ((whole[:-3], True), (whole, False)):
+        llorch.env(LLORCH_TOKEN=shown)
+        ran = await llorch("node", "ls")
+        assert ("cut off or mistyped" in ran.err) is told
+        assert shown not in ran.err

@@ -70,12 +70,12 @@ class Story:
         """The connections that are the client's own way to the end; not those that look back after it."""
         return (conn for conn in self.conns if conn.op in ("post", "events"))
 
-    def output_at(self) -> float | None:
-        """When something of a log was first seen."""
+    def output_at(self, since: float = 0.0) -> float | None:
+        """When something of a log was first seen, of what was seen from `since` on."""
         seen = [event["at"] for conn in self.conns for event in conn.events if event["id"] is not None]
         seen += [chunk["at"] for conn in self.conns for chunk in conn.chunks if chunk.get("text")]
         seen += [conn.body["at"] for conn in self.conns if conn.body is not None]
-        return min(seen, default=None)
+        return min((at for at in seen if at >= since), default=None)
 
     def pool_at(self, at: float) -> str | None:
         """Where the output that was seen until then came from."""

@@ -249,6 +249,18 @@ def test_a_failed_task_is_told_to_have_failed_when_its_log_is_gone(killed: str, 
     assert done(tale.show([{**events[-1], "id": None}])).rules() == rules
 
 
+@pytest.mark.parametrize(("shown", "rules"), [(0, []), (2, ["one execution"])])
+def test_what_an_earlier_execution_has_shown_is_not_held_against_a_silent_one_on_the_same_pool(
+    shown: int, rules: list[str]
+) -> None:
+    tale = begun(9, key="key").show(log(3)[:-1]).fault("node.kill", "a", 1.0).closed("broken").wait(20.0)
+    tale.send().engine("arrived").answer()
+    if shown:
+        tale.show(log(shown)[:-1])
+    tale.fault("engine.kill", "a/p0", 1.0).wait(1.0).engine("arrived", "b/p0").show(log(9, pool="b/p0", attempt=2))
+    assert ("one execution" in tale.engine("finished", "b/p0").closed().over().rules()) is bool(rules)
+
+
 def test_a_control_restart_is_blamed_for_nothing_but_what_it_may_be() -> None:
     for code, rules in (
         ("RECOVERING", []),

@@ -236,7 +236,7 @@ def _between(facts: Facts, first: Execution, second: Execution) -> list[Hit]:
 def _may_run_again(story: Story, facts: Facts, first: Execution, second: Execution) -> bool:
     since, at = first.asked - LATE_S, second.start
     lost = facts.hit(since, at, parts=("node", "link"), node=first.node)
-    output = story.output_at()
+    output = story.output_at(first.start)  # what an earlier execution on the same pool has shown is not of this one
     seen = output is not None and output < at and story.pool_at(at) == first.pool and first.start < at
     ended = first.end <= at + LATE_S
     # An engine may have said its last word just as the task was cancelled, for its reader had left. What stood still

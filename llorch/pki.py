@@ -32,6 +32,17 @@ Key: TypeAlias = ec.EllipticCurvePrivateKey
 PublicKey: TypeAlias = ec.EllipticCurvePublicKey
 Cert: TypeAlias = x509.Certificate
 
+# What `x509` raises for bytes that are no certificate or request; not all of it is a ValueError.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+
 
 def make_key() -> Key:
     return ec.generate_private_key(ec.SECP256R1())
@@ -69,9 +80,12 @@ def read_certs(pem: bytes) -> list[Cert]:
     """The certificates of a PEM bundle. Raises ValueError if there is none, or something that is none."""
     if len(pem) > MAX_PEM_BYTES:
         raise ValueError("it is too large to be a bundle of certificates")
-    certs = x509.load_pem_x509_certificates(pem)
-    for cert in certs:
-        _ = cert.subject, cert.extensions  # parsed at the first look, and raise there
+    try:
+        certs = x509.load_pem_x509_certificates(pem)
+        for cert in certs:
+            _ = cert.subject, cert.extensions  # parsed at the first look, and raise there
+    except _UNREADABLE as error:
+        raise ValueError(f"it holds something that is no certificate: {error}") from None
     return certs
 
 
@@ -221,7 +235,7 @@ def read_request(pem: bytes) -> PublicKey:
         request = x509.load_pem_x509_csr(pem)
         public = request.public_key()
         proven = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature, TypeError):
+    except _UNREADABLE:
         raise invalid("this is no PKCS#10 certificate request in PEM", param="csr") from None
     if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
         raise invalid("the key of the certificate request is not P-256", param="csr")
@@ -252,7 +266,7 @@ def common_name(cert: Cert) -> str:
 def _signed_by(cert: Cert, authority: Cert) -> bool:
     try:
         cert.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except _UNREADABLE:
         return False
     return True
 

@@ -165,7 +165,7 @@ def task_body(data: bytes) -> None:
 
 def openai_body(data: bytes) -> None:
     headers, body = _request(data)
-    path = headers.get("path", openai_paths.CHAT)
+    path = openai_paths.served(headers.get("path", openai_paths.CHAT)).path  # as the route does, before all else
     task = intake.openai_task(path, body, headers, owner="a", request_id="r", task_id=seeds.TASK_ID, now=NOW)
     _plain_task(task)
     request = openai_api.encode_openai(path, decode_object(body), "engine-model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import aiohttp.web
 import pytest
 
-from llorch import listen, web
+from llorch import listen, pki, web
 from llorch.auth import Scope, TokenRing
 from llorch.config_kinds import MODEL_REF, BadValue
 from llorch.control.addresses import check_address
@@ -21,7 +23,7 @@ from llorch.node.engines.openai_api import _value
 from llorch.sse import SseError
 from llorch.tls import NameReader
 from tests.fuzz.seeds import greeting
-from tests.fuzz.wire import Connection
+from tests.fuzz.wire import Connection, Ending
 
 LONG = 512 * 1024
 
@@ -88,6 +90,52 @@ def test_an_error_in_an_engines_stream_is_read_however_deep_it_is() -> None:
         assert chunk.error is not None and chunk.error.code is Code.INVALID_REQUEST
     else:
         raise AssertionError("the parser's own limit was not reached")
+
+
+def _altered(pem: bytes, old: bytes, new: bytes) -> bytes:
+    """A PEM whose bytes have `new` where they had `old`."""
+    begins, *lines, ends = pem.splitlines()
+    der = base64.b64decode(b"".join(lines))
+    assert old in der
+    return b"\n".join((begins, base64.encodebytes(der.replace(old, new, 1)) + ends, b""))
+
+
+def test_a_certificate_with_an_extension_twice_is_no_certificate() -> None:
+    """`x509` raises a DuplicateExtension for it, which is no ValueError."""
+    pem = pki.pem_of([pki.make_authority(pki.make_key(), 0.0)])
+    key_id, constraints = b"\x06\x03\x55\x1d\x0e", b"\x06\x03\x55\x1d\x13"
+    with pytest.raises(ValueError, match="no certificate"):
+        pki.read_certs(_altered(pem, key_id, constraints))
+
+
+@pytest.mark.parametrize("version", [1, 0x40])
+def test_a_certificate_request_of_an_unknown_version_is_refused(version: int) -> None:
+    """`x509` raises an InvalidVersion for it: a 500 for whoever had a join token."""
+    pem = pki.make_request(pki.make_key(), "gpu-1")
+    with pytest.raises(LlorchError) as refused:
+        pki.read_request(_altered(pem, b"\x02\x01\x00\x30", bytes((2, 1, version, 0x30))))
+    assert refused.value.code is Code.INVALID_REQUEST
+
+
+async def test_to_be_told_to_go_on_is_no_answer() -> None:
+    """Who sends a part of a body, is told to go on and hangs up has had no answer, and so none without an id."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    connection = Connection("127.0.0.1", server.sockets[0].getsockname()[1])
+    try:
+        raw = b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n[]"
+        answer = await connection.ask(raw, head_only=False, within_s=5, close_after=True, hang_up=True)
+    finally:
+        connection.close()
+        server.close()
+        await server.wait_closed()
+    assert (answer.status, answer.ending) == (0, Ending.NONE)
 
 
 @pytest.mark.parametrize(

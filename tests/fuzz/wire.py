@@ -13,6 +13,7 @@ from enum import StrEnum
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
+CONTINUE = 100  # "send the body": no answer yet
 
 
 class Ending(StrEnum):
@@ -93,14 +94,15 @@ class Connection:
 
 
 async def _read(reader: asyncio.StreamReader, so_far: _SoFar, head_only: bool) -> None:
-    while so_far.status in (0, 100):
+    status = CONTINUE
+    while status == CONTINUE:
         head = await reader.readuntil(b"\r\n\r\n")
         first, *lines = head[:-4].decode("latin-1").split("\r\n")
-        so_far.headers.clear()
-        for line in lines:
-            name, _, value = line.partition(":")
-            so_far.headers[name.lower()] = value.strip()
-        so_far.status = int(first.split(" ")[1])
+        status = int(first.split(" ")[1])
+    so_far.status = status
+    for line in lines:
+        name, _, value = line.partition(":")
+        so_far.headers[name.lower()] = value.strip()
     headers = so_far.headers
     if head_only or so_far.status in (101, 204, 304):
         return

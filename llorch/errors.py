@@ -14,7 +14,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
+
+Failure = TypeVar("Failure", bound=Exception)
 
 MAX_WIRE_TEXT_CHARS = 2_000  # of one text in a peer's error; ours are a line or two
 MAX_DETAILS_CHARS = 16 * 1024  # of its details; more than that is no help to anybody
@@ -240,6 +242,13 @@ def bounded(wire: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(details, Mapping) and len(json.dumps(details)) <= MAX_DETAILS_CHARS:
         fields["details"] = details
     return fields
+
+
+def without_frames(error: Failure) -> Failure:
+    """`error`, to be kept: the frames of its traceback would keep all that was local to them, bodies and connections,
+    and where one of those keeps the error, only a rare collection ends the cycle."""
+    error.__context__ = error.__cause__ = error.__traceback__ = None
+    return error
 
 
 class ConfigError(LlorchError):

@@ -13,6 +13,7 @@ import time
 from typing import Protocol
 
 from llorch import records
+from llorch.errors import without_frames
 from llorch.records import Record, RecordError, Type
 
 PING_AFTER_S = 5.0
@@ -55,11 +56,20 @@ class LinkOwner(Protocol):
         """The transport takes bytes again after it was full."""
 
 
+class _Nobody:
+    """The owner of a link that has ended. The real one may hold the link, and neither is to keep the other in memory:
+    what a peer has sent last hangs on both, and it may come back a hundred times a second."""
+
+    def link_record(self, record: Record) -> None: ...
+    def link_lost(self, reason: str) -> None: ...
+    def link_writable(self) -> None: ...
+
+
 class Link(asyncio.Protocol):
     """A transport that has been switched to records. `start` begins it; `inner` is the protocol it took over from."""
 
     def __init__(self, owner: LinkOwner, inner: asyncio.Protocol | None = None) -> None:
-        self._owner = owner
+        self._owner: LinkOwner = owner
         self._inner = inner
         self._decoder = records.Decoder()
         self._transport: asyncio.Transport | None = None
@@ -132,7 +142,7 @@ class Link(asyncio.Protocol):
                 else:
                     self._owner.link_record(record)
         except RecordError as error:
-            self.fault = error
+            self.fault = without_frames(error)
             self.abort(f"protocol error: {error}")
 
     def pause_writing(self) -> None:
@@ -148,9 +158,11 @@ class Link(asyncio.Protocol):
             self._timer.cancel()
         if not self.lost.done():
             self.lost.set_result(None)
-        self._owner.link_lost(self._reason)
-        if self._inner is not None:
-            self._inner.connection_lost(exc)
+        owner, self._owner = self._owner, _Nobody()
+        inner, self._inner = self._inner, None
+        owner.link_lost(self._reason)
+        if inner is not None:
+            inner.connection_lost(exc)
 
     def _tick(self) -> None:
         if self._heard:

@@ -234,10 +234,8 @@ class Membership:
 
     async def _open_link(self, lease: Lease) -> None:
         def take() -> NodeLink:
-            made = self._link = NodeLink(
-                self._node.runner, self._calls, lease.epoch, lambda reason: self._link_lost(made, reason)
-            )
-            return made
+            self._link = NodeLink(self._node.runner, self._calls, lease.epoch, self._link_lost)
+            return self._link
 
         await dial(self.url, self._node.node_id, lease.lease_id, self._credentials, lease.epoch, take)
         log.info("link.up", node_id=self._node.node_id, url=self.url)

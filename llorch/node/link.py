@@ -142,7 +142,7 @@ def _read(model: type[M], payload: bytes) -> M:
 class NodeLink:
     """A link.LinkOwner. `epoch` is the control's; `lost` is told once, when the connection has ended."""
 
-    def __init__(self, runner: Runner, calls: Calls, epoch: str, lost: Callable[[str], None]) -> None:
+    def __init__(self, runner: Runner, calls: Calls, epoch: str, lost: Callable[[NodeLink, str], None]) -> None:
         self._runner = runner
         self._calls = calls
         self._epoch = epoch
@@ -206,7 +206,7 @@ class NodeLink:
         for stream in list(self._streams.values()):
             self._drop(stream, Gone.LOST)
         self._waiting.clear()
-        self._on_lost(reason)
+        self._on_lost(self, reason)
 
     def link_writable(self) -> None:
         self._turns()

@@ -16,7 +16,7 @@ from typing import Protocol
 import aiohttp
 
 from llorch.breaker import TRIAL_TIMEOUT_S
-from llorch.errors import Code, LlorchError, invalid
+from llorch.errors import Code, LlorchError, invalid, without_frames
 from llorch.logs import Log
 from llorch.messages import Head, Open, Tail, TaskBody, Timings, decode_object, parse
 from llorch.node.answer_wire import error_wire
@@ -308,7 +308,7 @@ class Execution:
             self.entry.state = State.RUNNING
             await self._exchange(request)
         except LlorchError as error:
-            self._failed = error
+            self._failed = without_frames(error)
 
     def _check_model(self, asked: object) -> None:
         """Without a model in the OPEN, as with curl, the body's own must be the pool's: engines ignore it."""
@@ -431,6 +431,7 @@ class Execution:
         except Exception:
             log.fault("task.unsealed", task_id=self.entry.task_id, node_id=self._runner.node_id)
             tail = self._seal_as_it_is()
+        self._task = None  # which keeps its CancelledError, whose frames keep this
         self._runner.ended(self, tail)
 
     def _seal_as_it_is(self) -> Tail:

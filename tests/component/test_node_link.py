@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import time
 import uuid
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from llorch import records
+from llorch.node.link import NodeLink
+from llorch.node.runner import Execution
 from llorch.node.tasklog import Limits
 from llorch.records import INITIAL_CREDIT_BYTES, Type
 from tests.component.node_harness import ENGINE_KEY, MODEL, POOL, Stream, eventually, node_between
 
 CHAT = "/v1/chat/completions"
+T = TypeVar("T")
 EMBEDDINGS = "/v1/embeddings"
+
+
+@pytest.fixture
+def without_collection() -> Iterator[None]:
+    gc.collect()  # what other tests have left
+    gc.disable()
+    yield
+    gc.enable()
 
 
 async def ended(stream: Stream) -> dict[str, Any]:
@@ -197,6 +211,44 @@ async def test_control_that_breaks_the_protocol_loses_its_link(tmp_path: Path, k
         await eventually(lambda: link.reason is not None, what="the link ends")
         await setup.control.linked(2)  # and a new one comes
         await eventually(lambda: setup.node.slots_free == 2, what="slots are free again")
+
+
+def kept(kind: type[T]) -> list[T]:
+    return [each for each in gc.get_objects() if isinstance(each, kind)]
+
+
+@pytest.mark.parametrize("kind", ["even_id", "length", "json", "late_body"])
+async def test_a_link_that_broke_the_protocol_leaves_nothing_in_memory(
+    tmp_path: Path, kind: str, without_collection: None
+) -> None:
+    """A control that does it a hundred times a second cost a node 200 MB, until a collection came."""
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        (first,) = (each for each in kept(NodeLink) if each.connection and not each.connection.lost.done())
+        gone = [weakref.ref(first), weakref.ref(first.connection)]
+        del first
+        if kind == "even_id":
+            link.send(2, Type.OPEN, b"{}")
+        elif kind == "length":
+            link.connection.send(records.HEADER.pack(1, Type.OPEN, records.MAX_PAYLOAD_BYTES + 1))
+        elif kind == "json":
+            link.send(link.stream().id, Type.OPEN, b"not json")
+        else:
+            stream = link.open(b"{}", send_body=False)
+            link.send(stream.id, Type.BODY, b"{} and more")
+        await setup.control.linked(2)
+        await eventually(lambda: setup.node.slots_free == 2, what="slots are free again")
+        assert [each() for each in gone] == [None, None]
+        assert kept(Execution) == []
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"model": "m", "prompt": "x", "nonsense": 1}'])
+async def test_a_body_that_was_refused_is_not_kept(tmp_path: Path, body: bytes, without_collection: None) -> None:
+    async with node_between(tmp_path) as setup:
+        link = await setup.link()
+        await ended(link.open(body))
+        await eventually(lambda: setup.node.slots_free == 2, what="slots are free again")
+        assert kept(Execution) == []
 
 
 async def test_unknown_record_types_are_skipped(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ async def _no_calls(_call: object, _body: bytes) -> Answer:
 
 def made() -> tuple[NodeLink, Wire, Tasks]:
     tasks, wire = Tasks(), Wire()
-    link = NodeLink(cast(Runner, tasks), _no_calls, "epoch", lambda _reason: None)
+    link = NodeLink(cast(Runner, tasks), _no_calls, "epoch", lambda _link, _reason: None)
     link.connection = cast(Link, wire)
     return link, wire, tasks
 

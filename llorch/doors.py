@@ -39,6 +39,11 @@ class Limits:
     for_nodes: bool = True
 
     @property
+    def arriving_per_address(self) -> int:
+        """Half: an office that comes all at once has room, and no address keeps the others out."""
+        return max(1, self.arriving // 2)
+
+    @property
     def reserve(self) -> int:
         return min(NODE_RESERVE, self.most // 4) if self.for_nodes else 0
 
@@ -78,7 +83,8 @@ class Doors:
         self.clients = 0  # inside
         self._is_node = is_node
         self._refused = refused
-        self._arriving: dict[Place, None] = {}  # oldest first
+        self._arriving: dict[Place, None] = {}  # oldest first, as the next
+        self._arriving_of: dict[str, dict[Place, None]] = {}  # by what they count under
         self._silent: dict[Place, None] = {}  # inside, and has asked for nothing yet; longest first, as the next
         self._idle: dict[Place, None] = {}
         self._per_key: dict[str, int] = {}
@@ -99,12 +105,21 @@ class Doors:
         self._evict(oldest, "arriving")
         return 0.0
 
-    def arrive(self, address: str, now: float, close: Callable[[], object]) -> Place:
+    def arrive(self, address: str, now: float, close: Callable[[], object]) -> Place | None:
+        """Its place; None if too many arrive from its address, a node's or not, and have only just come."""
         place = Place(self._key(address), now, close)
         place.node = self._is_node(address)
-        self._arriving[place] = None
         if place.key is not None:
+            others = self._arriving_of.get(place.key, {})
+            if len(others) >= self.limits.arriving_per_address:
+                oldest = next(iter(others))
+                if now - oldest.since < ARRIVE_S:
+                    self._refused("address")
+                    return None
+                self._evict(oldest, "arriving")
+            self._arriving_of.setdefault(place.key, {})[place] = None
             self._per_key[place.key] = self._per_key.get(place.key, 0) + 1
+        self._arriving[place] = None
         return place
 
     def admit(self, place: Place, *, named: bool = False) -> bool:
@@ -141,7 +156,7 @@ class Doors:
         """A request has come."""
         self._idle.pop(place, None)
         self._silent.pop(place, None)
-        self._arriving.pop(place, None)
+        self._arrived(place)
 
     def idle(self, place: Place) -> None:
         """Its request is answered, and no other is here."""
@@ -152,7 +167,7 @@ class Doors:
     def leave(self, place: Place) -> None:
         """It is gone; saying so again does nothing."""
         place.gone = True
-        self._arriving.pop(place, None)
+        self._arrived(place)
         self._silent.pop(place, None)
         self._idle.pop(place, None)
         if place.inside:
@@ -167,6 +182,17 @@ class Doors:
                 self._per_key[key] -= 1
             else:
                 del self._per_key[key]
+
+    def _arrived(self, place: Place) -> None:
+        """It arrives no more."""
+        if place not in self._arriving:
+            return
+        del self._arriving[place]
+        if place.key is not None:
+            of_its_address = self._arriving_of[place.key]
+            del of_its_address[place]
+            if not of_its_address:
+                del self._arriving_of[place.key]
 
     # ---- who makes room
 

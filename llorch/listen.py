@@ -30,7 +30,8 @@ from llorch.tls import CONTROL_NAME, Identities, NameReader, why_refused
 
 HEAD_TIMEOUT_S = 10.0  # for a head, from the connection's beginning or from its own first byte; then it is closed
 HANDSHAKE_TIMEOUT_S = 10.0  # from the accepted connection to the end of its TLS handshake
-HELLO_PAUSE_S = 0.02  # between two looks at a greeting that has begun to arrive
+HELLO_PAUSE_S = 0.02  # to the second look at a greeting that has begun to arrive, and twice as long to each further one
+MOST_HELLO_PAUSE_S = 0.5
 MAX_HELLO_BYTES = 16 * 1024 + 5  # one TLS record
 REAP_EVERY_S = 2.0
 BACKLOG = 1024
@@ -122,7 +123,8 @@ class Acceptor:
     def _take(self, sock: socket.socket, peer: str, now: float) -> None:
         place = self._doors.arrive(peer, now, sock.close)
         named = self._tls is not None and CONTROL_NAME in self._tls.named
-        if not named and not self._doors.admit(place):  # else its greeting is heard first: it may be a node's
+        # Where nodes come by name, the greeting is heard before anybody is admitted: it may be a node's.
+        if place is None or (not named and not self._doors.admit(place)):
             sock.close()
             return
         sock.setblocking(False)
@@ -160,7 +162,12 @@ class Acceptor:
             raise
 
     async def _server_name(self, sock: socket.socket) -> str | None:
-        """The name that a connection asks for, from its greeting, which stays to be read."""
+        """The name that a connection asks for, from its greeting, which stays to be read.
+
+        Read anew only when more of it is there, and looked for ever more seldom: a thousand strangers that send one
+        byte each cost nothing.
+        """
+        seen, pause_s = 0, HELLO_PAUSE_S
         while True:
             try:
                 hello = sock.recv(MAX_HELLO_BYTES, socket.MSG_PEEK)
@@ -169,10 +176,13 @@ class Acceptor:
                 continue
             if not hello:
                 raise ConnectionResetError
-            found, name = self._names.read(hello)
-            if found or len(hello) >= MAX_HELLO_BYTES:
-                return name
-            await asyncio.sleep(HELLO_PAUSE_S)  # the kernel calls it readable: the beginning is there
+            if len(hello) > seen:
+                seen = len(hello)
+                found, name = self._names.read(hello)
+                if found or seen >= MAX_HELLO_BYTES:
+                    return name
+            await asyncio.sleep(pause_s)  # the kernel calls it readable: the beginning is there
+            pause_s = min(2 * pause_s, MOST_HELLO_PAUSE_S)
 
     async def _readable(self, sock: socket.socket) -> None:
         ready = asyncio.Event()

@@ -10,6 +10,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +202,23 @@ async def test_a_greeting_that_does_not_come_is_given_up_and_takes_no_place(
             assert each is silent[4] or await each.closed()
         await eventually(lambda: server.doors.arriving == 0)
         assert (server.doors.clients, server.doors.nodes) == (0, 1)
+
+
+async def test_a_greeting_is_read_again_only_when_more_is_there_and_looked_for_ever_more_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks, reads, pauses = [b"\x16"] * 8 + [b"\x16\x03"] * 2 + [b""], list[bytes](), list[float]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(listen.asyncio, "sleep", sleep)
+    names = SimpleNamespace(read=lambda hello: reads.append(hello) or (False, None))
+    sock = SimpleNamespace(recv=lambda _size, _flags: looks.pop(0))
+    with pytest.raises(ConnectionResetError):
+        await listen.Acceptor._server_name(SimpleNamespace(_names=names), sock)  # type: ignore[arg-type]
+    assert reads == [b"\x16", b"\x16\x03"]
+    assert pauses == [0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5, 0.5, 0.5, 0.5]
 
 
 # ---------------------------------------------------------------- rates

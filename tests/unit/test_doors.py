@@ -25,13 +25,18 @@ class World:
         )
 
     def arrive(self, address: str = HERE, now: float = NOW) -> Place:
-        place = self.doors.arrive(address, now, lambda: self.closed.append(place))
+        place = self.try_to_arrive(address, now)
+        assert place is not None
+        return place
+
+    def try_to_arrive(self, address: str = HERE, now: float = NOW) -> Place | None:
+        place = self.doors.arrive(address, now, lambda: self.closed.append(place))  # type: ignore[arg-type]
         return place
 
     def come_in(self, address: str = HERE, now: float = NOW, *, name: bool = False) -> Place | None:
         """All the way to a first request."""
-        place = self.arrive(address, now)
-        if not self.doors.admit(place, named=name) or not self.doors.enter(place, now):
+        place = self.try_to_arrive(address, now)
+        if place is None or not self.doors.admit(place, named=name) or not self.doors.enter(place, now):
             return None
         self.doors.busy(place)
         return place
@@ -82,8 +87,8 @@ def test_loopback_trusted_proxies_and_nodes_have_no_bound_of_their_own() -> None
 
 def test_half_open_connections_take_no_place_inside() -> None:
     world = World(Limits(most=40, per_address=10_000, arriving=500))
-    for _ in range(500):
-        assert world.doors.admit(world.arrive())
+    for number in range(500):
+        assert world.doors.admit(world.arrive(f"192.0.2.{number % 2 + 10}"))
     assert world.doors.arriving == 500
     world.fill(30, THERE)
     assert world.come_in(NODE) is not None
@@ -91,18 +96,38 @@ def test_half_open_connections_take_no_place_inside() -> None:
 
 def test_where_all_that_arrive_have_just_come_the_next_waits_and_then_the_oldest_goes() -> None:
     world = World(Limits(arriving=3))
-    places = [world.arrive(now=NOW + number / 10) for number in range(3)]
+    places = [world.arrive(f"192.0.2.{number}", NOW + number / 10) for number in range(3)]
     assert world.doors.pause_s(NOW + 0.3) > 0
     assert world.closed == []
     assert world.doors.pause_s(NOW + ARRIVE_S) == 0.0
     assert world.closed == places[:1]
     assert world.refused == {"arriving": 1}
     assert not world.doors.enter(places[0], NOW)  # whose handshake ends in this moment
-    world.arrive(now=NOW + ARRIVE_S)
+    world.arrive("192.0.2.3", NOW + ARRIVE_S)
     assert world.doors.pause_s(NOW + ARRIVE_S) > 0
     world.doors.enter(places[1], NOW)
     world.doors.busy(places[1])  # a request has come: it arrives no more
     assert world.doors.pause_s(NOW + ARRIVE_S) == 0.0
+
+
+def test_one_address_takes_half_of_the_places_for_those_that_arrive() -> None:
+    for address in (HERE, NODE):  # strangers may come from where a node is, too
+        world = World(Limits(arriving=8))
+        places = [world.arrive(address) for _ in range(4)]
+        assert world.try_to_arrive(address) is None
+        assert (world.refused, world.closed) == ({"address": 1}, [])
+        assert world.doors.pause_s(NOW) == 0.0 and world.arrive(THERE)
+        later = world.arrive(address, NOW + ARRIVE_S)  # who has shown nothing for so long makes room
+        assert (world.refused, world.closed) == ({"address": 1, "arriving": 1}, places[:1])
+        world.doors.busy(places[1])
+        world.doors.leave(later)
+        assert world.arrive(address, NOW + ARRIVE_S) and world.arrive(address, NOW + ARRIVE_S)
+        assert world.closed == places[:1]
+
+
+def test_loopback_and_proxies_may_take_all_the_places_for_those_that_arrive() -> None:
+    world = World(Limits(arriving=8, trusted=(ipaddress.ip_network("198.51.100.0/24"),)))
+    assert all(world.try_to_arrive(address) for address in ("127.0.0.1", "198.51.100.7") for _ in range(4))
 
 
 def test_where_it_is_full_the_client_that_is_idle_for_longest_goes_and_no_node() -> None:
@@ -184,7 +209,8 @@ def test_whatever_comes_and_goes_the_counts_are_right_and_nothing_is_kept_of_who
         now += 0.1
         if step == "arrive":
             if doors.pause_s(now) == 0.0:
-                places.append(world.arrive(address, now))
+                place = world.try_to_arrive(address, now)
+                places += [place] if place is not None else []
         elif step == "pause":
             doors.pause_s(now)
         elif places:
@@ -206,14 +232,12 @@ def test_whatever_comes_and_goes_the_counts_are_right_and_nothing_is_kept_of_who
         assert doors.clients <= 12 - doors.limits.reserve
         assert len(inside) <= 12
         assert doors.arriving <= 6
+        of_addresses = [place for each in doors._arriving_of.values() for place in each]
+        assert set(of_addresses) == {place for place in doors._arriving if place.key is not None}
+        assert all(0 < len(each) <= 3 for each in doors._arriving_of.values())
         here = [place for place in places if not place.gone]
         assert sum(doors._per_key.values()) == len([place for place in here if place.key is not None])
     for place in places:
         doors.leave(place)
-    assert (doors._arriving | doors._silent, doors._idle, doors._per_key, doors.nodes, doors.clients) == (
-        {},
-        {},
-        {},
-        0,
-        0,
-    )
+    assert (doors._arriving | doors._silent, doors._idle, doors._arriving_of) == ({}, {}, {})
+    assert (doors._per_key, doors.nodes, doors.clients) == ({}, 0, 0)

@@ -218,14 +218,16 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
         if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
             gate.refused(error.code)
             gate.denied(request, error.code, scopes.get(request.match_info.handler) or ())
-            log.warning(
-                "auth.failed",
-                code=error.code,
-                reason=error.message,
-                path=request.path,
-                peer=request.remote,
-                request_id=request_id,
-            )
+            if (more := pace.told(error.code, time.monotonic())) is not None:
+                log.warning(
+                    "auth.failed",
+                    code=error.code,
+                    reason=error.message,
+                    path=request.path,
+                    peer=request.remote,
+                    request_id=request_id,
+                    more=more or None,
+                )
         return error_response(error, request_id)
 
     @web.middleware
@@ -239,9 +241,9 @@ def make_app(routes: Sequence[Route], gate: Gate, *, max_body_bytes: int) -> web
                     wanted = (Scope.OPEN,)
                 found = gate.identify(request)
                 request[PRINCIPAL] = found or ANONYMOUS  # known also where it is refused
+                if found is not None:
+                    gate.quotas.request(found, time.monotonic())
                 request[PRINCIPAL] = authorize(found, *wanted)
-            if request[PRINCIPAL] is not ANONYMOUS:
-                gate.quotas.request(request[PRINCIPAL], time.monotonic())
             expects = wanted is not None and request.version >= HttpVersion11
             if expects and request.headers.get("Expect", "").lower() == "100-continue":
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

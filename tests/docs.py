@@ -13,7 +13,7 @@ from llorch.cli.main import app
 from llorch.config import settings_markdown
 from llorch.control import routes_health, routes_nodes, routes_tasks
 from llorch.control.admission import Admission
-from llorch.control.metrics import ControlMetrics, registry_metrics
+from llorch.control.metrics import ControlMetrics, registry_metrics, trust_metrics
 from llorch.control.registry import Registry
 from llorch.errors import MEANINGS
 from llorch.node import routes as node_routes
@@ -57,7 +57,7 @@ def metric_docs() -> dict[str, tuple[str, set[str]]]:
     scraped = registry_metrics(Registry(epoch="docs"), Admission(), 0.0)
     node.scrape(list, list, list)
     for role, metrics in (
-        ("control", [*control.registry.collect(), *scraped]),
+        ("control", [*control.registry.collect(), *scraped, *trust_metrics({}, {})]),
         ("node", list(node.registry.collect())),
     ):
         for metric in metrics:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from llorch.control.placement import Snapshot, Wish
-from llorch.errors import Code, LlorchError
+from llorch.errors import Code, LlorchError, without_frames
 from llorch.messages import Tail, TaskReport
 
 MAX_ENDED_TASKS = 10_000  # the views of ended tasks that are kept; about 1 KB each
@@ -147,8 +147,7 @@ class Task:
         if tail is not None and tail.error is not None:
             error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
         if error is not None and error.code is not Code.CANCELED:
-            self.error = error.with_traceback(None)  # which holds whatever was at hand when it was raised
-            self.error.__context__ = None
+            self.error = without_frames(error)
             self.enter(State.FAILED)
         elif error is not None or (tail is not None and tail.finish_reason == "canceled"):
             self.enter(State.CANCELED)

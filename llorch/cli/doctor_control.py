@@ -120,6 +120,9 @@ class Visit:
         if settings.tls == "off-mesh":
             return said.Shown("off-mesh")
         if not serves_tls(settings):
+            url = read_place(self.data)
+            if url is not None and url.startswith("https://"):
+                return said.Shown("started", names=(url,))
             return said.Shown("none")
         if not (settings.tls_cert and settings.tls_key):
             return said.Shown("cluster", names=tuple(names_here(settings)))

@@ -24,7 +24,7 @@ from llorch.cli.flags import Call, client_command
 from llorch.cli.output import Column, Failure, Format, hint, usage, write_err, write_out
 from llorch.cli.units import age
 from llorch.config_kinds import NODE_ID_PATTERN, URL, BadValue, duration, show_duration
-from llorch.errors import Code, LlorchError
+from llorch.errors import Code, ConfigError, LlorchError
 from llorch.tokens import Kind, Wish, is_whole, parse_scopes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ app = typer.Typer(help="Make, list and revoke tokens.", no_args_is_help=True, ri
 Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Whose it is.", show_default=False)]
 
 _LIFE = duration("1s", "36500d")
-_OURS = re.compile(r"ll[tj]1_\S*")
+_OURS = re.compile(r"ll[tj]1_[A-Za-z0-9_.-]*")
 
 
 def local_directory(call: Call, data_dir: str | None) -> str | None:
@@ -64,15 +64,21 @@ async def _asking(call: Call) -> AsyncIterator[LlorchClient]:
             yield client
     except LlorchError as error:
         if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
-            here = local_settings(None, call.config).data_dir
-            where = here if has_been(here) else "DIR"
+            where = _directory_here(call.config) or "DIR"
             error.hint = f"an admin's token does it; on the control's own machine none is needed: --data-dir {where}"
         raise
 
 
-def _life(text: str | None, flag: str) -> float | None:
-    if text is None:
+def _directory_here(config: str | None) -> str | None:
+    """The data directory that a control here would have, if one has been there."""
+    try:
+        here = local_settings(None, config).data_dir
+    except (ConfigError, Failure):  # they are no matter of who asks a control elsewhere
         return None
+    return here if has_been(here) else None
+
+
+def _life(text: str, flag: str) -> float:
     try:
         return _LIFE.parse(text)
     except BadValue as bad:
@@ -93,11 +99,12 @@ async def _make(call: Call, directory: str | None, wish: Wish) -> dict[str, Any]
     if directory is None:
         async with _asking(call) as client:
             return await client.new_token(_wire(wish))
-    from llorch.control.routes_trust import token_view
+    from llorch.control.routes_trust import token_view, wish_of
     from llorch.control.token_files import TokenFiles
+    from llorch.messages import NewToken, parse
 
     digest = _authority_digest(directory) if wish.kind is Kind.JOIN else None
-    record, text = TokenFiles(directory).new(wish, time.time(), digest)
+    record, text = TokenFiles(directory).new(wish_of(parse(NewToken, _wire(wish))), time.time(), digest)
     return {**token_view(record, {}, time.time()), "token": text}
 
 
@@ -147,8 +154,8 @@ async def new(
     except LlorchError as error:
         raise usage(error.message.replace("`scopes`", "--scope")) from None
     some = None if models is None else frozenset(model.strip() for model in models.split(",") if model.strip())
-    life_s = _life(expires, "--expires")
-    wish = _checked(Wish(name=name or DEFAULT_PRINCIPAL, scopes=scopes, life_s=life_s, models=some))
+    life_s = None if expires is None else _life(expires, "--expires")
+    wish = _checked(Wish(name=DEFAULT_PRINCIPAL if name is None else name, scopes=scopes, life_s=life_s, models=some))
     directory = local_directory(call, data_dir)
     made = await _make(call, directory, wish)
     if call.format_given and call.output.format is not Format.NAME:
@@ -157,7 +164,9 @@ async def new(
         write_out(f"{made['token']}\n")
     write_err(f"{_where(call, directory)}: token {made['id']} of {made['name']}, shown this once\n")
     write_err(
-        f"it expires in {show_duration(life_s)}\n" if life_s is not None else "it does not expire: --expires 90d\n"
+        f"it expires in {show_duration(life_s)}\n"
+        if life_s is not None
+        else "it does not expire; with --expires 90d it would\n"
     )
     pin = _pin_of(directory)
     if pin is not None:
@@ -206,7 +215,7 @@ async def join(
     else:
         write_out(f"{command}\n")
     times = "once" if uses == 1 else f"{uses} times"
-    write_err(f"{_where(call, directory)}: good {times}; it expires in {show_duration(life_s or 0)}\n")
+    write_err(f"{_where(call, directory)}: good {times}; it expires in {show_duration(life_s)}\n")
     if not node:
         hint("add --model REF, or a settings file with pools, as for any node")
 

@@ -61,7 +61,7 @@ def with_node(data: Path, node_id: str = "gpu-1") -> Authority:
 
 
 @pytest.mark.parametrize("join", [False, True])
-@pytest.mark.parametrize("around", ["{}", " {}\n", "LLORCH_JOIN_TOKEN={} llorch node", "Bearer {}"])
+@pytest.mark.parametrize("around", ["{}", " {}\n", "LLORCH_JOIN_TOKEN={} llorch node", "Bearer {}", '"{}",'])
 async def test_a_token_that_is_pasted_to_be_revoked_goes_nowhere_but_its_id(
     llorch: CommandLine, control: ScriptedControl, join: bool, around: str
 ) -> None:
@@ -132,6 +132,9 @@ async def test_a_refusal_says_that_the_controls_own_machine_needs_no_token(
     assert (ran.code, "--data-dir DIR" in ran.err) == (3, True)
     llorch.env(LLORCH_DATA_DIR=str(data))
     assert f"--data-dir {data}" in (await llorch("token", "new")).err
+    llorch.env(LLORCH_NODE_CERT_LIFE="nonsense")  # a control could not start here: no matter of who asks another
+    ran = await llorch("token", "new")
+    assert (ran.code, "--data-dir DIR" in ran.err) == (3, True)
 
 
 async def test_every_new_token_says_when_it_ends(llorch: CommandLine, data: Path) -> None:
@@ -153,6 +156,7 @@ async def test_every_new_token_says_when_it_ends(llorch: CommandLine, data: Path
         (("new", "--models", "../x"), "--models"),
         (("new", "--scope", "all"), "--scope"),
         (("new", "--name", "a b"), "--name"),
+        (("new", "--name", ""), "--name"),
         (("join", "--ttl", "soon"), "--ttl"),
         (("join", "--uses", "0"), "--uses"),
         (("join", "--node", "bad id"), "--node"),

@@ -233,6 +233,7 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
         guard.loop(runner.sweep, "sweep")
         guard.loop(lambda: _refresh(node, changed), "refresh")
         guard.spawn(_digest(catalog, node, changed), "digests")
+        guard.loop(access.step, "access")
         reloader = Reloader(settings, source, LIVE, partial(_settle, access))
         guard.loop(reloader.step, "reload")
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)

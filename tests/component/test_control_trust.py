@@ -377,6 +377,21 @@ async def test_without_a_certificate_of_its_own_clients_are_shown_the_clusters(t
             await control.ask("GET", "/livez", name="elsewhere.example")
 
 
+async def test_clients_that_would_speak_http_2_are_answered_in_http_1_1_under_every_name(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path / "own")
+    async with trusted(tmp_path, tls="auto", tls_cert=str(cert), tls_key=str(key)) as control:
+        own, cluster, node = (
+            ssl.create_default_context(cafile=str(cert)),
+            control.context(),
+            control.context(control.pair("a")),
+        )
+        for context, name in ((own, "127.0.0.1"), (cluster, JOIN_NAME), (node, CONTROL_NAME)):
+            context.set_alpn_protocols(["h2", "http/1.1"])
+            _, writer = await asyncio.open_connection("127.0.0.1", control.port, ssl=context, server_hostname=name)
+            assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == "http/1.1"
+            writer.close()
+
+
 async def test_cacerts_are_there_for_whoever_asks(tmp_path: Path) -> None:
     async with trusted(tmp_path) as control:
         status, pem = await control.ask("GET", "/cacerts", context=tls.cluster_client_context(b"", check=False))

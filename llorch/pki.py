@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import hmac
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,14 @@ def key_digest(public: PublicKey) -> str:
     """SHA-256 of a key, in hex."""
     spki = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).hexdigest()
+
+
+def derived(key: Key, purpose: bytes) -> str:
+    """A secret (hex) that whoever holds a key has in common, for one purpose and no other."""
+    private = key.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return hmac.new(private, purpose, hashlib.sha256).hexdigest()
 
 
 def pem_of(certs: Iterable[Cert]) -> bytes:

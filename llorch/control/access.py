@@ -162,6 +162,12 @@ class Access:
         """What nodes are told of the authorities with every answer, so that they notice when others are trusted."""
         return {} if self.authority is None else {"authorities": self.authority.trust.bundle_id}
 
+    def told_at_registration(self, principal: Principal) -> dict[str, str]:
+        """The same, and to a node that has shown a certificate the key of the cluster's tickets."""
+        if self.authority is None or principal.joined is None:
+            return self.told()
+        return {**self.told(), "ticket_key": self.authority.trust.ticket_key}
+
     # ------------------------------------------------------------ tokens
 
     def new_token(self, wish: Wish) -> tuple[Record, str]:

@@ -76,6 +76,11 @@ class Trust:
         return pki.ends(self.signer.cert)
 
     @property
+    def ticket_key(self) -> str:
+        """What controls of this cluster sign tickets with, by which nodes let one another fetch models."""
+        return pki.derived(self.signer.key, b"llorch ticket 1")
+
+    @property
     def bundle_pem(self) -> bytes:
         return pki.pem_of(self.bundle)
 

@@ -83,7 +83,7 @@ async def register(request: web.Request) -> web.StreamResponse:
             "epoch": control.registry.epoch,
             "heartbeat_interval_ms": round(control.heartbeat_interval_s * 1_000),
             "offline_after_ms": round(control.offline_after_s * 1_000),
-            **control.access.told(),
+            **control.access.told_at_registration(request[PRINCIPAL]),
         }
     )
 

@@ -113,6 +113,7 @@ async def test_a_certificate_of_the_cluster_makes_a_node_and_names_it(tmp_path: 
         status, lease = await control.ask("POST", "/v2/nodes/register", registration("a"), pair=pair)
         assert status == 200, lease
         assert lease["authorities"] == control.authority.trust.bundle_id
+        assert lease["ticket_key"] == control.authority.trust.ticket_key
         beat = {"lease_id": lease["lease_id"], "boot_id": "b", "seq": 1}
         status, answer = await control.ask("POST", "/v2/nodes/a/heartbeat", beat, pair=pair)
         assert (status, answer["authorities"]) == (200, lease["authorities"])

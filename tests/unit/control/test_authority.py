@@ -170,3 +170,11 @@ def test_a_command_run_as_root_leaves_a_file_to_the_owner_of_its_directory(
     private.write(tmp_path / "file", b"x")
     owner = tmp_path.stat()
     assert given == [(owner.st_uid, owner.st_gid)]
+
+
+def test_controls_of_one_cluster_have_one_ticket_key_and_others_another(tmp_path: Path) -> None:
+    one = made(tmp_path / "one")
+    other, stranger = beside(one, tmp_path / "other"), made(tmp_path / "stranger")
+    assert one.trust.ticket_key == other.trust.ticket_key != stranger.trust.ticket_key
+    assert len(one.trust.ticket_key) == 64
+    assert one.trust.ticket_key not in one.export()["authority.pem"]

@@ -21,6 +21,7 @@ from llorch import private, tls
 from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Principal, Scope, TokenRing, parse_tokens
 from llorch.config import ControlSettings
 from llorch.control.nodes import Node
+from llorch.control.own_names import names_here
 from llorch.control.token_files import TokenFiles, principals
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
@@ -419,26 +420,3 @@ def static_tokens(settings: ControlSettings) -> list[tuple[str, str, frozenset[S
     ):
         entries += [(name, token, scopes) for name, token in parse_tokens(text or "", min_chars=shortest)]
     return entries
-
-
-def names_here(settings: ControlSettings) -> list[str]:
-    """The names and addresses by which clients may reach this machine, for the cluster's own certificate."""
-    names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn(), *settings.tls_names]
-    if settings.bind.everywhere:
-        names += primary_addresses()
-    else:
-        names.append(settings.bind.host)
-    return [name for name in dict.fromkeys(names) if name and name.isascii() and len(name) <= 253]
-
-
-def primary_addresses() -> list[str]:
-    """The addresses from which this machine reaches others. Nothing is sent: a UDP socket that connects has a route."""
-    found: list[str] = []
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as sock:
-                sock.connect((far, 9))
-                found.append(str(sock.getsockname()[0]))
-        except OSError:
-            continue
-    return found

@@ -83,8 +83,6 @@ class Access:
         access._make_identities()
         if authority is not None:
             access._trust_in_force = authority.trust
-        if not any(principal.may(Scope.SUBMIT) for principal in access.ring):
-            log.warning("tokens.none", hint="nobody can send a task yet: `llorch token new` makes a token")
         return access
 
     # ------------------------------------------------------------ who comes in
@@ -107,6 +105,10 @@ class Access:
             sessions=self.sessions,
             quotas=quotas or Quotas(),
         )
+
+    @property
+    def admits_clients(self) -> bool:
+        return any(principal.may(Scope.SUBMIT) for principal in self.ring)
 
     def _make_ring(self) -> None:
         now = time.time()

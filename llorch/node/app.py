@@ -246,7 +246,13 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
             from llorch.node.join import Renewal
 
             urls = [url for url in settings.join if url.startswith("https:")]
-            guard.spawn(Renewal(access.certificate, controls, urls, access.renewed).run(), "renewal")
+
+            def renewed() -> None:
+                access.renewed()
+                for membership in memberships:
+                    membership.beat_now()
+
+            guard.spawn(Renewal(access.certificate, controls, urls, renewed).run(), "renewal")
         members = Guard("node.members")
         try:
             await supervisor.start()

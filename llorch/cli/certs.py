@@ -66,7 +66,7 @@ def status(output: Output, data_dir: DataDir = None, ca_passphrase_file: Passphr
             state = "signs" if place == 0 else f"trusted, held by {len(trust.holders(cert, now))}"
             rows.append(_row("cluster", "authority", state, pki.ends(cert) - now, pki.pin_of(cert)))
         for one in trust.issued.values():
-            refusal = trust.refusal(one.node_id, one.issued, one.ends, now)
+            refusal = trust.refusal(one.node_id, one.joined, one.ends, now)
             rows.append(_row(one.node_id, "node", refusal or "valid", one.ends - now, ""))
         rows += [_row(node_id, "node", "revoked", 0, "") for node_id in trust.revoked if node_id not in trust.issued]
     held = NodeCertificate.load_any(settings.data_dir)
@@ -200,9 +200,9 @@ def import_(
         tokens = Tokens.from_json(value["tokens"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Failure(f"{file} is not what `llorch certs export` writes") from None
-    Authority.take_over(settings.data_dir, files, settings.ca_passphrase, force=force)
+    taken = Authority.take_over(settings.data_dir, files, settings.ca_passphrase, force=force)
     TokenFiles(settings.data_dir).merge(tokens)
-    write_err(f"{settings.data_dir}: took over {file}\n")
+    write_err(f"{settings.data_dir}: took over from {file}: {taken}; tokens; what was revoked\n")
 
 
 def _read_private(file: str) -> bytes:

@@ -143,7 +143,7 @@ async def test_nodes_that_are_late_old_authorities_and_a_clock_that_went_back(ll
     assert (code, bad(found)) == (0, {"nodes": "warn"})
     assert "gpu-1 expires in 48 hours" in found["nodes"]["found"]
     authority.issue_node(csr, "gpu-1", time.time() + 3_600, 30 * DAY, take_over=True)
-    authority.confirm({"gpu-1": authority.trust.issued["gpu-1"].serial})
+    authority.saw({"gpu-1": authority.trust.issued["gpu-1"]})
     code, found = await at_control(llorch, data)
     assert (code, bad(found)) == (1, {"authority": "warn", "clock": "fail"})
     assert "--finish" in found["authority"]["mend"]

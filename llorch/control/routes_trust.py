@@ -81,6 +81,8 @@ async def revoke_token(request: web.Request) -> web.StreamResponse:
 
 def wish_of(message: NewToken) -> Wish:
     """What a request for a token asks for. Raises INVALID_REQUEST that names the field."""
+    if message.name == "":
+        raise invalid("`name` is 1 to 64 of letters, digits, . _ -", param="name")
     kind = Kind.JOIN if message.join else Kind.CLIENT
     wish = Wish(
         kind=kind,

@@ -43,7 +43,7 @@ class Principal:
     """Who a credential stands for. Two tokens with one name are one principal: that is how a token is rotated.
 
     `node_id`: of a certificate, which is for one node; a shared node token is for any. `models`: those that it may use;
-    None: all. `token_id`: of a token that llorch made. `issued` (of a certificate) and `expires`: seconds since 1970.
+    None: all. `token_id`: of a token that llorch made. `joined` (of a certificate) and `expires`: seconds since 1970.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Principal:
     node_id: str | None = None
     models: frozenset[str] | None = None
     token_id: str | None = None
-    issued: float | None = None
+    joined: float | None = None
     issuer: str = ""  # of a certificate: the authority's name
     expires: float | None = None
 
@@ -64,6 +64,14 @@ class Principal:
 
 
 ANONYMOUS = Principal("anonymous", frozenset())
+
+
+_MADE = re.compile(r"(ll[tj]1_)[A-Za-z0-9._-]{12,}")
+
+
+def masked(text: str) -> str:
+    """`text` without the tokens of llorch's that somebody has put where none belongs."""
+    return _MADE.sub(r"\1***", text) if "1_" in text else text
 
 
 def digest(token: str) -> bytes:

@@ -15,6 +15,7 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from llorch.auth import masked
 from llorch.errors import LlorchError
 
 ROOT = "llorch"
@@ -27,7 +28,7 @@ def render_value(value: object) -> str:
     """One value as a word: quoted and escaped where it isn't plain ASCII without blanks."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else masked(str(value))
     if len(text) > MAX_VALUE_CHARS:
         text = text[:MAX_VALUE_CHARS] + "..."
     if _PLAIN.fullmatch(text):

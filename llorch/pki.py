@@ -2,7 +2,7 @@
 
 Owns the names in certificates: a role and a name as a SPIFFE id (spiffe://llorch/node/gpu-1), the node's id as common
 name, and the DNS names under which roles find each other whatever their addresses are. Keys are P-256. Files belong to
-`control/authority` and `node/identity`; importing this costs 50 ms, so a role without certificates does not.
+`control/authority` and `node/certificate`; importing this costs 50 ms, so a role without certificates does not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import datetime
 import hashlib
+import hmac
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,14 @@ def key_digest(public: PublicKey) -> str:
     """SHA-256 of a key, in hex."""
     spki = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).hexdigest()
+
+
+def derived(key: Key, purpose: bytes) -> str:
+    """A secret (hex) that whoever holds a key has in common, for one purpose and no other."""
+    private = key.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return hmac.new(private, purpose, hashlib.sha256).hexdigest()
 
 
 def pem_of(certs: Iterable[Cert]) -> bytes:
@@ -176,8 +185,17 @@ class Signer:
     cert: Cert
     key: Key
 
-    def issue(self, public: PublicKey, role: Role, name: str, dns: Sequence[str], now: float, life_s: float) -> Cert:
-        """A certificate for one role. `dns`: the names and addresses at which it may be served."""
+    def issue(
+        self,
+        public: PublicKey,
+        role: Role,
+        name: str,
+        dns: Sequence[str],
+        now: float,
+        life_s: float,
+        joined: float | None = None,
+    ) -> Cert:
+        """A certificate for one role. `dns`: the names and addresses at which it may be served. `joined`: of a node."""
         ends_at = min(now + life_s, ends(self.cert))
         alternatives: list[x509.GeneralName] = [x509.UniformResourceIdentifier(spiffe_id(role, name))]
         alternatives += map(_general_name, dict.fromkeys(dns))
@@ -186,9 +204,11 @@ class Signer:
             key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
             decipher_only=False,
         )  # fmt: skip
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        about = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
+        if joined is not None:
+            about.append(x509.NameAttribute(NameOID.SERIAL_NUMBER, str(int(joined))))
         return (
-            _builder(subject, public, self.cert.subject, self.key.public_key(), now, ends_at - now)
+            _builder(x509.Name(about), public, self.cert.subject, self.key.public_key(), now, ends_at - now)
             .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(usage, critical=True)
@@ -199,8 +219,12 @@ class Signer:
             .sign(self.key, hashes.SHA256())
         )
 
-    def issue_node(self, public: PublicKey, node_id: str, now: float, life_s: float) -> Cert:
-        return self.issue(public, Role.NODE, node_id, [node_name(node_id)], now, life_s)
+    def issue_node(
+        self, public: PublicKey, node_id: str, now: float, life_s: float, joined: float | None = None
+    ) -> Cert:
+        """`joined`: when its node came in; now, if it has only just done."""
+        came = now if joined is None else joined
+        return self.issue(public, Role.NODE, node_id, [node_name(node_id)], now, life_s, came)
 
     def issue_control(self, public: PublicKey, name: str, names: Sequence[str], now: float, life_s: float) -> Cert:
         """`names`: beside its names in the cluster, those by which clients reach it."""

@@ -10,13 +10,17 @@ import ssl
 
 import aiohttp
 
+AUTHORITY_HINT = "give the authority that signed it: --tls-ca FILE"
 
-def why_unreachable(error: Exception, given_by: str) -> tuple[str, str]:
-    """Why, and what mends it, for an exception of aiohttp's or of its socket. `given_by` is what holds the URL."""
+
+def why_unreachable(error: Exception, given_by: str, authority: str = AUTHORITY_HINT) -> tuple[str, str]:
+    """Why, and what mends it, for an exception of aiohttp's or of its socket. `given_by` is what holds the URL, and
+    `authority` what mends an authority that is not known.
+    """
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return _certificate(error.certificate_error)
+        return _certificate(error.certificate_error, authority)
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _certificate(error)
+        return _certificate(error, authority)
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "the host name does not resolve", f"check the host in {given_by}"
     if isinstance(error, (aiohttp.ClientConnectorSSLError, ssl.SSLError)):
@@ -33,9 +37,9 @@ def why_unreachable(error: Exception, given_by: str) -> tuple[str, str]:
     return "the connection was lost", "is `llorch control` still running there?"
 
 
-def _certificate(error: Exception) -> tuple[str, str]:
+def _certificate(error: Exception, authority: str) -> tuple[str, str]:
     said = str(getattr(error, "verify_message", ""))
     why = f"its certificate can't be verified: {said}" if said else "its certificate can't be verified"
     if "hostname" in said.lower() or "ip address" in said.lower():
         return why, "use the host name that the certificate is for"
-    return why, "give the authority that signed it: --tls-ca FILE"
+    return why, authority

@@ -404,7 +404,9 @@ class ClientSettings(RoleSettings):
     url: str = setting("http://127.0.0.1:8080", URL, "The control to talk to.")
     token: str | None = setting(None, TOKEN, "The token to present. Without it the first of LLORCH_API_TOKEN is.")
     timeout: float | None = setting(
-        None, duration("1ms", "30d"), "Give up after this long. Without it, as long as the task takes."
+        None,
+        duration("1ms", "30d"),
+        "Give up after this long. Without it a task has as long as it takes, and any other request 30 s.",
     )
 
 

@@ -40,18 +40,17 @@ def node_name(node_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who showed a certificate of the cluster. Times are seconds since 1970."""
+    """Who showed a certificate of the cluster. Times are seconds since 1970.
+
+    `joined`: of a node, when it came in with a token; what is renewed keeps it, whichever control renews.
+    """
 
     role: Role
     name: str
-    begins: float
+    joined: float
     ends: float
     serial: str
     issuer: str  # the common name of the authority that signed it
-
-    @property
-    def issued(self) -> float:
-        return self.begins + BACKDATE_S
 
 
 def peer_of(connection: object) -> Peer | None:
@@ -73,9 +72,13 @@ def peer_of(connection: object) -> Peer | None:
         raise ValueError("the certificate's URI is none of this cluster's")
     if names[0] != name:
         raise ValueError("the certificate's common name and its URI differ")
-    begins, ends = (ssl.cert_time_to_seconds(str(shown[when])) for when in ("notBefore", "notAfter"))
+    joined = [str(value) for entry in shown.get("subject", ()) for key, value in entry if key == "serialNumber"]
+    if role == Role.NODE and not (len(joined) == 1 and joined[0].isascii() and joined[0].isdecimal()):
+        raise ValueError("the certificate does not say when its node joined")
+    ends = ssl.cert_time_to_seconds(str(shown["notAfter"]))
     signers = [value for entry in shown.get("issuer", ()) for key, value in entry if key == "commonName"]
-    return Peer(Role(role), name, begins, ends, str(shown.get("serialNumber", "")), str(*signers[:1]))
+    serial = str(shown.get("serialNumber", "")).lower().lstrip("0")
+    return Peer(Role(role), name, float(*joined[:1]), ends, serial, str(*signers[:1]))
 
 
 class Identities:

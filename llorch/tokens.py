@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from llorch.auth import CLIENT_SCOPES, DEFAULT_PRINCIPAL, Scope, digest
+from llorch.auth import CLIENT_SCOPES, Scope, digest
 from llorch.errors import Code, LlorchError, invalid
 
 SECRET_BYTES = 32
@@ -148,7 +148,7 @@ class Wish:
     """What somebody wants a new token to be. `life_s` None: it never expires."""
 
     kind: Kind = Kind.CLIENT
-    name: str = DEFAULT_PRINCIPAL
+    name: str = ""  # its id, if none is given: two people who ask for a token are two principals
     scopes: frozenset[Scope] = CLIENT_SCOPES
     life_s: float | None = None
     models: frozenset[str] | None = None
@@ -157,7 +157,7 @@ class Wish:
 
     def check(self) -> None:
         """Raises INVALID_REQUEST that names the field."""
-        if not _NAME.fullmatch(self.name):
+        if self.name and not _NAME.fullmatch(self.name):
             raise invalid("`name` is 1 to 64 of letters, digits, . _ -", param="name")
         if self.kind is Kind.CLIENT and (not self.scopes or not self.scopes <= set(GRANTABLE)):
             raise invalid(f"`scopes` are some of {', '.join(GRANTABLE)}", param="scopes")
@@ -185,7 +185,7 @@ class Tokens:
         record = Record(
             id=token_id,
             kind=wish.kind,
-            name=wish.name,
+            name=wish.name or token_id,
             digest=digest(text),
             created=now,
             scopes=wish.scopes if wish.kind is Kind.CLIENT else frozenset({Scope.JOIN}),
@@ -197,7 +197,11 @@ class Tokens:
         return replace(kept, records=(*kept.records, record)), record, text
 
     def revoke(self, which: str, now: float) -> tuple[Tokens, list[Record]]:
-        """Revoke the token with this id, or all in force with this name. Raises NOT_FOUND if there is none."""
+        """Revoke the token with this id, or all in force with this name; or the one whose text this is, for a leaked
+        token is what a person has at hand. Raises NOT_FOUND if there is none.
+        """
+        if which.startswith(("llt1_", "llj1_")):
+            which = next((one.id for one in self.records if one.digest == digest(which)), "")
         found = [one for one in self.records if which in (one.id, one.name) and one.revoked is None]
         by_id = [one for one in found if one.id == which]
         chosen = by_id or [one for one in found if one.ended(now) is None]
@@ -226,11 +230,12 @@ class Tokens:
         )
 
     def without_old(self, now: float) -> Tokens:
-        """Without those that ended so long ago that nobody asks for them any more."""
+        """Without those that ended so long ago that nobody asks for them any more. One that was revoked stays for as
+        long as it would be good without that: another control's store may not know it yet.
+        """
 
         def asked_for(one: Record) -> bool:
-            ended = one.revoked if one.revoked is not None else one.expires
-            return ended is None or now - ended < KEEP_ENDED_S
+            return one.expires is None or now - one.expires < KEEP_ENDED_S
 
         return replace(self, records=tuple(filter(asked_for, self.records)))
 

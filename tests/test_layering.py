@@ -205,6 +205,34 @@ def test_a_planted_redirect_is_found() -> None:
     assert redirecting_calls("s.post(url, headers={}, allow_redirects=False)\n{}.get(1)") == []
 
 
+def reads_of_lines(source: str) -> list[int]:
+    """Lines where a body is read line by line: aiohttp breaks off at one over 128 KiB, and no peer promises less."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in ("readline", "readuntil"):
+            of: ast.expr | None = node.value
+        elif isinstance(node, ast.AsyncFor):
+            of = node.iter
+        else:
+            continue
+        if isinstance(of, ast.Attribute) and of.attr == "content":
+            found.append(node.lineno)
+    return found
+
+
+def test_no_body_is_read_line_by_line() -> None:
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in modules()}
+    found = {name: reads_of_lines(source) for name, source in sources.items() if ".content" in source}
+    assert "node/runner.py" in found  # which does read bodies
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_a_planted_read_of_lines_is_found() -> None:
+    assert reads_of_lines("async def f(r):\n    return await r.content.readline()") == [2]
+    assert reads_of_lines("async def f(r):\n    async for line in r.content:\n        pass") == [2]
+    assert reads_of_lines("async def f(r):\n    async for part in r.content.iter_any():\n        pass") == []
+
+
 def test_sessions_come_from_the_one_factory() -> None:
     made = [path.relative_to(ROOT).as_posix() for path in modules() if "ClientSession(" in path.read_text()]
     listening = [path.relative_to(ROOT).as_posix() for path in modules() if "AppRunner(" in path.read_text()]

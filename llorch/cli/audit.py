@@ -83,9 +83,10 @@ def verify(
 
     exported = _read_export(Path(checkpoint).expanduser()) if checkpoint is not None else None
     paths = [Path(file).expanduser() for file in files or ()]
+    _need(paths)
     root = _audit_folder(data_dir) if data_dir is not None or not paths else _folder_of(paths[0])
     mac, public = _keys(root, exported)
-    found = _check_all(_of_files(paths) if paths else _of_folder(root), mac, public, exported)
+    found = _check_all(_by_chain(paths) if paths else _of_folder(root), mac, public, exported)
     rows = [each.row() for each in found]
     gone = missing_chains(exported.checkpoints if exported else (), [each.verdict for each in found])
     broken = [each for each in found if not each.verdict.whole]
@@ -117,14 +118,15 @@ def _say_what_is_not_sure(found: Iterable[_Found]) -> None:
 def export(
     _: object,
     data_dir: DataDir = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there; over an older export only.")
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="Write it there; over an older one of the same log only."),
     ] = None,
 ) -> int:
     """Print the newest signed checkpoint, to be kept where nobody who could change the log can change it."""
     from llorch.audit_chain import Exported, encode_export, key_fingerprint
 
-    path = Path(output).expanduser() if output is not None else None
+    path = Path(out).expanduser() if out is not None else None
     older = _read_export(path) if path is not None and path.exists() else None
     root = _audit_folder(data_dir)
     mac, public = _keys(root, None)
@@ -192,11 +194,10 @@ def _of_folder(root: Path) -> list[list[Path]]:
     return _by_chain([path for files in found for path in files])
 
 
-def _of_files(files: list[Path]) -> list[list[Path]]:
+def _need(files: Iterable[Path]) -> None:
     for path in files:
         if not path.exists():
             raise Failure(f"{path} is not there", code=Exit.NOT_FOUND)
-    return _by_chain(files)
 
 
 def _by_chain(files: list[Path]) -> list[list[Path]]:
@@ -259,7 +260,7 @@ def _read_export(path: Path) -> Exported:
     except OSError as error:
         raise Failure(f"{path} can't be read: {error.strerror}") from None
     except ValueError as error:
-        raise usage(f"{path}: {error}", "`llorch audit export -o FILE` writes one") from None
+        raise usage(f"{path}: {error}", "`llorch audit export --out FILE` writes one") from None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llorch.cli.control_here import DataDir, PassphraseFile, local_settings
+from llorch.cli.exits import Exit
 from llorch.cli.flags import local_command
-from llorch.cli.output import Column, Failure, Output, hint, usage, write_err, write_out
-from llorch.cli.token import DataDir, local_settings
+from llorch.cli.output import Column, Failure, Output, hint, usage, warn, write_err, write_out
 from llorch.cli.units import age
 from llorch.config_kinds import NODE_ID_PATTERN
 
@@ -29,11 +31,11 @@ NodeId = Annotated[str, typer.Argument(metavar="NODE", show_default=False)]
 EXPORT_VERSION = 1
 
 
-def _authority(data_dir: str | None, *, make: bool = False) -> tuple[Authority, str]:
+def _authority(data_dir: str | None, passphrase_file: str | None) -> tuple[Authority, str]:
     from llorch.control.authority import Authority
 
-    settings = local_settings(data_dir, None)
-    if not make and not Authority.exists(settings.data_dir):
+    settings = local_settings(data_dir, None, passphrase_file)
+    if not Authority.exists(settings.data_dir):
         raise Failure(
             f"there is no authority in {settings.data_dir}",
             hint="a control that listens beyond loopback makes one; --data-dir names another directory",
@@ -50,7 +52,7 @@ _COLUMNS = (
 )
 
 
-def status(output: Output, data_dir: DataDir = None) -> None:
+def status(output: Output, data_dir: DataDir = None, ca_passphrase_file: PassphraseFile = None) -> None:
     """List the authorities and certificates in a data directory, and when they expire."""
     from llorch import pki
     from llorch.control.authority import Authority
@@ -59,12 +61,12 @@ def status(output: Output, data_dir: DataDir = None) -> None:
     settings, now = local_settings(data_dir, None), time.time()
     rows: list[dict[str, Any]] = []
     if Authority.exists(settings.data_dir):
-        trust = _authority(data_dir)[0].trust
+        trust = _authority(data_dir, ca_passphrase_file)[0].trust
         for place, cert in enumerate(trust.bundle):
             state = "signs" if place == 0 else f"trusted, held by {len(trust.holders(cert, now))}"
             rows.append(_row("cluster", "authority", state, pki.ends(cert) - now, pki.pin_of(cert)))
         for one in trust.issued.values():
-            refusal = trust.refusal(one.node_id, one.issued, one.ends, now)
+            refusal = trust.refusal(one.node_id, one.joined, one.ends, now)
             rows.append(_row(one.node_id, "node", refusal or "valid", one.ends - now, ""))
         rows += [_row(node_id, "node", "revoked", 0, "") for node_id in trust.revoked if node_id not in trust.issued]
     held = NodeCertificate.load_any(settings.data_dir)
@@ -85,6 +87,7 @@ def issue(
     out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where to write it.", show_default=False)],
     replace: Annotated[bool, typer.Option("--replace", help="Also if the node has one.")] = False,
     data_dir: DataDir = None,
+    ca_passphrase_file: PassphraseFile = None,
 ) -> None:
     """Make a certificate for a node that can't fetch one: put the file into its data directory as pki/node.pem."""
     import re
@@ -94,7 +97,7 @@ def issue(
 
     if not re.fullmatch(NODE_ID_PATTERN, node_id):
         raise usage(f"{node_id!r} is no id for a node", "letters, digits, . _ -, at most 63")
-    authority, directory = _authority(data_dir)
+    authority, directory = _authority(data_dir, ca_passphrase_file)
     key = pki.make_key()
     life_s = local_settings(data_dir, None).node_cert_life
     csr = pki.make_request(key, node_id)
@@ -109,36 +112,62 @@ def rotate(
     finish: Annotated[bool, typer.Option("--finish", help="Trust the older ones no more.")] = False,
     force: Annotated[bool, typer.Option("--force", help="With --finish: also if nodes have to join again.")] = False,
     data_dir: DataDir = None,
+    ca_passphrase_file: PassphraseFile = None,
 ) -> None:
     """Begin to sign with a new authority. The older ones stay trusted until --finish."""
+    from llorch.control.authority import Authority
+
     if force and not finish:
         raise usage("--force means nothing without --finish")
-    authority, directory = _authority(data_dir)
+    authority, directory = _authority(data_dir, ca_passphrase_file)
+    older = len(authority.trust.succeeded)
+    if finish and not older:
+        write_err(f"{directory}: there is no older authority, so nothing to finish\n")
+        return
     if finish:
+        pin = Authority.pin_in(directory)
+        warn(f"clients that pinned an older authority are shut out: llorch context add NAME --url URL --ca-pin {pin}")
         authority.finish(time.time(), force=force)
         write_err(f"{directory}: the newest authority alone is trusted now\n")
         return
     authority.rotate(time.time())
-    write_err(f"{directory}: a new authority signs\n")
+    write_err(f"{directory}: a new authority signs; {older + 1} older {'is' if not older else 'are'} still trusted\n")
     hint("nodes renew when they next beat; `llorch certs status` shows who holds what; then --finish")
+    hint(f"for clients, before that: llorch context add NAME --url URL --ca-pin {Authority.pin_in(directory)}")
 
 
-def revoke(_: Output, node_id: NodeId, data_dir: DataDir = None) -> None:
+def revoke(
+    _: Output,
+    node_id: NodeId,
+    force: Annotated[bool, typer.Option("--force", help="Also one that this control has not heard of.")] = False,
+    data_dir: DataDir = None,
+    ca_passphrase_file: PassphraseFile = None,
+) -> None:
     """Refuse every certificate that a node has been issued until now. It can join again with a new token."""
-    authority, directory = _authority(data_dir)
-    had = authority.revoke(node_id, time.time())
-    write_err(f"{directory}: {node_id} is revoked{'' if had else '; it had no certificate'}\n")
+    authority, directory = _authority(data_dir, ca_passphrase_file)
+    trust = authority.trust
+    if node_id not in trust.issued and not force:
+        if node_id not in trust.revoked:
+            raise Failure(
+                "no node has been issued a certificate under this name", code=Exit.NOT_FOUND,
+                hint="`llorch certs status` lists them; --force for one of another control of this cluster",
+            )  # fmt: skip
+        write_err(f"{directory}: {node_id} is revoked already\n")
+        return
+    authority.revoke(node_id, time.time())
+    write_err(f"{directory}: {node_id} is revoked\n")
 
 
 def export(
     _: Output,
     file: Annotated[str, typer.Argument(metavar="FILE", show_default=False)],
     data_dir: DataDir = None,
+    ca_passphrase_file: PassphraseFile = None,
 ) -> None:
     """Write what makes another control one of this cluster: authority, tokens, revocations. It holds the key."""
     from llorch.control.token_files import TokenFiles
 
-    authority, directory = _authority(data_dir)
+    authority, directory = _authority(data_dir, ca_passphrase_file)
     files = TokenFiles(directory)
     files.load()
     value = {"llorch-export": EXPORT_VERSION, "authority": authority.export(), "tokens": files.tokens.to_json()}
@@ -155,27 +184,37 @@ def import_(
     file: Annotated[str, typer.Argument(metavar="FILE|-", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Also over another authority.")] = False,
     data_dir: DataDir = None,
+    ca_passphrase_file: PassphraseFile = None,
 ) -> None:
     """Take over what `export` wrote; again, to take over what has changed since. Revoked stays revoked."""
-    from llorch.cli.sources import read_secret
     from llorch.control.authority import Authority
     from llorch.control.token_files import TokenFiles
     from llorch.tokens import Tokens
 
-    settings = local_settings(data_dir, None)
+    settings = local_settings(data_dir, None, ca_passphrase_file)
     try:
-        value = json.loads(read_secret(file))
+        value = json.loads(_read_private(file))
         if value["llorch-export"] != EXPORT_VERSION:
             raise ValueError("another version")
         files = {str(name): str(text) for name, text in value["authority"].items()}
         tokens = Tokens.from_json(value["tokens"])
-    except OSError as error:
-        raise Failure(f"{file} can't be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Failure(f"{file} is not what `llorch certs export` writes") from None
-    Authority.take_over(settings.data_dir, files, settings.ca_passphrase, force=force)
+    taken = Authority.take_over(settings.data_dir, files, settings.ca_passphrase, force=force)
     TokenFiles(settings.data_dir).merge(tokens)
-    write_err(f"{settings.data_dir}: took over {file}\n")
+    write_err(f"{settings.data_dir}: took over from {file}: {taken}; tokens; what was revoked\n")
+
+
+def _read_private(file: str) -> bytes:
+    """What `export` wrote. Raises ConfigError for a file that others may read: it holds the cluster's key."""
+    from llorch import private
+
+    if file == "-":
+        return sys.stdin.buffer.read(private.MAX_FILE_BYTES) if sys.stdin is not None else b""
+    data = private.read(Path(file).expanduser())
+    if data is None:
+        raise Failure(f"{file} is not there", code=Exit.NOT_FOUND)
+    return data
 
 
 def _write(path: Path, data: bytes) -> None:

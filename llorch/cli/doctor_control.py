@@ -32,8 +32,9 @@ from llorch.cli.doctor_visit import (
 )
 from llorch.config import ControlSettings, Resolved
 from llorch.config_kinds import HostPort, is_loopback
-from llorch.control.access import names_here, serves_tls, static_tokens
+from llorch.control.access import serves_tls, static_tokens
 from llorch.control.authority import DIRECTORY, FILE_NAME, ISSUED_NAME, Authority
+from llorch.control.own_names import names_here
 from llorch.control.place import read_place, url_for_others
 from llorch.control.token_files import FILE_NAME as TOKENS_NAME
 from llorch.control.token_files import USE_FILE_NAME, TokenFiles
@@ -120,6 +121,9 @@ class Visit:
         if settings.tls == "off-mesh":
             return said.Shown("off-mesh")
         if not serves_tls(settings):
+            url = read_place(self.data)
+            if url is not None and url.startswith("https://"):
+                return said.Shown("started", names=(url,))
             return said.Shown("none")
         if not (settings.tls_cert and settings.tls_key):
             return said.Shown("cluster", names=tuple(names_here(settings)))

@@ -134,7 +134,7 @@ def tokens(facts: TokenFacts, now: float) -> list[Finding]:
 class Shown:
     """`files`: of --tls-cert, --tls-key. `why`: they can't be used."""
 
-    mode: str  # off-mesh, none, own, cluster
+    mode: str  # off-mesh, none, own, cluster; started: with flags that this command was not given
     certificate: Certificate | None = None
     why: str | None = None
     names: tuple[str, ...] = ()
@@ -152,6 +152,10 @@ def shown_certificate(facts: Shown, now: float) -> Finding:
             )
         case "none":
             return ok("tls", "none: it listens on loopback alone")
+        case "started":
+            return ok(
+                "tls", f"the control was started with TLS, as {shown(facts.names[0])}: with its flags more is said"
+            )
         case "cluster":
             some = ", ".join(map(shown, facts.names[:_NAMED]))
             return ok("tls", f"a certificate of the cluster's authority, for {some}")

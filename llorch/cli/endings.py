@@ -61,7 +61,7 @@ def _explain_other(error: Exception) -> int:
         if isinstance(error, ClientFault):
             report_of_peer(error.message, why=error.why, hint=error.hint)
             if isinstance(error, StreamBroken):
-                return Exit.BROKE_OFF
+                return Exit.AUTH if error.revoked else Exit.BROKE_OFF
             return Exit.TIMEOUT if isinstance(error, TimedOut) else Exit.UNREACHABLE
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

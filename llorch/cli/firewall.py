@@ -9,16 +9,19 @@ import inspect
 import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from llorch.cli.control_here import has_been, local_settings
 from llorch.cli.firewall_rules import Opening, rules, show
 from llorch.cli.flags import flag_values, role_flags, with_flags
 from llorch.cli.output import usage, warn, write_out
 from llorch.cli.sources import resolve_here
 from llorch.config import ControlSettings, NodeSettings
 from llorch.config_kinds import CIDRS, BadValue, HostPort, Network, host_of
+from llorch.errors import ConfigError
 
 app = typer.Typer(help="Print packet filter rules.", rich_markup_mode=None)
 
@@ -118,9 +121,25 @@ def _addresses(host: str) -> list[Network]:
     return [ipaddress.ip_network(address) for address in addresses]
 
 
+def _is_a_nodes(config: str | None) -> bool:
+    """Whether this machine looks like a node's and like no control's: then a control's rules are not what is meant."""
+    from llorch.node.certificate import DIRECTORY, FILE_NAME
+
+    here = Path(local_settings(None, config).data_dir)
+    if has_been(here):
+        return False
+    try:
+        joins = resolve_here(NodeSettings, {}, config=config, local=True).settings.join
+    except ConfigError:  # without flags they are not whole
+        joins = ()
+    return bool(joins) or (here / DIRECTORY / FILE_NAME).exists()
+
+
 def _run(given: dict[str, Any]) -> int | None:
     context: typer.Context = given.pop("typer_context")
     if context.invoked_subcommand is None:
+        if given["data_dir"] is None and _is_a_nodes(given["config"]):
+            raise usage("which rules? this is a node's machine", "`llorch config firewall node`, or control")
         _for_control(given)
         return 0
     if any(value not in (None, []) for value in given.values()):

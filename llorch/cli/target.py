@@ -1,7 +1,7 @@
 """Which control a client command talks to, and with which token.
 
 Owns the precedence flag > --context > environment > current context > files > default, and the rule that a token which
-came with one URL is sent to no other. Never opens a connection.
+came with one URL is sent to no other, nor is its authority believed elsewhere. Never opens a connection.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ def find_target(flags: Mapping[str, Any], *, config: str | None, context: str | 
     if chosen is not None:
         if not own_url:
             url = _url_of(chosen, name)
-            if not origin["tls-ca"].startswith(stronger):
-                tls_ca, pinned = chosen.tls_ca or tls_ca, chosen.ca_pin is not None
+        its_own = not own_url or url == chosen.url.rstrip("/")
+        if its_own and not origin["tls-ca"].startswith(stronger):
+            tls_ca, pinned = chosen.tls_ca or tls_ca, chosen.ca_pin is not None
         if not own_token:
             # What a file gave was meant for that file's URL. LLORCH_API_TOKEN is better than none.
             borrowed = token if context is None and origin["token"].startswith("env ") else None
-            if not own_url or url == chosen.url.rstrip("/"):
+            if its_own:
                 token = _token_of(chosen, name) or borrowed
             elif chosen.token or chosen.token_file:
                 withheld = f"the token of context {name} goes to {chosen.url} only"

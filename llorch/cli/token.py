@@ -6,43 +6,47 @@ URL or a context says so, they ask the control with an admin token. A token's te
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llorch.auth import DEFAULT_PRINCIPAL
 from llorch.cli import contexts
 from llorch.cli.connection import connected
+from llorch.cli.control_here import DataDir, has_been, local_settings, need_a_control
 from llorch.cli.flags import Call, client_command
 from llorch.cli.output import Column, Failure, Format, hint, usage, write_err, write_out
-from llorch.cli.sources import resolve_here
 from llorch.cli.units import age
-from llorch.config import ControlSettings
-from llorch.config_kinds import BadValue, duration, show_duration
+from llorch.config_kinds import NODE_ID_PATTERN, URL, BadValue, duration, show_duration
+from llorch.errors import Code, ConfigError, LlorchError
+from llorch.tokens import Kind, Wish, is_whole, parse_scopes
 
 if TYPE_CHECKING:
-    from llorch.control.access import Access
+    from llorch.client.api import LlorchClient
 
 app = typer.Typer(help="Make, list and revoke tokens.", no_args_is_help=True, rich_markup_mode=None)
 
-DataDir = Annotated[
-    str | None,
-    typer.Option(
-        "--data-dir", metavar="DIR", help="Work on this data directory of a control, on its own machine.",
-        show_default=False,
-    ),
-]  # fmt: skip
 Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Whose it is.", show_default=False)]
 
 _LIFE = duration("1s", "36500d")
+_OURS = re.compile(r"ll[tj]1_[A-Za-z0-9_.-]*")
 
 
 def local_directory(call: Call, data_dir: str | None) -> str | None:
-    """The data directory to work on; None: ask the control."""
+    """The data directory to work on; None: ask the control. Raises Failure for one that is no control's."""
+    directory = _directory(call, data_dir)
+    if directory is not None:
+        need_a_control(directory)
+    return directory
+
+
+def _directory(call: Call, data_dir: str | None) -> str | None:
     if data_dir is not None:
         return str(Path(data_dir).expanduser())
     if call.context is not None or call.flags.get("url") is not None or os.environ.get("LLORCH_URL"):
@@ -52,39 +56,82 @@ def local_directory(call: Call, data_dir: str | None) -> str | None:
     return local_settings(None, call.config).data_dir
 
 
-def local_settings(data_dir: str | None, config: str | None) -> ControlSettings:
-    """The control's settings on this machine."""
-    flags = {} if data_dir is None else {"data_dir": data_dir}
-    return resolve_here(ControlSettings, flags, config=config, local=True).settings
+@contextlib.asynccontextmanager
+async def _asking(call: Call) -> AsyncIterator[LlorchClient]:
+    """A client for the control. One that refuses may be this machine's own, where no token is needed."""
+    try:
+        async with connected(call.target) as client:
+            yield client
+    except LlorchError as error:
+        if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN):
+            where = _directory_here(call.config) or "DIR"
+            error.hint = f"an admin's token does it; on the control's own machine none is needed: --data-dir {where}"
+        raise
 
 
-def _access(directory: str, config: str | None) -> Access:
-    """What a control in this directory would work with. `tls` is on: its bind address is not known here."""
-    from llorch.control.access import Access
-
-    settings = local_settings(directory, config)
-    return Access.open(dataclasses.replace(settings, data_dir=directory, tls="on", tls_cert=None, tls_key=None))
-
-
-def _life(text: str | None) -> float | None:
-    if text is None:
+def _directory_here(config: str | None) -> str | None:
+    """The data directory that a control here would have, if one has been there."""
+    try:
+        here = local_settings(None, config).data_dir
+    except (ConfigError, Failure):  # they are no matter of who asks a control elsewhere
         return None
+    return here if has_been(here) else None
+
+
+def _life(text: str, flag: str) -> float:
     try:
         return _LIFE.parse(text)
     except BadValue as bad:
-        raise usage(f"--expires or --ttl: {bad.message}", bad.hint or "for example 90d") from None
+        raise usage(f"{flag}: {bad.message}", bad.hint or "for example 90d") from None
 
 
-async def _make(call: Call, directory: str | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(wish: Wish) -> Wish:
+    """Raises Failure that names the flag."""
+    try:
+        wish.check()
+    except LlorchError as error:
+        raise usage(error.message.replace(f"`{error.param}`", f"--{error.param}")) from None
+    return wish
+
+
+async def _make(call: Call, directory: str | None, wish: Wish) -> dict[str, Any]:
     """A new token: the view of it, with its text."""
     if directory is None:
-        async with connected(call.target) as client:
-            return await client.new_token(wanted)
+        async with _asking(call) as client:
+            return await client.new_token(_wire(wish))
     from llorch.control.routes_trust import token_view, wish_of
+    from llorch.control.token_files import TokenFiles
     from llorch.messages import NewToken, parse
 
-    record, text = _access(directory, call.config).new_token(wish_of(parse(NewToken, wanted)))
+    digest = _authority_digest(directory) if wish.kind is Kind.JOIN else None
+    record, text = TokenFiles(directory).new(wish_of(parse(NewToken, _wire(wish))), time.time(), digest)
     return {**token_view(record, {}, time.time()), "token": text}
+
+
+def _wire(wish: Wish) -> dict[str, Any]:
+    """What the control is asked for. No `name` and no `models`: whoever and all."""
+    wanted: dict[str, Any]
+    if wish.kind is Kind.JOIN:
+        wanted = {"join": True, "expires_s": wish.life_s, "uses": wish.uses, "node_id": wish.node_id}
+    else:
+        name = None if wish.name == DEFAULT_PRINCIPAL else wish.name
+        models = None if wish.models is None else sorted(wish.models)
+        scopes = sorted(scope.value for scope in wish.scopes)
+        wanted = {"scopes": scopes, "name": name, "expires_s": wish.life_s, "models": models}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _authority_digest(directory: str) -> bytes:
+    """Of the authority that a machine joins. Its key stays shut, so no passphrase is asked for."""
+    from llorch.client.authorities import read_pin
+
+    pin = _pin_of(directory)
+    if pin is None:
+        raise Failure(
+            f"the control of {directory} has no authority, so no other machine can join it",
+            why="it serves without TLS", hint="start it with --bind 0.0.0.0:8080",
+        )  # fmt: skip
+    return read_pin(pin)
 
 
 async def new(
@@ -102,20 +149,25 @@ async def new(
     data_dir: DataDir = None,
 ) -> None:
     """Make a token for a client. Tokens with one name are one principal: that is how one is rotated."""
-    wanted: dict[str, Any] = {"scopes": [word.strip() for word in scope.split(",") if word.strip()]}
-    if name is not None:
-        wanted["name"] = name
-    if expires is not None:
-        wanted["expires_s"] = _life(expires)
-    if models is not None:
-        wanted["models"] = [model.strip() for model in models.split(",") if model.strip()]
+    try:
+        scopes = parse_scopes(scope.split(","))
+    except LlorchError as error:
+        raise usage(error.message.replace("`scopes`", "--scope")) from None
+    some = None if models is None else frozenset(model.strip() for model in models.split(",") if model.strip())
+    life_s = None if expires is None else _life(expires, "--expires")
+    wish = _checked(Wish(name=DEFAULT_PRINCIPAL if name is None else name, scopes=scopes, life_s=life_s, models=some))
     directory = local_directory(call, data_dir)
-    made = await _make(call, directory, wanted)
+    made = await _make(call, directory, wish)
     if call.format_given and call.output.format is not Format.NAME:
         call.output.one(made, name=str(made["id"]))
     else:
         write_out(f"{made['token']}\n")
     write_err(f"{_where(call, directory)}: token {made['id']} of {made['name']}, shown this once\n")
+    write_err(
+        f"it expires in {show_duration(life_s)}\n"
+        if life_s is not None
+        else "it does not expire; with --expires 90d it would\n"
+    )
     pin = _pin_of(directory)
     if pin is not None:
         hint(f"for a client: llorch context add NAME --url URL --token - --ca-pin {pin}")
@@ -133,7 +185,7 @@ def _pin_of(directory: str | None) -> str | None:
 async def join(
     call: Call,
     ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long it can be used.")] = "1h",
-    uses: Annotated[int, typer.Option("--uses", metavar="N", help="For how many machines.")] = 1,
+    uses: Annotated[int, typer.Option("--uses", metavar="N", min=1, max=10_000, help="For how many machines.")] = 1,
     node: Annotated[
         str | None, typer.Option("--node", metavar="ID", help="For this node alone.", show_default=False)
     ] = None,
@@ -144,17 +196,17 @@ async def join(
     data_dir: DataDir = None,
 ) -> None:
     """Print the command that makes a machine a node. It holds a secret: paste it there, and nowhere else."""
-    wanted: dict[str, Any] = {"join": True, "expires_s": _life(ttl), "uses": uses}
-    if node is not None:
-        wanted["node_id"] = node
+    if node is not None and not re.fullmatch(NODE_ID_PATTERN, node):
+        raise usage(f"--node: {node!r} is no id for a node", "letters, digits, . _ -, at most 63")
+    if at is not None:
+        at = _url_to_join(at)
+    life_s = _life(ttl, "--ttl")
+    wish = _checked(Wish(kind=Kind.JOIN, life_s=life_s, uses=uses, node_id=node))
     directory = local_directory(call, data_dir)
     url = at or (call.target.url if directory is None else _control_url(Path(directory)))
     if not url.startswith("https://"):
-        raise Failure(
-            f"a machine can't join at {url}", why="its token would cross the network unencrypted",
-            hint="start the control with --bind 0.0.0.0:8080, or give --at https://HOST:PORT",
-        )  # fmt: skip
-    made = await _make(call, directory, wanted)
+        raise Failure(f"a machine can't join at {url}", why=_UNENCRYPTED, hint=_ENCRYPT)
+    made = await _make(call, directory, wish)
     command = f"LLORCH_JOIN_TOKEN={made['token']} llorch node --join {url}" + (f" --node-id {node}" if node else "")
     if call.format_given and call.output.format is not Format.NAME:
         call.output.one({**made, "command": command}, name=str(made["id"]))
@@ -163,9 +215,24 @@ async def join(
     else:
         write_out(f"{command}\n")
     times = "once" if uses == 1 else f"{uses} times"
-    write_err(f"{_where(call, directory)}: good for {show_duration(wanted['expires_s'])}, {times}\n")
+    write_err(f"{_where(call, directory)}: good {times}; it expires in {show_duration(life_s)}\n")
     if not node:
         hint("add --model REF, or a settings file with pools, as for any node")
+
+
+_UNENCRYPTED = "its token would cross the network unencrypted"
+_ENCRYPT = "start the control with --bind 0.0.0.0:8080, or give --at https://HOST:PORT"
+
+
+def _url_to_join(text: str) -> str:
+    """Raises Failure (usage) for what no machine can join at."""
+    try:
+        url = URL.parse(text)
+    except BadValue as bad:
+        raise usage(f"--at: {bad.message}", bad.hint) from None
+    if not url.startswith("https://"):
+        raise usage(f"--at: a machine can't join at {url}: {_UNENCRYPTED}", "--at https://HOST:PORT")
+    return url
 
 
 def _control_url(directory: Path) -> str:
@@ -208,7 +275,7 @@ async def ls(
     """List the tokens that llorch made; those in a control's settings are not among them."""
     directory = local_directory(call, data_dir)
     if directory is None:
-        async with connected(call.target) as client:
+        async with _asking(call) as client:
             found = await client.tokens()
     else:
         from llorch.control.routes_trust import token_view
@@ -228,9 +295,10 @@ async def revoke(
     data_dir: DataDir = None,
 ) -> None:
     """Revoke a token, or all of one name: what they have opened ends within seconds."""
+    which = _id_of(which)
     directory = local_directory(call, data_dir)
     if directory is None:
-        async with connected(call.target) as client:
+        async with _asking(call) as client:
             revoked = await client.revoke_token(which)
     else:
         from llorch.control.token_files import TokenFiles
@@ -239,6 +307,17 @@ async def revoke(
     if call.format_given:
         call.output.one({"revoked": revoked}, name=which)
     write_err(f"{_where(call, directory)}: revoked {', '.join(revoked) or 'nothing: it was already'}\n")
+
+
+def _id_of(which: str) -> str:
+    """The id, where a token was pasted: the text is neither sent nor shown. Raises Failure for a part of one."""
+    pasted = _OURS.search(which)
+    if pasted is None:
+        return which
+    text = pasted[0]
+    if not is_whole(text):
+        raise usage("this token is cut off or mistyped", "`llorch token ls` lists the ids; or paste all of it")
+    return text.split(".")[-2][-8:]  # the id stands before the secret
 
 
 def _where(call: Call, directory: str | None) -> str:

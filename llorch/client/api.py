@@ -285,6 +285,8 @@ class LlorchClient:
                 raise (error if place.untouched else place.fault(error.message)) from None
             case ServerError():
                 why, taken = f"{error.message} ({error.code})", False
+                if place.begun and error.code is Code.UNAUTHENTICATED:
+                    raise place.shut_out(why) from None
                 if not place.may_wait(error):
                     raise (place.fault(why) if place.begun else error) from None
             case _Lost():

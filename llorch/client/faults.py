@@ -13,6 +13,11 @@ from __future__ import annotations
 from llorch import sse
 from llorch.reach import why_unreachable
 
+_AUTHORITY_HINT = (
+    "for a cluster's own authority: llorch context add NAME --url URL --ca-pin SHA256 (`llorch certs status` there "
+    "shows it); for another: --tls-ca FILE"
+)
+
 
 class ClientFault(Exception):
     def __init__(self, message: str, *, why: str | None = None, hint: str | None = None) -> None:
@@ -27,11 +32,14 @@ class Unreachable(ClientFault):
 
 
 class StreamBroken(ClientFault):
-    """`task_id` names the task whose output is cut off."""
+    """`task_id` names the task whose output is cut off. `revoked`: because the token is good no more."""
 
-    def __init__(self, message: str, *, task_id: str, why: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, task_id: str, why: str | None = None, hint: str | None = None, revoked: bool = False
+    ) -> None:
         super().__init__(message, why=why, hint=hint)
         self.task_id = task_id
+        self.revoked = revoked
 
 
 class TimedOut(ClientFault):
@@ -43,5 +51,5 @@ def unreachable(url: str, error: Exception) -> Unreachable:
     if isinstance(error, sse.SseError):
         why, hint = "what it sent is no stream of events", "check the host and the port in --url"
     else:
-        why, hint = why_unreachable(error, "--url, LLORCH_URL or the context")
+        why, hint = why_unreachable(error, "--url, LLORCH_URL or the context", _AUTHORITY_HINT)
     return Unreachable(f"can't reach {url}", why=why, hint=hint)

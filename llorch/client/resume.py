@@ -187,6 +187,12 @@ class Place:
             hint = f"the task may be running: llorch task show {self.task_id}"
         return Unreachable(f"lost the connection to {self._url}", why=why, hint=hint)
 
+    def shut_out(self, why: str) -> StreamBroken:
+        """What a stream has come to whose token is good no more: output had begun under it."""
+        hint = "`llorch token new` on the control makes another token"
+        message = "the stream was cut off: its token is good no more"
+        return StreamBroken(message, task_id=self.task_id or "", why=why, hint=hint, revoked=True)
+
     def _broken(self, message: str, why: str, what: str, after: str = "") -> StreamBroken:
         hint = f"{what} may still be there: llorch task logs {self.task_id}{after}" if self.task_id else None
         return StreamBroken(message, task_id=self.task_id or "", why=why, hint=hint)

@@ -12,7 +12,6 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +21,13 @@ from llorch import private, tls
 from llorch.auth import ADMIN_SCOPES, CLIENT_SCOPES, MIN_TOKEN_CHARS, Principal, Scope, TokenRing, parse_tokens
 from llorch.config import ControlSettings
 from llorch.control.nodes import Node
+from llorch.control.own_names import names_here
 from llorch.control.token_files import TokenFiles, principals
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.quotas import Quotas
-from llorch.sessions import Sessions
-from llorch.tokens import Kind, Record, Tokens, Wish, is_whole
+from llorch.sessions import REVOKED, Sessions
+from llorch.tokens import Kind, Record, Wish, is_whole
 from llorch.web import Gate
 
 if TYPE_CHECKING:
@@ -54,10 +54,12 @@ class Access:
         self.outgoing: ssl.SSLContext | None = None  # for calls to nodes that have certificates
         self._pair_made = 0.0
         self._shown_until: float | None = None
-        self._shown: dict[str, str] = {}  # newest certificates that nodes have shown and that are not confirmed yet
+        self._shown: dict[str, tls.Peer] = {}  # certificates that nodes have shown and that are not confirmed yet
         self._tls_stamps: tuple[object, ...] = ()
         self._use_saved = time.monotonic()
-        self._failed = ""
+        self._failed: dict[str, str] = {}
+        self._tokens_in_force = files.tokens
+        self._trust_in_force: Trust | None = None
         self.noted: Callable[[str, dict[str, str | int]], None] = lambda _event, _fields: None  # changes found on disk
 
     @classmethod
@@ -76,10 +78,11 @@ class Access:
         if not settings.dev:
             access.files.load()
             access.files.load_use()
+        access._tokens_in_force = access.files.tokens
         access._make_ring()
         access._make_identities()
-        if not any(principal.may(Scope.SUBMIT) for principal in access.ring):
-            log.warning("tokens.none", hint="nobody can send a task yet: `llorch token new` makes a token")
+        if authority is not None:
+            access._trust_in_force = authority.trust
         return access
 
     # ------------------------------------------------------------ who comes in
@@ -103,6 +106,10 @@ class Access:
             quotas=quotas or Quotas(),
         )
 
+    @property
+    def admits_clients(self) -> bool:
+        return any(principal.may(Scope.SUBMIT) for principal in self.ring)
+
     def _make_ring(self) -> None:
         now = time.time()
         self.ring = TokenRing(static_tokens(self.settings), principals(self.files.tokens, now))
@@ -117,14 +124,14 @@ class Access:
             scopes=frozenset({Scope.NODE}),
             fingerprint=peer.serial[:8].lower(),
             node_id=peer.name,
-            issued=peer.issued,
+            joined=peer.joined,
             issuer=peer.issuer,
             expires=peer.ends,
         )
         refusal = self._refusal(principal, time.time())
         held = self.authority.trust.issued.get(peer.name)
-        if held is not None and not held.confirmed and held.serial == peer.serial.lower().lstrip("0"):
-            self._shown[peer.name] = held.serial
+        if refusal is None and (held is None or held.serial != peer.serial or not held.confirmed):
+            self._shown[peer.name] = peer
         if refusal is not None:
             raise LlorchError(
                 Code.UNAUTHENTICATED, refusal, hint="`llorch token join` on the control makes it a member again"
@@ -137,7 +144,7 @@ class Access:
 
     def _still_good(self, principal: Principal) -> bool:
         now = time.time()
-        if principal.issued is not None:
+        if principal.joined is not None:
             return self._refusal(principal, now) is None
         return self.ring.holds(principal, now)
 
@@ -158,6 +165,12 @@ class Access:
         """What nodes are told of the authorities with every answer, so that they notice when others are trusted."""
         return {} if self.authority is None else {"authorities": self.authority.trust.bundle_id}
 
+    def told_at_registration(self, principal: Principal) -> dict[str, str]:
+        """The same, and to a node that has shown a certificate the key of the cluster's tickets."""
+        if self.authority is None or principal.joined is None:
+            return self.told()
+        return {**self.told(), "ticket_key": self.authority.trust.ticket_key}
+
     # ------------------------------------------------------------ tokens
 
     def new_token(self, wish: Wish) -> tuple[Record, str]:
@@ -175,46 +188,61 @@ class Access:
         return record, text
 
     def revoke_token(self, which: str) -> list[Record]:
-        """In force at once, here; within a second at controls on the same directory."""
+        """In force at once, here; within a second at controls on the same directory. For the loop's own thread: what is
+        being served is ended here. `to_be_revoked` says beforehand which those are.
+        """
         revoked = self.files.revoke(which, time.time())
         self._make_ring()
-        self.sessions.end(self._still_good)
+        self._end_sessions()
         return revoked
 
-    def may_issue(self, principal: Principal, node_id: str) -> None:
-        """Raises FORBIDDEN for another's id or a credential that gives none, CONFLICT without an authority."""
+    def to_be_revoked(self, which: str) -> list[Record]:
+        """Raises NOT_FOUND if there is none."""
+        return self.files.tokens.revoke(which, time.time())[1]
+
+    def may_issue(self, principal: Principal, node_id: str, csr: bytes) -> None:
+        """Raises what `issue` would, as far as that can be told before: nothing is put on record for it.
+
+        FORBIDDEN for another's id or a credential that gives no certificate, CONFLICT without an authority.
+        """
         if self.authority is None:
             raise LlorchError(Code.CONFLICT, "this control has no authority: it serves without TLS")
         if principal.node_id is not None and principal.node_id != node_id:
             raise LlorchError(Code.FORBIDDEN, "this credential is for another node", param="node_id")
-        if principal.issued is None and Scope.JOIN not in principal.scopes:
+        if principal.joined is None and Scope.JOIN not in principal.scopes:
             raise LlorchError(
                 Code.FORBIDDEN,
                 "a shared node token gives no certificate",
                 hint="`llorch token join` makes one that does",
             )
+        if principal.joined is not None or self.authority.is_repeated(csr, node_id, principal.token_id or ""):
+            return
+        record = next((one for one in self.files.tokens.records if one.id == principal.token_id), None)
+        if record is None or record.ended(time.time()) is not None:
+            raise LlorchError(Code.UNAUTHENTICATED, "no valid token was presented")
+        self.authority.check_free(node_id, time.time(), take_over=principal.node_id == node_id)
 
     def issue(self, principal: Principal, csr: bytes, node_id: str) -> bytes:
         """A node's certificate with its chain (PEM): its first, for a join token, or the next one of its own.
 
         Raises FORBIDDEN for another's id, UNAUTHENTICATED for a token that is used up, NODE_ID_CONFLICT.
         """
-        self.may_issue(principal, node_id)
         assert self.authority is not None
         now, life_s = time.time(), self.settings.node_cert_life
-        if principal.issued is not None:
-            return self.authority.issue_node(
-                csr, node_id, now, life_s, take_over=True, still_good=partial(_refused, principal, now)
-            )
-        token_id = principal.token_id or ""
-        if self.authority.is_repeated(csr, node_id, token_id):
-            return self.authority.issue_node(csr, node_id, now, life_s, take_over=True, token=token_id)
-        self.files.use(token_id, now)  # first, so that of many at once no more get one than it has uses
+        if principal.joined is not None:
+            return self.authority.issue_node(csr, node_id, now, life_s, renews=principal)
+        token_id, used = principal.token_id or "", []
+
+        def use() -> None:  # first, so that of many at once no more get one than it has uses
+            self.files.use(token_id, now)
+            used.append(token_id)
+
+        take_over = principal.node_id == node_id
         try:
-            take_over = principal.node_id == node_id
-            return self.authority.issue_node(csr, node_id, now, life_s, take_over=take_over, token=token_id)
+            return self.authority.issue_node(csr, node_id, now, life_s, take_over=take_over, token=token_id, use=use)
         except LlorchError:
-            self.files.give_back(token_id)
+            for one in used:
+                self.files.give_back(one)
             raise
         finally:
             self._make_ring()
@@ -285,59 +313,72 @@ class Access:
         if self._shown and self.authority is not None:
             shown, self._shown = self._shown, {}
             try:
-                await asyncio.to_thread(self.authority.confirm, shown)
+                await asyncio.to_thread(self.authority.saw, self.authority.seen(shown.values(), time.time()))
             except LlorchError as error:
                 log.warning("certificates.unconfirmed", reason=error.message)
         self._try("certificate", self._look_at_certificate)
-        for principal in self.sessions.end(self._still_good):
-            log.warning("session.ended", principal=principal.name, fingerprint=principal.fingerprint, why="revoked")
+        self._end_sessions()
         if time.monotonic() - self._use_saved >= SAVE_USE_EVERY_S and not self.settings.dev:
             self._use_saved = time.monotonic()
-            self.files.save_use()
+            await asyncio.to_thread(self.files.save_use)
         return LOOK_EVERY_S
+
+    def _end_sessions(self) -> None:
+        for principal in self.sessions.end(self._still_good):
+            log.warning("session.ended", principal=principal.name, fingerprint=principal.fingerprint, why=REVOKED)
 
     def _try(self, what: str, look: Callable[[], None]) -> None:
         try:
             look()
         except ConfigError as error:
-            told = f"{what}: {error.message}"
-            if told != self._failed:
+            if self._failed.get(what) != error.message:
                 log.error("access.unchanged", what=what, why=error.message, hint=error.hint)
-            self._failed = told
+            self._failed[what] = error.message
         else:
-            if self._failed.startswith(f"{what}:"):
-                self._failed = ""
+            self._failed.pop(what, None)
 
     def _look_at_tokens(self) -> None:
-        before = self.files.tokens
-        if not self.settings.dev and self.files.load():
+        if self.settings.dev:
+            return
+        self.files.load()
+        if self.files.tokens is not self._tokens_in_force:
+            self._note_tokens()
             self._make_ring()
-            self._note_tokens(before)
-            log.info("tokens.reloaded", tokens=len(self.ring))
 
-    def _note_tokens(self, before: Tokens) -> None:
-        known = {one.id: one for one in before.records}
+    def _note_tokens(self) -> None:
+        """Say what others have done to the tokens; what was done through this control is on record already."""
+        known = {one.id: one for one in self._tokens_in_force.records}
+        own, self.files.own = self.files.own, set()
         for one in self.files.tokens.records:
+            if one.id in own:
+                continue
             if one.id not in known:
                 self.noted("token.created", {"token_id": one.id, "name": one.name, "kind": one.kind.value})
             elif one.revoked is not None and known[one.id].revoked is None:
                 self.noted("token.revoked", {"token_id": one.id, "name": one.name, "kind": one.kind.value})
+        self._tokens_in_force = self.files.tokens
+        log.info("tokens.reloaded", tokens=len(self.files.tokens.records))
 
     def _look_at_authority(self) -> None:
+        """Compared with what is in force: a node's renewal may have read the files meanwhile."""
         if self.authority is None:
             return
-        before = self.authority.trust
-        changed = self.authority.refresh()
-        for node_id, when in self.authority.trust.revoked.items() if changed else ():
+        self.authority.refresh()
+        trust, before = self.authority.trust, self._trust_in_force
+        if trust is before:
+            if time.time() - self._pair_made > PAIR_LIFE_S / 3:
+                self._make_identities()
+            return
+        assert before is not None
+        for node_id, when in trust.revoked.items():
             if before.revoked.get(node_id) != when:
                 self.noted("certificate.revoked", {"node_id": node_id})
-        if changed and self.authority.trust.bundle != before.bundle:
-            self.noted("authority.changed", {"count": len(self.authority.trust.bundle)})
+        if trust.bundle != before.bundle:
+            self.noted("authority.changed", {"count": len(trust.bundle)})
             self.pair = None
             self._make_identities()
-            log.info("authority.reloaded", authorities=len(self.authority.trust.bundle))
-        elif time.time() - self._pair_made > PAIR_LIFE_S / 3:
-            self._make_identities()
+            log.info("authority.reloaded", authorities=len(trust.bundle))
+        self._trust_in_force = trust
 
     def _look_at_certificate(self) -> None:
         if self._stamps() != self._tls_stamps:
@@ -359,8 +400,8 @@ class Access:
 
 def _refused(principal: Principal, now: float, trust: Trust) -> str | None:
     """Why somebody's certificate is no good any more; None if it is."""
-    assert principal.issued is not None and principal.expires is not None
-    return trust.refusal(principal.node_id or "", principal.issued, principal.expires, now, principal.issuer)
+    assert principal.joined is not None and principal.expires is not None
+    return trust.refusal(principal.node_id or "", principal.joined, principal.expires, now, principal.issuer)
 
 
 def serves_tls(settings: ControlSettings) -> bool:
@@ -381,26 +422,3 @@ def static_tokens(settings: ControlSettings) -> list[tuple[str, str, frozenset[S
     ):
         entries += [(name, token, scopes) for name, token in parse_tokens(text or "", min_chars=shortest)]
     return entries
-
-
-def names_here(settings: ControlSettings) -> list[str]:
-    """The names and addresses by which clients may reach this machine, for the cluster's own certificate."""
-    names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn(), *settings.tls_names]
-    if settings.bind.everywhere:
-        names += primary_addresses()
-    else:
-        names.append(settings.bind.host)
-    return [name for name in dict.fromkeys(names) if name and name.isascii() and len(name) <= 253]
-
-
-def primary_addresses() -> list[str]:
-    """The addresses from which this machine reaches others. Nothing is sent: a UDP socket that connects has a route."""
-    found: list[str] = []
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as sock:
-                sock.connect((far, 9))
-                found.append(str(sock.getsockname()[0]))
-        except OSError:
-            continue
-    return found

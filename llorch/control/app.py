@@ -153,6 +153,8 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             refused=refused_tls,
             doors=doors,
         )
+        if not access.admits_clients:
+            log.warning("tokens.none", hint="nobody can send a task yet: `llorch token new` makes a token")
         try:
             await audit.start()
             access.noted = lambda event, fields: on_record.seen_on_disk(audit, event, **fields)

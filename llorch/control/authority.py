@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llorch import pki, private
+from llorch.auth import Principal
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.pki import Cert, Signer
+from llorch.tls import Peer
 
 DIRECTORY, FILE_NAME, ISSUED_NAME = "pki", "authority.pem", "issued.json"
 MAX_SUCCEEDED = 4  # each makes every handshake of a control 500 bytes longer
@@ -29,13 +31,16 @@ _KEY = re.compile(rb"-----BEGIN (ENCRYPTED )?PRIVATE KEY-----.*?-----END (ENCRYP
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """The newest certificate of one node. Times are seconds since 1970; `authority`: the pin of who signed it."""
+    """The newest certificate of one node, whichever control made it. Times are seconds since 1970; `joined`: when it
+    came in with a token; `authority`: the pin of who signed it.
+    """
 
     node_id: str
     serial: str
     issued: float
     ends: float
     authority: str
+    joined: float = 0.0
     key: str = ""  # SHA-256 of its key
     token: str = ""  # the id of the join token that it was issued for; empty for one that was renewed
     confirmed: bool = False  # the node has shown it: until then it may not have got it, and goes on with the one before
@@ -71,6 +76,11 @@ class Trust:
         return pki.ends(self.signer.cert)
 
     @property
+    def ticket_key(self) -> str:
+        """What controls of this cluster sign tickets with, by which nodes let one another fetch models."""
+        return pki.derived(self.signer.key, b"llorch ticket 1")
+
+    @property
     def bundle_pem(self) -> bytes:
         return pki.pem_of(self.bundle)
 
@@ -83,13 +93,16 @@ class Trust:
         """A certificate with what leads from it to any authority of the bundle."""
         return pki.pem_of((cert, *self.crosses))
 
-    def refusal(self, node_id: str, issued: float, ends: float, now: float, issuer: str | None = None) -> str | None:
-        """Why a certificate that its authority did sign is no good any more; None if it is."""
+    def refusal(self, node_id: str, joined: float, ends: float, now: float, issuer: str | None = None) -> str | None:
+        """Why a certificate that its authority did sign is no good any more; None if it is.
+
+        What was revoked is a node's joining, and all that was ever renewed from it, at whichever control.
+        """
         if issuer is not None and issuer not in map(pki.common_name, self.bundle):
             return "the authority that signed the certificate is trusted no more"
         if now >= ends:
             return "the certificate has expired"
-        if issued <= self.revoked.get(node_id, 0.0):
+        if joined <= self.revoked.get(node_id, 0.0):
             return "the certificate was revoked"
         return None
 
@@ -119,6 +132,7 @@ class Authority:
             with private.locked(directory):
                 if not (directory / FILE_NAME).exists():  # another process may have been faster
                     key = pki.make_key()
+                    authority._store_issued({}, {})
                     authority._store(Signer(pki.make_authority(key, now), key), (), ())
                     made = True
         authority.refresh()
@@ -152,10 +166,18 @@ class Authority:
         return tuple(private.stamp(self._directory / name) for name in (FILE_NAME, ISSUED_NAME))
 
     def _read(self) -> Trust:
-        path = self._directory / FILE_NAME
-        data = private.read(path)
+        path, issued_path = self._directory / FILE_NAME, self._directory / ISSUED_NAME
+        data, issued = private.read(path), private.read(issued_path)
         if data is None:
             raise ConfigError(f"{path} is gone", hint="restore it, or `llorch certs import` one")
+        if issued is None:
+            raise ConfigError(
+                f"{issued_path} is gone, and with it who was revoked", hint="restore it with its authority"
+            )
+        return self._parse(data, issued, str(path), str(issued_path))
+
+    def _parse(self, data: bytes, issued: bytes, path: str, issued_path: str) -> Trust:
+        """What the files' contents say. Raises ConfigError that names the file."""
         key_part = _KEY.search(data)
         try:
             if key_part is None:
@@ -169,19 +191,13 @@ class Authority:
             raise ConfigError(f"the authority in {path} can't be used: {error}", hint=hint) from None
         crosses = tuple(cert for cert in others if cert.issuer != cert.subject)
         succeeded = tuple(cert for cert in others if cert.issuer == cert.subject)
-        return Trust(Signer(first, key), succeeded, crosses, *self._read_issued())
-
-    def _read_issued(self) -> tuple[dict[str, Issued], dict[str, float]]:
-        path = self._directory / ISSUED_NAME
-        data = private.read(path)
-        if data is None:
-            return {}, {}
         try:
-            value = json.loads(data)
-            issued = {str(one["node_id"]): Issued(**{**one, "before": tuple(one["before"])}) for one in value["issued"]}
-            return issued, {str(node_id): float(when) for node_id, when in value["revoked"].items()}
+            value = json.loads(issued)
+            entries = [Issued(**{**one, "before": tuple(one["before"])}) for one in value["issued"]]
+            revoked = {str(node_id): float(when) for node_id, when in value["revoked"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ConfigError(f"{path} can't be read: it is not what llorch writes", hint="restore it") from None
+            raise ConfigError(f"{issued_path} can't be read: it is not what llorch writes", hint="restore it") from None
+        return Trust(Signer(first, key), succeeded, crosses, {one.node_id: one for one in entries}, revoked)
 
     # ------------------------------------------------------------ writing
 
@@ -215,72 +231,90 @@ class Authority:
         now: float,
         life_s: float,
         *,
+        renews: Principal | None = None,
         take_over: bool = False,
         token: str = "",
-        still_good: Callable[[Trust], str | None] = lambda _trust: None,
+        use: Callable[[], None] = lambda: None,
     ) -> bytes:
-        """A certificate for a node, with its chain (PEM). Raises NODE_ID_CONFLICT for an id whose certificate is in
-        force, unless it is to `take_over`: a new machine can't become one that is there.
+        """A certificate for a node, with its chain (PEM). `renews`: who shows the one before. Else it joins: `use`
+        is called once it is clear that it may; not where its answer was lost and it asks for the same key with the same
+        `token` again.
 
-        `still_good` says what is wrong by now with the one that is renewed: it may have been revoked a moment ago.
+        Raises UNAUTHENTICATED for what was revoked meanwhile, or NODE_ID_CONFLICT for an id whose certificate is in
+        force, unless it is to `take_over`: a new machine can't become one that is there.
         """
         made: list[Cert] = []
         public = pki.read_request(csr)
+        mine = pki.key_digest(public)
 
         def issue(trust: Trust) -> None:
-            why = still_good(trust)
-            if why is not None:
-                raise LlorchError(Code.UNAUTHENTICATED, why)
             held = trust.issued.get(node_id)
-            if held is not None and not take_over and trust.refusal(node_id, held.issued, held.ends, now) is None:
-                raise LlorchError(
-                    Code.NODE_ID_CONFLICT,
-                    f"{node_id} has a certificate already",
-                    hint=f"give this machine another --node-id, or `llorch token join --node {node_id}`",
-                )
-            cert = trust.signer.issue_node(public, node_id, now, life_s)
+            if renews is not None:
+                joined = _still_a_member(trust, renews, now)
+            elif held is not None and token and (held.key, held.token) == (mine, token):
+                joined = held.joined
+            else:
+                check_free(trust, node_id, now, take_over=take_over)
+                use()
+                joined = max(float(int(now)), float(int(trust.revoked.get(node_id, 0.0))) + 1)
+            cert = trust.signer.issue_node(public, node_id, now, life_s, joined)
             made.append(cert)
+            signer, serial = pki.pin_of(trust.signer.cert), f"{cert.serial_number:x}"
             before = () if held is None else tuple(sorted(held.signers))
-            signer = pki.pin_of(trust.signer.cert)
-            serial = f"{cert.serial_number:x}"
-            new = Issued(node_id, serial, now, pki.ends(cert), signer, pki.key_digest(public), token, before=before)
+            kept_token = token if renews is None else ""
+            new = Issued(node_id, serial, now, pki.ends(cert), signer, joined, mine, token=kept_token, before=before)
             kept = {one.node_id: one for one in trust.issued.values() if one.ends > now}
             self._store_issued(kept | {node_id: new}, trust.revoked)
 
         self._change(issue)
         return self.trust.chain_pem(made[0])
 
-    def confirm(self, serials: Mapping[str, str]) -> None:
-        """Nodes have shown these certificates: {id: serial}."""
-
-        def confirm(trust: Trust) -> None:
-            shown = {
-                node_id: replace(trust.issued[node_id], confirmed=True)
-                for node_id, serial in serials.items()
-                if node_id in trust.issued and trust.issued[node_id].serial == serial
-            }
-            if shown:
-                self._store_issued(trust.issued | shown, trust.revoked)
-
-        self._change(confirm)
-
     def is_repeated(self, csr: bytes, node_id: str, token: str) -> bool:
-        """Whether this node was issued a certificate for this key and join token: its answer may have been lost."""
+        """Whether this seems to be asked again because its answer was lost; `issue_node` decides."""
         held = self.trust.issued.get(node_id)
         return held is not None and (held.key, held.token) == (pki.key_digest(pki.read_request(csr)), token)
 
+    def check_free(self, node_id: str, now: float, *, take_over: bool) -> None:
+        """Raises NODE_ID_CONFLICT as `issue_node` would, as far as is known."""
+        check_free(self.trust, node_id, now, take_over=take_over)
+
+    def seen(self, peers: Iterable[Peer], now: float) -> dict[str, Issued]:
+        """What the certificates that nodes have shown say, as entries of ours."""
+        pins = {pki.common_name(cert): pki.pin_of(cert) for cert in self.trust.bundle}
+        return {
+            peer.name: Issued(peer.name, peer.serial, now, peer.ends, pins.get(peer.issuer, ""), peer.joined)
+            for peer in peers
+        }
+
+    def saw(self, shown: Mapping[str, Issued]) -> None:
+        """Nodes have shown these certificates. Those that another control made are known here from now on, too."""
+
+        def saw(trust: Trust) -> None:
+            new = {}
+            for node_id, seen in shown.items():
+                held = trust.issued.get(node_id)
+                if held is None or (held.serial != seen.serial and held.ends < seen.ends):
+                    new[node_id] = replace(seen, confirmed=True)
+                elif held.serial == seen.serial and not held.confirmed:
+                    new[node_id] = replace(held, confirmed=True)
+            if new:
+                self._store_issued(trust.issued | new, trust.revoked)
+
+        self._change(saw)
+
     def revoke(self, node_id: str, now: float) -> bool:
-        """No certificate that a node was issued until now is good any more. False if it had none."""
-        had = node_id in self.trust.issued
+        """No certificate of a node that joined until now is good any more, whoever renews it. False if it had none."""
+        had: list[bool] = []
 
         def revoke(trust: Trust) -> None:
+            had.append(node_id in trust.issued or node_id in trust.revoked)
             self._store_issued(
                 {one.node_id: one for one in trust.issued.values() if one.node_id != node_id},
-                trust.revoked | {node_id: now},
+                trust.revoked | {node_id: max(now, trust.revoked.get(node_id, 0.0))},
             )
 
         self._change(revoke)
-        return had
+        return had[0]
 
     def control_pair(self, name: str, names: Sequence[str], now: float, life_s: float) -> tuple[bytes, bytes]:
         """A certificate with its chain, and its key, for a control: for the life of its process."""
@@ -339,29 +373,65 @@ class Authority:
         return {name: data.decode("ascii") for name, data in found.items() if data is not None}
 
     @classmethod
-    def take_over(cls, data_dir: str | Path, files: dict[str, str], passphrase: str | None, *, force: bool) -> None:
-        """Write what `export` gave. Raises CONFLICT where another authority is, unless it is to go (`force`)."""
+    def take_over(cls, data_dir: str | Path, files: dict[str, str], passphrase: str | None, *, force: bool) -> str:
+        """Take over what `export` gave, and say what that was. Nothing is written before all of it was read.
+
+        Of the same cluster what is newer counts: the successor of an authority, a certificate's last renewal; and what
+        was revoked anywhere stays so. Raises CONFLICT where another cluster's authority is, unless it is to go.
+        """
         directory = Path(data_dir).expanduser() / DIRECTORY
         authority = cls(directory, passphrase.encode() if passphrase else None)
+        theirs = authority._parse(
+            files.get(FILE_NAME, "").encode(), files.get(ISSUED_NAME, "").encode(), "the export", "the export"
+        )
         with private.locked(directory):
-            before = private.read(directory / FILE_NAME)
-            given = files.get(FILE_NAME, "").encode()
-            if before is not None and not force and not _same_authority(before, given):
+            mine = authority._read() if (directory / FILE_NAME).exists() else None
+            known = [] if mine is None else list(map(pki.sha256, mine.bundle))
+            newest = pki.sha256(theirs.signer.cert)
+            same = mine is not None and (newest in known or known[0] in map(pki.sha256, theirs.bundle))
+            if mine is not None and not same and not force:
                 raise LlorchError(
                     Code.CONFLICT,
                     f"{directory} holds another authority",
                     hint="--force: its nodes have to join again",
                 )
-            for name, text in files.items():
-                if name in (FILE_NAME, ISSUED_NAME):
-                    authority._write(name, text.encode())
+            issued, revoked = theirs.issued, theirs.revoked
+            if mine is not None and same:
+                issued = mine.issued | {
+                    one.node_id: one
+                    for one in issued.values()
+                    if one.node_id not in mine.issued or mine.issued[one.node_id].issued < one.issued
+                }
+                revoked = {
+                    node_id: max(mine.revoked.get(node_id, 0.0), theirs.revoked.get(node_id, 0.0))
+                    for node_id in {*mine.revoked, *theirs.revoked}
+                }
+                issued = {one.node_id: one for one in issued.values() if one.joined > revoked.get(one.node_id, 0.0)}
+            authority._store_issued(issued, revoked)
+            if mine is None or not same or newest not in known:
+                authority._store(theirs.signer, theirs.succeeded, theirs.crosses)
+                taken = "its authority"
+            else:
+                taken = "no authority: the one here is the same, or follows it"
         authority.refresh()
+        return taken
 
 
-def _same_authority(one: bytes, other: bytes) -> bool:
-    """Whether one of them is the other, or its successor."""
-    try:
-        mine, theirs = ({pki.sha256(cert) for cert in pki.read_certs(_KEY.sub(b"", pem))} for pem in (one, other))
-    except ValueError:
-        return False
-    return bool(mine & theirs)
+def check_free(trust: Trust, node_id: str, now: float, *, take_over: bool) -> None:
+    """Raises NODE_ID_CONFLICT for an id whose certificate is in force."""
+    held = trust.issued.get(node_id)
+    if held is not None and not take_over and trust.refusal(node_id, held.joined, held.ends, now) is None:
+        raise LlorchError(
+            Code.NODE_ID_CONFLICT,
+            f"{node_id} has a certificate already",
+            hint=f"give this machine another --node-id, or `llorch token join --node {node_id}`",
+        )
+
+
+def _still_a_member(trust: Trust, principal: Principal, now: float) -> float:
+    """When a node joined whose certificate is renewed. Raises UNAUTHENTICATED for one that is no good any more."""
+    assert principal.joined is not None and principal.expires is not None and principal.node_id is not None
+    why = trust.refusal(principal.node_id, principal.joined, principal.expires, now, principal.issuer)
+    if why is not None:
+        raise LlorchError(Code.UNAUTHENTICATED, why)
+    return principal.joined

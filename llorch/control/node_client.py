@@ -165,7 +165,9 @@ class NodeClient:
     def _request(self, node_id: str, method: str, url: str, headers: dict[str, str], body: bytes) -> Any:
         assert self._session is not None
         headers = {"Content-Type": "application/json", **headers}
-        context = self._cluster_tls(node_id) if url.startswith("https:") else None
+        context = self._cluster_tls(node_id)
+        if context is not None and not url.startswith("https:"):
+            raise LlorchError(Code.NODE_LOST, "a node with a certificate is called by https alone")
         if context is None:
             headers["Authorization"] = f"Bearer {self._token()}"
             return self._session.request(method, url, headers=headers, data=body or None, allow_redirects=False)

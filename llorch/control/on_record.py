@@ -13,13 +13,14 @@ from aiohttp import web
 from llorch import __version__
 from llorch.audit import Audit, AuditLog, Unaudited
 from llorch.audit_chain import Value
-from llorch.auth import ANONYMOUS, MIN_TOKEN_CHARS, Principal, Scope, fingerprint, presented_token
+from llorch.auth import ANONYMOUS, MIN_TOKEN_CHARS, Principal, Scope, fingerprint, masked, presented_token
 from llorch.control.metrics import ControlMetrics
 from llorch.control.refusals import WINDOW_S, Refusals
 from llorch.control.state import CONTROL, Control
 from llorch.control.tasks import Task
 from llorch.errors import Code, LlorchError
 from llorch.settings import ControlSettings
+from llorch.tokens import Record
 from llorch.web import PRINCIPAL, REQUEST_ID
 
 ALLOWED, REFUSED = "allowed", "refused"
@@ -71,7 +72,7 @@ class Doorkeeper:
                 decision=REFUSED,
                 reason=code.value,
                 method=request.method,
-                path=request.path,
+                path=masked(request.path),
             )
 
     def _whoever(self, request: web.Request) -> dict[str, Value]:
@@ -192,10 +193,27 @@ async def token_made(request: web.Request, kind: str, name: str) -> None:
     )
 
 
-async def token_revoked(request: web.Request, which: str) -> None:
-    await request.app[CONTROL].audit.require(
-        "token.revoked", **_by(request), scope=Scope.ADMIN.value, token_id=which, decision=ALLOWED
+def certificate_refused(request: web.Request, node_id: str, error: LlorchError) -> None:
+    """It was to be issued, and then was not."""
+    request.app[CONTROL].audit.record(
+        "certificate.refused",
+        **_by(request),
+        scope=Scope.NODE.value,
+        node_id=node_id,
+        decision=REFUSED,
+        reason=error.code.value,
     )
+
+
+async def tokens_revoked(request: web.Request, records: Sequence[Record]) -> None:
+    """To take rights away is never refused: where it can't be put on record, that is told and made up for."""
+    audit = request.app[CONTROL].audit
+    for record in records:
+        fields = _by(request) | {"scope": Scope.ADMIN.value, "token_id": record.id, "name": record.name}
+        try:
+            await audit.require("token.revoked", **fields, decision=ALLOWED)
+        except LlorchError:
+            audit.record("token.revoked", **fields, decision=ALLOWED)
 
 
 def seen_on_disk(audit: Audit, event: str, **fields: Value) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llorch import private
 from llorch.config import ControlSettings
-from llorch.control.access import primary_addresses
+from llorch.control.own_names import primary_addresses
 from llorch.errors import ConfigError
 from llorch.logs import Log
 

@@ -42,6 +42,13 @@ async def register(request: web.Request) -> web.StreamResponse:
         control.distrust.check(message.node_id)
         if message.address is not None:
             await control.nodes.resolver.check(message.address, request.remote)
+            if request[PRINCIPAL].joined is not None and not message.address.startswith("https://"):
+                raise LlorchError(
+                    Code.UNTRUSTED_ADDRESS,
+                    "a node with a certificate is called by https:// alone: no token goes to it",
+                    param="address",
+                    hint="--address https://HOST:PORT, or none: its own link is enough",
+                )
         await on_record.node_joins(request, message.node_id)
         link = control.links.get(message.node_id)
         taken = control.registry.register(
@@ -57,7 +64,7 @@ async def register(request: web.Request) -> web.StreamResponse:
         log.warning("node.refused", node_id=message.node_id, code=error.code, peer=request.remote)
         on_record.node_registered(request, message.node_id, refusal=error)
         raise
-    control.registry.nodes[message.node_id].certified = request[PRINCIPAL].issued is not None
+    control.registry.nodes[message.node_id].certified = request[PRINCIPAL].joined is not None
     control.metrics.registered("ok")
     control.recovery.returned(message.node_id)
     link = control.links.get(message.node_id)
@@ -76,7 +83,7 @@ async def register(request: web.Request) -> web.StreamResponse:
             "epoch": control.registry.epoch,
             "heartbeat_interval_ms": round(control.heartbeat_interval_s * 1_000),
             "offline_after_ms": round(control.offline_after_s * 1_000),
-            **control.access.told(),
+            **control.access.told_at_registration(request[PRINCIPAL]),
         }
     )
 

@@ -14,13 +14,13 @@ from aiohttp import web
 from llorch.auth import Scope
 from llorch.control import on_record
 from llorch.control.state import CONTROL
-from llorch.errors import Code, LlorchError
+from llorch.errors import Code, LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import CertificateRequest, NewToken
 from llorch.tokens import Kind, Record, Wish, parse_scopes
 from llorch.web import PRINCIPAL, Route, json_response, read_model
 
-MAX_JOIN_LIFE_S = 30 * 86_400.0
+MAX_JOIN_LIFE_S = 30 * 86_400.0  # a way into the cluster that lies about for longer is one too many
 
 log = Log("control.trust")
 
@@ -39,9 +39,14 @@ async def sign(request: web.Request) -> web.StreamResponse:
     """A node's certificate: the first for a join token, the next for the certificate it has."""
     access, principal = request.app[CONTROL].access, request[PRINCIPAL]
     message = await read_model(request, CertificateRequest)
-    access.may_issue(principal, message.node_id)
+    csr = message.csr.encode()
+    access.may_issue(principal, message.node_id, csr)
     await on_record.certificate_signed(request, message.node_id)
-    chain = await asyncio.to_thread(access.issue, principal, message.csr.encode(), message.node_id)
+    try:
+        chain = await asyncio.to_thread(access.issue, principal, csr, message.node_id)
+    except LlorchError as error:
+        on_record.certificate_refused(request, message.node_id, error)
+        raise
     assert access.authority is not None
     log.info("certificate.issued", node_id=message.node_id, by=principal.name, peer=request.remote)
     return json_response(
@@ -67,8 +72,8 @@ async def new_token(request: web.Request) -> web.StreamResponse:
 async def revoke_token(request: web.Request) -> web.StreamResponse:
     """Idempotent: one that was revoked stays so."""
     access, which = request.app[CONTROL].access, request.match_info["token"]
-    await on_record.token_revoked(request, which)
-    revoked = await asyncio.to_thread(access.revoke_token, which)
+    await on_record.tokens_revoked(request, access.to_be_revoked(which))
+    revoked = access.revoke_token(which)
     for record in revoked:
         log.info("token.revoked", token_id=record.id, name=record.name, by=request[PRINCIPAL].name)
     return json_response({"revoked": [record.id for record in revoked]})
@@ -76,10 +81,12 @@ async def revoke_token(request: web.Request) -> web.StreamResponse:
 
 def wish_of(message: NewToken) -> Wish:
     """What a request for a token asks for. Raises INVALID_REQUEST that names the field."""
+    if message.name == "":
+        raise invalid("`name` is 1 to 64 of letters, digits, . _ -", param="name")
     kind = Kind.JOIN if message.join else Kind.CLIENT
     wish = Wish(
         kind=kind,
-        name=message.name or "default",
+        name=message.name or "",
         scopes=parse_scopes(message.scopes) if message.scopes is not None else Wish().scopes,
         life_s=message.expires_s if message.expires_s is not None else (3_600.0 if message.join else None),
         models=frozenset(message.models) if message.models is not None else None,
@@ -87,6 +94,8 @@ def wish_of(message: NewToken) -> Wish:
         node_id=message.node_id if message.join else None,
     )
     wish.check()
+    if kind is Kind.JOIN and (wish.life_s or 0.0) > MAX_JOIN_LIFE_S:
+        raise invalid("a join token lives for 30 days at most", param="expires_s")
     return wish
 
 

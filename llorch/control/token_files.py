@@ -35,6 +35,7 @@ class TokenFiles:
         self.tokens = Tokens()
         self.last_used: dict[str, float] = {}
         self._saved_use: dict[str, float] = {}
+        self.own: set[str] = set()  # ids of tokens that were changed here, and not by somebody else
 
     # ------------------------------------------------------------ reading
 
@@ -76,12 +77,19 @@ class TokenFiles:
 
         def add(tokens: Tokens) -> tuple[Tokens, tuple[Record, str]]:
             changed, record, text = tokens.add(wish, now, os.urandom(ID_BYTES + SECRET_BYTES), ca_digest)
+            self.own.add(record.id)
             return changed, (record, text)
 
         return self._change(add)
 
     def revoke(self, which: str, now: float) -> list[Record]:
-        return self._change(lambda tokens: tokens.revoke(which, now))
+
+        def revoke(tokens: Tokens) -> tuple[Tokens, list[Record]]:
+            changed, revoked = tokens.revoke(which, now)
+            self.own.update(record.id for record in revoked)
+            return changed, revoked
+
+        return self._change(revoke)
 
     def use(self, token_id: str, now: float) -> None:
         """A join token is used: once fewer for everybody. Raises UNAUTHENTICATED if another was faster."""

@@ -25,6 +25,7 @@ from llorch.web import Gate
 if TYPE_CHECKING:
     from llorch.node.certificate import NodeCertificate
 
+LOOK_EVERY_S = 1.0
 _CONTROL_SCOPES = frozenset({Scope.CONTROL, Scope.METRICS})
 
 
@@ -81,6 +82,12 @@ class Access:
             raise LlorchError(Code.UNAUTHENTICATED, "the certificate has expired")
         scopes = _CONTROL_SCOPES if peer.role is tls.Role.CONTROL else frozenset[Scope]()
         return Principal(f"{peer.role}:{peer.name}", scopes, peer.serial[:8].lower(), expires=peer.ends)
+
+    async def step(self) -> float:
+        """What a credential that is no longer good had opened ends. Returns the seconds until the next look."""
+        now = time.time()
+        self.sessions.end(lambda one: (one.expires is not None and now < one.expires) or self.ring.holds(one, now))
+        return LOOK_EVERY_S
 
     def renewed(self) -> None:
         """The certificate is another: the listener shows it from the next connection on."""

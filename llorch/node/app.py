@@ -233,6 +233,7 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
         guard.loop(runner.sweep, "sweep")
         guard.loop(lambda: _refresh(node, changed), "refresh")
         guard.spawn(_digest(catalog, node, changed), "digests")
+        guard.loop(access.step, "access")
         reloader = Reloader(settings, source, LIVE, partial(_settle, access))
         guard.loop(reloader.step, "reload")
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
@@ -245,7 +246,13 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
             from llorch.node.join import Renewal
 
             urls = [url for url in settings.join if url.startswith("https:")]
-            guard.spawn(Renewal(access.certificate, controls, urls, access.renewed).run(), "renewal")
+
+            def renewed() -> None:
+                access.renewed()
+                for membership in memberships:
+                    membership.beat_now()
+
+            guard.spawn(Renewal(access.certificate, controls, urls, renewed).run(), "renewal")
         members = Guard("node.members")
         try:
             await supervisor.start()

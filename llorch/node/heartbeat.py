@@ -102,6 +102,11 @@ class Membership:
             self._changed_at = time.monotonic()
             self._event.set()
 
+    def beat_now(self) -> None:
+        """A full beat at once, whether or not anything has changed: so that a new certificate is seen."""
+        self._beat_now = True
+        self._event.set()
+
     async def run(self) -> None:
         while True:
             try:
@@ -243,8 +248,7 @@ class Membership:
     def _link_lost(self, link: NodeLink, reason: str) -> None:
         if self._link is link:
             self._link = None
-            self._beat_now = True
-            self._event.set()
+            self.beat_now()
             log.warning("link.lost", node_id=self._node.node_id, url=self.url, reason=reason)
 
     async def _drop_link(self, reason: str) -> None:

@@ -77,22 +77,27 @@ async def join(
     digest, key = read_join_token(token), pki.make_key()  # one key: an answer that was lost is asked for again with it
     failures = 0
     while True:
+        in_vain: list[ConfigError] = []
         for url in urls:
             try:
                 holding = await _first(session, url.rstrip("/"), digest, token, key, node_id)
-            except WrongAuthority:
-                raise
+            except WrongAuthority as error:
+                in_vain.append(error)
             except LlorchError as error:
                 if error.code in _IN_VAIN:
                     hint = _USED if error.code is Code.UNAUTHENTICATED else error.hint
-                    raise ConfigError(f"{url} does not let {node_id} join: {error.message}", hint=hint) from None
+                    in_vain.append(ConfigError(f"{url} does not let {node_id} join: {error.message}", hint=hint))
+                    continue
                 failures += 1
                 tell = log.warning if failures in (1, 10) or failures % 100 == 0 else log.debug
                 tell("join.failed", node_id=node_id, url=url, reason=error.message, hint=error.hint)
             else:
                 certificate = await asyncio.to_thread(NodeCertificate.take, data_dir, node_id, holding, token)
-                log.info("node.joined", node_id=node_id, url=url, expires_s=round(certificate.ends - time.time()))
+                left_s = round(certificate.ends - time.time())
+                log.info("node.joined", node_id=node_id, url=url, expires_s=left_s)
                 return certificate
+        if len(in_vain) == len(urls):  # another control may know the token, or be the right one
+            raise in_vain[0]
         await asyncio.sleep(RETRY.delay_s(failures, random.random()))
 
 

@@ -103,6 +103,11 @@ async def test_a_stream_in_single_bytes_gives_the_same_events(control: ScriptedC
     assert text(await taken(client.submit(BODY))) == "ä\n€t1 "
 
 
+async def test_a_line_longer_than_any_read_buffer_is_one_event(control: ScriptedControl, client: LlorchClient) -> None:
+    control.on("POST /v2/tasks", stream(started(), token(0, "x" * 1_000_000), end()))
+    assert text(await taken(client.submit(BODY))) == "x" * 1_000_000
+
+
 async def test_events_that_this_client_does_not_know_are_passed_over(
     control: ScriptedControl, client: LlorchClient
 ) -> None:

@@ -370,13 +370,23 @@ async def test_what_is_no_llorch_is_5(control: ScriptedControl, llorch: CommandL
     assert "<html>" not in ran.err
 
 
+async def test_a_stream_whose_token_was_revoked_says_so_and_is_3(control: ScriptedControl, llorch: CommandLine) -> None:
+    control.on("POST /v2/tasks", stream(started(), token(0), then=Then.CUT))
+    control.on("GET events", refusal(Code.UNAUTHENTICATED, "no valid token was presented"))
+    ran = await llorch("submit", "-m", "m", "Hello")
+    assert (ran.code, ran.out) == (3, "t0 ")
+    assert lines_of(ran)["error"] == "the stream was cut off: its token is good no more"
+    assert "no valid token" in lines_of(ran)["why"]
+
+
 async def test_a_certificate_that_nobody_trusts_is_5_and_tls_ca_mends_it(llorch: CommandLine, tmp_path: Path) -> None:
     cert, key = certificate(tmp_path / "tls")
     async with scripted(tls=server_context(str(cert), str(key))) as control:
         control.on("POST /v2/tasks", stream(*WHOLE))
         ran = await llorch("submit", "--url", control.url, "-m", "m", "Hello")
         assert (ran.code, ran.out) == (5, "")
-        assert lines_of(ran)["hint"] == "give the authority that signed it: --tls-ca FILE"
+        for way in ("llorch context add NAME --url URL --ca-pin SHA256", "--tls-ca FILE"):
+            assert way in lines_of(ran)["hint"]
         assert control.requests == []
         ran = await llorch("submit", "--url", control.url, "--tls-ca", str(cert), "-m", "m", "Hello")
         assert ran == (0, "t0 t1 ", "")

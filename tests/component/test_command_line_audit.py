@@ -73,7 +73,7 @@ async def test_the_first_bad_line_is_named_with_what_is_wrong_and_the_exit_code_
 
 async def test_an_end_that_was_cut_off_is_found_by_what_was_exported(llorch: CommandLine, data: Path) -> None:
     kept = llorch.work / "kept.json"
-    ran = await llorch("audit", "export", "--data-dir", str(data), "-o", str(kept))
+    ran = await llorch("audit", "export", "--data-dir", str(data), "--out", str(kept))
     assert (ran.code, ran.out) == (0, "")
     assert "everything up to record 7" in ran.err
     path = data / "audit" / "audit.jsonl"
@@ -143,7 +143,7 @@ async def test_each_controls_chain_is_checked_and_a_copy_of_one_is_no_other(llor
     second = data / "audit" / "2" / "audit.jsonl"
     assert (await llorch("audit", "verify", str(second))).code == 0  # with the keys above it
     kept = llorch.work / "kept.json"
-    await llorch("audit", "export", "--data-dir", str(data), "-o", str(kept))
+    await llorch("audit", "export", "--data-dir", str(data), "--out", str(kept))
     assert len(json.loads(kept.read_text())["checkpoints"]) == 2
     second.write_bytes((data / "audit" / "audit.jsonl").read_bytes())
     assert (await llorch("audit", "verify", "--data-dir", str(data))).code == 1
@@ -155,7 +155,7 @@ async def test_a_broken_log_is_not_exported_and_an_export_is_not_overwritten_by_
     llorch: CommandLine, data: Path
 ) -> None:
     kept = llorch.work / "kept.json"
-    argv = ("audit", "export", "--data-dir", str(data), "-o", str(kept))
+    argv = ("audit", "export", "--data-dir", str(data), "--out", str(kept))
     assert (await llorch(*argv)).code == 0
     before = kept.read_text()
     await go_on(data)
@@ -188,17 +188,19 @@ async def test_what_is_not_there_or_not_fit_is_told_without_a_traceback(llorch: 
         (4, ("verify",)),
         (4, ("export",)),
         (4, ("verify", str(llorch.work / "nothing"))),
+        (4, ("verify", "nothing.jsonl")),
         (4, ("verify", "--data-dir", str(data), "--checkpoint", str(llorch.work / "nothing"))),
         (2, ("verify", "--data-dir", str(data), "--checkpoint", str(junk))),
         (1, ("verify", "--data-dir", str(data), str(junk))),
         (1, ("verify", "--data-dir", str(data), str(empty))),
         (1, ("verify", "--data-dir", str(data), str(llorch.work))),
-        (1, ("export", "--data-dir", str(data), "-o", str(llorch.work / "no" / "folder"))),
+        (1, ("export", "--data-dir", str(data), "--out", str(llorch.work / "no" / "folder"))),
     ):
         ran = await llorch("audit", *argv)
         assert ran.code == code, (argv, ran)
         assert ran.err.startswith("error: "), (argv, ran)
         assert "Traceback" not in ran.err
+    assert "nothing.jsonl is not there" in (await llorch("audit", "verify", "nothing.jsonl")).err
     (data / "audit" / "mac.key").chmod(0o644)
     ran = await llorch("audit", "verify", "--data-dir", str(data))
     assert ran.code == 2

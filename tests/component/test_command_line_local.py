@@ -15,8 +15,10 @@ import yaml
 from llorch import __version__
 from llorch.cli import submit
 from llorch.client.api import LlorchClient
+from llorch.tls import server_context
 from tests.component.command_line import CommandLine
 from tests.component.scripted_control import TASK, ScriptedControl, answer, no_answer, scripted
+from tests.e2e.test_tls import certificate
 
 TOKEN_A, TOKEN_B, TOKEN_ENV = "token-of-context-a", "token-of-context-b", "token-of-the-environment"
 
@@ -172,6 +174,22 @@ async def test_a_contexts_token_goes_to_that_contexts_url_only(
     assert await look("--context", "a", at=a) == TOKEN_A, "--context is stronger than the environment"
     assert await look("--url", a.url, at=a) == TOKEN_ENV
     assert await look("--token", "given", at=b) == "given"
+
+
+async def test_a_contexts_authority_is_believed_at_that_contexts_url_only(llorch: CommandLine, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path / "tls")
+    async with (
+        scripted(tls=server_context(str(cert), str(key))) as one,
+        scripted(tls=server_context(str(cert), str(key))) as other,
+    ):
+        for control in (one, other):
+            control.on("GET /v2/nodes", answer({"nodes": []}))
+        await llorch("context", "add", "one", "--url", one.url, "--tls-ca", str(cert), "--token", TOKEN_A)
+        assert (await llorch("node", "ls", "--url", one.url)).code == 0
+        llorch.env(LLORCH_URL=one.url)
+        assert (await llorch("node", "ls")).code == 0
+        assert (await llorch("node", "ls", "--url", other.url)).code == 5
+        assert (presented(one), other.requests) == (TOKEN_A, [])
 
 
 async def test_a_controls_own_token_in_the_environment_is_presented_only_where_there_is_no_better(

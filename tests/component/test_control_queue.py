@@ -503,6 +503,28 @@ async def test_a_slot_given_to_one_that_leaves_at_that_moment_goes_to_the_next(m
         await control.idle()
 
 
+async def test_six_hundred_that_come_at_once_never_hold_more_than_the_six_slots_there_are() -> None:
+    async with a_control(queue_limit=1_000) as control:
+        await control.join("a", pool(slots=6))
+        room, registry = control.control.dispatcher._room, control.control.registry
+        raw = json.dumps({"model": MODEL, "prompt": "x"}).encode()
+        held: list[int] = []
+
+        async def said(position: int, eta_ms: int | None) -> None:
+            pass
+
+        async def one(number: int) -> None:
+            task_id, now = str(uuid.UUID(int=number)), time.monotonic()
+            task = intake.native_task(raw, {}, owner=f"o{number % 4}", request_id="r", task_id=task_id, now=now)
+            claim = await room.claim(task, said, front=False)
+            held.append(registry.claimed("a", "p0"))
+            await asyncio.sleep(0)  # the others go on while it is held
+            room.release(claim)
+
+        await asyncio.gather(*(one(number) for number in range(600)))
+        assert (len(held), max(held)) == (600, 6)
+
+
 async def test_the_pools_are_looked_up_once_however_many_wishes_they_do_not_meet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

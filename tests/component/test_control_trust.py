@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ async def test_a_certificate_of_the_cluster_makes_a_node_and_names_it(tmp_path: 
         status, lease = await control.ask("POST", "/v2/nodes/register", registration("a"), pair=pair)
         assert status == 200, lease
         assert lease["authorities"] == control.authority.trust.bundle_id
+        assert lease["ticket_key"] == control.authority.trust.ticket_key
         beat = {"lease_id": lease["lease_id"], "boot_id": "b", "seq": 1}
         status, answer = await control.ask("POST", "/v2/nodes/a/heartbeat", beat, pair=pair)
         assert (status, answer["authorities"]) == (200, lease["authorities"])
@@ -195,7 +197,8 @@ async def test_a_wrong_common_name_is_refused_with_the_reason_in_the_log(
     async with trusted(tmp_path) as control:
         signer = control.authority.trust.signer
         key = pki.make_key()
-        name = pki.x509.Name([pki.x509.NameAttribute(pki.NameOID.COMMON_NAME, "b")])
+        about = ((pki.NameOID.COMMON_NAME, "b"), (pki.NameOID.SERIAL_NUMBER, "1"))
+        name = pki.x509.Name([pki.x509.NameAttribute(*one) for one in about])
         made = pki._builder(name, key.public_key(), signer.cert.subject, signer.key.public_key(), NOW, DAY)
         uri = pki.x509.UniformResourceIdentifier("spiffe://llorch/node/a")
         made = made.add_extension(pki.x509.SubjectAlternativeName([uri]), critical=False)
@@ -373,6 +376,21 @@ async def test_without_a_certificate_of_its_own_clients_are_shown_the_clusters(t
             assert (await control.ask("GET", "/livez", name=name))[0] == 200
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await control.ask("GET", "/livez", name="elsewhere.example")
+
+
+async def test_clients_that_would_speak_http_2_are_answered_in_http_1_1_under_every_name(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path / "own")
+    async with trusted(tmp_path, tls="auto", tls_cert=str(cert), tls_key=str(key)) as control:
+        own, cluster, node = (
+            ssl.create_default_context(cafile=str(cert)),
+            control.context(),
+            control.context(control.pair("a")),
+        )
+        for context, name in ((own, "127.0.0.1"), (cluster, JOIN_NAME), (node, CONTROL_NAME)):
+            context.set_alpn_protocols(["h2", "http/1.1"])
+            _, writer = await asyncio.open_connection("127.0.0.1", control.port, ssl=context, server_hostname=name)
+            assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == "http/1.1"
+            writer.close()
 
 
 async def test_cacerts_are_there_for_whoever_asks(tmp_path: Path) -> None:
@@ -582,6 +600,7 @@ async def test_what_is_done_to_tokens_and_certificates_is_on_record_and_no_secre
 async def test_what_can_not_be_put_on_record_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with trusted(tmp_path) as control:
         token = await control.join_token()
+        _, made = await control.admin("POST", "/v2/tokens", {"scopes": ["read"]})
 
         async def full(*_: object, **__: object) -> None:
             raise LlorchError(Code.INSUFFICIENT_STORAGE, "no room for the record")
@@ -590,6 +609,87 @@ async def test_what_can_not_be_put_on_record_is_not_done(tmp_path: Path, monkeyp
             patch.setattr(control.control.audit, "require", full)
             assert code(await control.sign("a", token=token)) == (507, "INSUFFICIENT_STORAGE")
             assert code(await control.admin("POST", "/v2/tokens", {})) == (507, "INSUFFICIENT_STORAGE")
-            assert code(await control.admin("DELETE", "/v2/tokens/x")) == (507, "INSUFFICIENT_STORAGE")
+            revoked = await control.admin("DELETE", f"/v2/tokens/{made['id']}")
+            assert (revoked[0], revoked[1]) == (200, {"revoked": [made["id"]]}), "rights are taken away all the same"
+        assert code(await control.ask("GET", "/v2/nodes", token=made["token"])) == (401, "UNAUTHENTICATED")
         assert "a" not in control.authority.trust.issued
         assert (await control.sign("a", token=token))[0] == 200
+
+
+async def test_a_spent_token_and_a_bad_request_put_nothing_on_record_as_allowed(tmp_path: Path) -> None:
+    async with trusted(tmp_path, rate_failures=0) as control:
+        token = await control.join_token()
+        assert (await control.sign("a", token=token))[0] == 200
+        for node_id, csr in (("control-room", "x"), ("b", pki.make_request(pki.make_key(), "b").decode())):
+            body = {"node_id": node_id, "csr": csr}
+            assert (await control.ask("POST", "/v2/nodes/csr", body, token=token))[0] in (400, 401)
+        await control.join_token()  # what comes later is there, so what came before is
+        await eventually(lambda: len([1 for one in on_record(control) if one["event"] == "token.created"]) == 2)
+        assert [one["node_id"] for one in on_record(control) if one["event"] == "certificate.issued"] == ["a"]
+
+
+async def test_a_leaked_token_is_revoked_by_its_own_text_which_is_written_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    async with trusted(tmp_path) as control:
+        _, made = await control.admin("POST", "/v2/tokens", {"scopes": ["read"]})
+        text = made["token"]
+        assert (await control.ask("DELETE", f"/v2/tokens/{text}", token=text))[0] == 403
+        assert (await control.ask("DELETE", f"/v2/tokens/{text}"))[0] == 401
+        assert (await control.admin("DELETE", f"/v2/tokens/{text}"))[1] == {"revoked": [made["id"]]}
+        assert code(await control.ask("GET", "/v2/nodes", token=text)) == (401, "UNAUTHENTICATED")
+        await eventually(lambda: recorded(control, "token.revoked", token_id=made["id"]))
+        await eventually(lambda: len([1 for one in on_record(control) if one["event"] == "auth.failed"]) >= 3)
+        whole = (control.folder / "c" / "audit" / "audit.jsonl").read_text()
+    for where in (whole, caplog.text):
+        assert text not in where
+        assert text.split(".")[1][:20] not in where
+
+
+async def test_tokens_without_a_name_are_principals_of_their_own(tmp_path: Path) -> None:
+    async with trusted(tmp_path) as control:
+        made = [(await control.admin("POST", "/v2/tokens", {}))[1] for _ in range(2)]
+        assert len({one["name"] for one in made}) == 2
+        assert [one["name"] for one in made] == [one["id"] for one in made]
+
+
+async def test_a_node_with_a_certificate_is_never_told_the_service_token(tmp_path: Path) -> None:
+    async with trusted(tmp_path) as control:
+        pair = control.pair("a")
+        body = registration("a") | {"address": "http://127.0.0.1:9"}
+        answer = await control.ask("POST", "/v2/nodes/register", body, pair=pair)
+        assert code(answer) == (422, "UNTRUSTED_ADDRESS")
+        assert (await control.ask("POST", "/v2/nodes/register", registration("a"), pair=pair))[0] == 200
+        with pytest.raises(LlorchError, match="by https alone"):
+            control.control.nodes._request("a", "GET", "http://127.0.0.1:9/v2/pools", {}, b"")
+
+
+async def test_what_others_did_is_put_in_force_also_where_a_renewal_has_read_it_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with trusted(tmp_path) as control:
+        access, noted = control.control.access, list[str]()
+        monkeypatch.setattr(access, "noted", lambda event, _fields: noted.append(event))
+        elsewhere = Authority.open(control.folder / "c", None, time.time())[0]
+        elsewhere.rotate(time.time())
+        elsewhere.revoke("b", time.time())
+        TokenFiles(control.folder / "c").new(Wish(name="local"), time.time())
+        before, token = access.pair, await control.join_token()  # reads the tokens
+        assert (await control.sign("a", token=token))[0] == 200  # reads the authority
+        await access.step()
+        assert access.pair != before, "shown is a certificate of the new authority"
+        assert sorted(noted) == ["authority.changed", "certificate.revoked", "token.created"]
+
+
+async def test_who_is_served_is_ended_on_the_loop_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    async with trusted(tmp_path) as control:
+        access = control.control.access
+        monkeypatch.setattr(access.sessions, "end", lambda _good: threads.append(threading.get_ident()) or [])
+        _, made = await control.admin("POST", "/v2/tokens", {})
+        await control.admin("DELETE", f"/v2/tokens/{made['id']}")
+        await access.step()
+    assert set(threads) == {threading.get_ident()}

@@ -143,7 +143,7 @@ async def test_nodes_that_are_late_old_authorities_and_a_clock_that_went_back(ll
     assert (code, bad(found)) == (0, {"nodes": "warn"})
     assert "gpu-1 expires in 48 hours" in found["nodes"]["found"]
     authority.issue_node(csr, "gpu-1", time.time() + 3_600, 30 * DAY, take_over=True)
-    authority.confirm({"gpu-1": authority.trust.issued["gpu-1"].serial})
+    authority.saw({"gpu-1": authority.trust.issued["gpu-1"]})
     code, found = await at_control(llorch, data)
     assert (code, bad(found)) == (1, {"authority": "warn", "clock": "fail"})
     assert "--finish" in found["authority"]["mend"]
@@ -474,6 +474,28 @@ async def test_firewall_rules_are_of_the_settings_in_force(llorch: CommandLine) 
     assert (await llorch("config", "firewall", "--bind", "0.0.0.0:0")).code == 2
     assert (await llorch("config", "firewall", "--from", "10.0.0.1/8")).code == 2
     assert (await llorch("config", "firewall", "--from", "10.0.0.0/8", "node")).code == 2
+
+
+async def test_on_a_nodes_machine_a_role_has_to_be_named_for_its_rules(llorch: CommandLine, data: Path) -> None:
+    (llorch.work / "llorch.yaml").write_text("join: https://192.0.2.1:8080\n")
+    ran = await llorch("config", "firewall")
+    assert (ran.code, ran.out) == (2, "")
+    assert "llorch config firewall node" in ran.err
+    assert (await llorch("config", "firewall", "control")).code == 0
+    llorch.env(LLORCH_DATA_DIR=str(data))
+    assert (await llorch("config", "firewall")).code == 0, "a control has been here too"
+    (llorch.work / "llorch.yaml").unlink()
+    (data / "pki" / "authority.pem").rename(data / "pki" / "node.pem")
+    (data / "tokens.json").unlink()
+    assert (await llorch("config", "firewall")).code == 2
+
+
+async def test_without_the_controls_flags_what_it_was_started_as_is_believed(llorch: CommandLine, data: Path) -> None:
+    _, found = await doctor(llorch, "control", "--data-dir", str(data))
+    assert "loopback alone" in found["tls"]["found"]
+    write_place(str(data), "https://192.0.2.1:8080")
+    _, found = await doctor(llorch, "control", "--data-dir", str(data))
+    assert found["tls"]["found"].startswith("the control was started with TLS, as https://192.0.2.1:8080")
 
 
 async def test_a_control_that_does_not_resolve_gets_no_rule_and_is_told(

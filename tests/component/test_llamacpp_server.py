@@ -160,6 +160,9 @@ async def test_a_bad_model_ends_it_with_a_line_that_names_it(tmp_path: Path, dam
     assert ended(server) == 1
     (why,) = [line for line in server.said().splitlines() if line.startswith("llamacpp_server: ")]
     assert str(model) in why
+    assert (
+        "can't be read" if damage in ("missing", "folder") else "is not a usable GGUF"
+    ) in why  # llama.cpp never saw it
 
 
 async def test_a_port_that_is_taken_ends_it(tmp_path: Path) -> None:

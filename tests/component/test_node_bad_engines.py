@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -174,6 +175,36 @@ async def test_an_engine_that_fails_after_its_first_content_ends_the_log_with_on
         shown, _, frame = plain.data.rpartition(b"data: ")
         assert shown == FIRST
         assert json.loads(frame)["error"]["code"] == "ENGINE_FAILED"
+        await idle(setup)
+
+
+# Each of these has aiohttp raise an exception that holds what it could not read.
+SAID_IN_PLACE_OF_HTTP = {
+    "a first line": b"WORDS\r\n\r\n",
+    "a header that is none": b"HTTP/1.1 200 OK\r\nWORDS\r\n\r\n",
+    "a header too long": b"HTTP/1.1 200 OK\r\nX: " + b"WORDS" * 20_000 + b"\r\n\r\n",
+    "a length": b"HTTP/1.1 200 OK\r\nContent-Length: WORDS\r\n\r\n",
+    "the size of a chunk": CHUNKED + b"WORDS\r\n",
+    "an error": JSON_200.replace(b"200", b"500") + b'{"error": {"message": "WORDS"}}',
+    "an event": STREAM + b"data: WORDS\n\n",
+    "an answer": JSON_200 + b"WORDS",
+}
+
+
+@pytest.mark.parametrize("where", SAID_IN_PLACE_OF_HTTP)
+async def test_what_an_engine_says_in_place_of_an_answer_is_quoted_nowhere(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    words = secrets.token_hex(8)
+    engine = RawEngine(SAID_IN_PLACE_OF_HTTP[where].replace(b"WORDS", words.encode()))
+    async with node_with(tmp_path, engine) as setup:
+        link = await setup.link()
+        stream = link.prompt()
+        tail = await ended(stream)
+        assert tail["error"]["code"] == "ENGINE_FAILED"
+        assert words not in json.dumps(tail) + caplog.text
+        assert "task.ended" in caplog.text
         await idle(setup)
 
 

@@ -52,6 +52,24 @@ async def test_curl_gets_the_stream(tmp_path: Path) -> None:
         assert (entry.task_id, entry.opening.attempt, entry.opening.owner) == (task_id, 1, "service")
 
 
+async def test_a_line_longer_than_any_read_buffer_passes_whole(tmp_path: Path) -> None:
+    """A tool call, or an image in an answer, may be one line; aiohttp reads no line over 128 KiB."""
+    text = "x" * 1_000_000
+    async with node_between(tmp_path, controls=0) as setup:
+        for body, headers in (
+            (HELLO, {}),
+            (b'{"prompt":"Hello","model":"m","stream":true}', {"X-Llorch-Path": "/v1/completions"}),
+        ):
+            asking = asyncio.ensure_future(setup.node.request("POST", INFER, data=body, headers=headers).__aenter__())
+            call = await setup.engine.asked()
+            call.say(text)
+            call.end()
+            async with await asking as response:
+                answer = await text_of(response)
+            assert text in answer
+            assert "error" not in answer
+
+
 async def test_records_begin_at_once(tmp_path: Path) -> None:
     async with node_between(tmp_path, controls=0) as setup:
         headers = RECORDS | {"X-Llorch-Task": str(uuid.uuid4()), "X-Llorch-Attempt": "3", "X-Llorch-Owner": "me"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
 import pytest
@@ -14,13 +14,28 @@ from aiohttp import web
 from llorch.node import probing
 from llorch.node.handoff import Handoff
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
 COMPLETION = {"choices": [{"text": "t0 ", "finish_reason": "length"}]}
 PROPS = {"total_slots": 3, "default_generation_settings": {"n_ctx": 512}}
 
 
 @contextlib.asynccontextmanager
-async def an_engine(*, embeds: bool = False, cut: bool = True) -> AsyncIterator[Handoff]:
-    """Each of its answers comes in two pieces, the second when the first must have been read."""
+async def an_engine(
+    *, embeds: bool = False, cut: bool = True, hangs: str = "", asked: list[str] | None = None
+) -> AsyncIterator[Handoff]:
+    """Each of its answers comes in two pieces, the second when the first must have been read.
+
+    To `hangs` it never answers; `asked` hears of every path.
+    """
+
+    @web.middleware
+    async def seen(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if asked is not None:
+            asked.append(request.path)
+        if request.path == hangs:
+            await asyncio.Event().wait()
+        return await handler(request)
 
     async def pieces(request: web.Request, value: object) -> web.StreamResponse:
         raw = json.dumps(value).encode()
@@ -43,11 +58,15 @@ async def an_engine(*, embeds: bool = False, cut: bool = True) -> AsyncIterator[
     async def props(request: web.Request) -> web.StreamResponse:
         return await pieces(request, PROPS)
 
-    app = web.Application()
+    async def health(_request: web.Request) -> web.StreamResponse:
+        return web.json_response({"status": "ok"})
+
+    app = web.Application(middlewares=[seen])
+    app.router.add_get("/health", health)
     app.router.add_post("/v1/completions", complete)
     app.router.add_post("/v1/embeddings", embed)
     app.router.add_get("/props", props)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     try:
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -68,3 +87,30 @@ async def test_an_answer_that_breaks_off_is_none() -> None:
     async with an_engine() as handoff, aiohttp.ClientSession() as http:
         with pytest.raises(probing.NotYet, match="no proper answer to /v1/completions"):
             await probing.generates(http, handoff)
+
+
+async def test_an_engine_that_hangs_is_not_ready_though_its_health_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "TOKEN_TIMEOUT_S", 0.05)
+    async with an_engine(hangs="/v1/completions") as handoff, aiohttp.ClientSession() as http:
+        with pytest.raises(probing.NotYet, match="no answer to /v1/completions"):
+            await probing.generates(http, handoff)
+
+
+async def test_an_engine_that_is_too_busy_to_say_how_it_is_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "HEALTH_TIMEOUT_S", 0.05)
+    async with an_engine(hangs="/health") as handoff, aiohttp.ClientSession() as http:
+        assert await probing.lost(http, handoff) is None
+    async with aiohttp.ClientSession() as http:
+        assert await probing.lost(http, handoff) == "nothing listens at its url any more"
+
+
+async def test_looking_at_an_engine_asks_for_nothing_that_keeps_it_awake() -> None:
+    """llama-server puts its model to sleep where nothing is asked; `/slots` counts as being asked."""
+    asked: list[str] = []
+    async with an_engine(cut=False, asked=asked) as handoff, aiohttp.ClientSession() as http:
+        for _ in range(3):
+            assert await probing.lost(http, handoff) is None
+        assert asked == ["/health"] * 3
+        asked.clear()
+        await probing.generates(http, handoff)  # once, before it may serve
+        assert asked == ["/health", "/v1/completions", "/props"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gzip
 import json
@@ -668,6 +669,45 @@ async def test_a_session_sets_no_limit_that_long_streams_would_meet() -> None:
         assert session.connector is not None
         assert session.connector.limit == 0
         assert session.connector.limit_per_host == 0
+
+
+async def test_the_hundred_and_first_stream_waits_for_no_other_to_end() -> None:
+    room, headers = Room(), {"Authorization": f"Bearer {TOKEN}"}
+    async with serving(room) as server, web.client_session() as session, contextlib.AsyncExitStack() as open_streams:
+
+        async def begin() -> None:
+            streaming = session.get(f"{server.url}/stream", headers=headers, allow_redirects=False)
+            response = await open_streams.enter_async_context(streaming)
+            await response.content.readany()
+
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(begin() for _ in range(101)))  # aiohttp's own bound is 100
+        room.go_on.set()
+
+
+@pytest.mark.parametrize(("reuse", "connections"), [(True, 1), (False, 3)])
+async def test_requests_in_a_row_share_one_connection_unless_each_is_to_have_its_own(
+    reuse: bool, connections: int
+) -> None:
+    came: list[asyncio.Task[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(asyncio.current_task())  # type: ignore[arg-type]
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with web.client_session(reuse=reuse) as session:
+        for _ in range(3):
+            async with session.get(url, allow_redirects=False) as response:
+                await response.read()
+    await asyncio.gather(*came)
+    server.close()
+    await server.wait_closed()
+    assert len(came) == connections
 
 
 async def test_an_answer_is_not_unpacked() -> None:

@@ -79,7 +79,7 @@ def test_each_end_knows_who_the_other_is(node_id: str) -> None:
     assert control is not None
     assert (node.role, node.name) == (Role.NODE, node_id)
     assert (control.role, control.name) == (Role.CONTROL, "desk")
-    assert abs(node.issued - NOW) <= 1
+    assert abs(node.joined - NOW) <= 1
     assert abs(node.ends - NOW - DAY) <= 1
 
 
@@ -118,10 +118,11 @@ def test_a_control_of_another_authority_is_not_believed() -> None:
         shake(mutual(pair=control_pair(OTHER)), trusting(CA.cert, pair=node_pair()), CONTROL_NAME)
 
 
-def odd(cn: list[str], uris: list[str]) -> tuple[bytes, bytes]:
+def odd(cn: list[str], uris: list[str], joined: tuple[str, ...] = ("1",)) -> tuple[bytes, bytes]:
     """A certificate of the right authority with a wrong content."""
     key = pki.make_key()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, one) for one in cn])
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, one) for one in cn]
+    name = x509.Name([*attributes, *(x509.NameAttribute(NameOID.SERIAL_NUMBER, one) for one in joined)])
     made = pki._builder(name, key.public_key(), CA.cert.subject, CA.key.public_key(), NOW, DAY)
     if uris:
         alternatives = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris])
@@ -146,6 +147,14 @@ def odd(cn: list[str], uris: list[str]) -> tuple[bytes, bytes]:
 def test_a_certificate_whose_names_do_not_agree_stands_for_nobody(cn: list[str], uris: list[str]) -> None:
     server, _ = shake(mutual(), trusting(CA.cert, pair=odd(cn, uris)), CONTROL_NAME)
     with pytest.raises(ValueError, match="certificate"):
+        tls.peer_of(server)
+
+
+@pytest.mark.parametrize("joined", [(), ("soon",), ("-1",), ("1", "2")])
+def test_a_nodes_certificate_says_when_it_joined(joined: tuple[str, ...]) -> None:
+    pair = odd(["gpu-1"], ["spiffe://llorch/node/gpu-1"], joined)
+    server, _ = shake(mutual(), trusting(CA.cert, pair=pair), CONTROL_NAME)
+    with pytest.raises(ValueError, match="when its node joined"):
         tls.peer_of(server)
 
 

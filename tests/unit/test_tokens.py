@@ -115,7 +115,7 @@ def test_any_json_is_a_store_or_a_value_error(value: object) -> None:
 @pytest.mark.parametrize(
     ("wish", "param"),
     [
-        (Wish(name="a b"), "name"), (Wish(name=""), "name"), (Wish(scopes=frozenset()), "scopes"),
+        (Wish(name="a b"), "name"), (Wish(scopes=frozenset()), "scopes"),
         (Wish(scopes=frozenset({Scope.NODE})), "scopes"), (Wish(scopes=frozenset({Scope.CONTROL})), "scopes"),
         (Wish(scopes=frozenset({Scope.JOIN})), "scopes"), (Wish(life_s=0), "expires_s"), (Wish(life_s=-5), "expires_s"),
         (Wish(models=frozenset()), "models"), (Wish(models=frozenset({"../x", "a b"})), "models"),

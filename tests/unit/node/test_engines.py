@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from llorch.config_engine_args import RESERVED
 from llorch.config_pools import PoolSpec
 from llorch.errors import ConfigError
 from llorch.messages import model_id_ok
+from llorch.node.engines import llamacpp_server
 from llorch.node.engines.auto import ENGINES, EngineFacts, choose, engine
 from llorch.node.engines.environment import for_engine
 from llorch.node.engines.external import External
@@ -54,6 +57,26 @@ def test_no_state_is_shared_between_requests_through_the_ram_cache(made: Engine)
 def test_flags_that_an_older_build_does_not_know_are_left_out() -> None:
     launch = start(replace(SERVER, flags=frozenset({"--no-webui"})))
     assert "--no-webui" in launch.argv and "--cache-ram" not in launch.argv
+
+
+def test_of_the_embedded_engines_defaults_none_that_shares_or_opens_anything_is_left(tmp_path: Path) -> None:
+    """The parameters that its flags become; the first six are llama.cpp's own defaults."""
+    opens = {"cors_origins": "*", "cors_credentials": True, "ui": True, "endpoint_slots": True}
+    shares = {"cache_ram_mib": 8192, "cache_idle_slots": True}
+    library = SimpleNamespace(CommonParams=lambda: SimpleNamespace(model=SimpleNamespace(path=""), **opens, **shares))
+    key_file = tmp_path / "key"
+    key_file.write_text("a key\n")
+    launch = LlamaCpp("/usr/bin/python").launch(
+        replace(SPEC, gpus=(0,), args=()), model_id="m", port=4321, key_file=str(key_file), model_path="/models/m.gguf"
+    )
+    made = vars(llamacpp_server.build(library, llamacpp_server.parse(launch.argv[3:])))
+    assert made.pop("model").path == "/models/m.gguf"
+    assert made == {
+        "cors_origins": "", "cors_credentials": False, "ui": False, "endpoint_slots": False,
+        "cache_ram_mib": 0, "cache_idle_slots": False,
+        "hostnames": ["127.0.0.1"], "port": 4321, "api_keys": ["a key"], "model_alias": {"m"},
+        "n_parallel": 3, "n_ctx": 3000, "n_gpu_layers": 999, "verbosity": llamacpp_server.ERRORS_ONLY,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,25 @@ def test_an_engines_errors_in_our_words(status: int, body: Any, code: Code) -> N
     assert "s3cret" not in error.message
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (400, Code.INVALID_REQUEST),
+        (500, Code.ENGINE_FAILED),
+        (503, Code.MODEL_NOT_AVAILABLE),
+        (True, Code.ENGINE_FAILED),
+        (2**70, Code.ENGINE_FAILED),
+        ("NOT_FOUND", Code.ENGINE_FAILED),
+        (None, Code.ENGINE_FAILED),
+    ],
+)
+def test_an_error_within_a_stream_has_a_number_for_a_code_and_none_of_ours(number: object, code: Code) -> None:
+    decoder = openai_decoder(FACTS, request())
+    shown = run(decoder, PIECES[0] + data({"error": {"code": number, "message": "x", "type": "y"}}))
+    assert decoder.error is not None and decoder.error.code is code
+    assert json.loads(shown.rpartition(b"data: ")[2])["error"]["code"] == code
+
+
 def test_an_engines_words_are_cleaned_and_bounded() -> None:
     error = normalise_error(400, json.dumps({"error": {"message": "a\x1b[2J\nb" + "c" * 10_000}}).encode())
     assert error.message.startswith("a [2J b") and len(error.message) <= 500

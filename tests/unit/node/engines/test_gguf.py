@@ -159,6 +159,13 @@ def test_a_lie_about_a_length_costs_no_memory() -> None:
     assert peak < 4 * 1024 * 1024
 
 
+def test_a_header_without_end_is_refused_at_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_header(WHOLE)
+    monkeypatch.setattr(gguf, "MAX_HEADER_BYTES", len(WHOLE) // 2)
+    with pytest.raises(ValueError, match="its header is larger than"):
+        parse_header(WHOLE)
+
+
 @given(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=8))
 def test_damage_is_read_or_refused_but_never_worse(at: int, damage: bytes) -> None:
     try:

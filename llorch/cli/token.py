@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llorch.auth import DEFAULT_PRINCIPAL
 from llorch.cli import contexts
 from llorch.cli.connection import connected
 from llorch.cli.control_here import DataDir, has_been, local_settings, need_a_control
@@ -114,7 +113,7 @@ def _wire(wish: Wish) -> dict[str, Any]:
     if wish.kind is Kind.JOIN:
         wanted = {"join": True, "expires_s": wish.life_s, "uses": wish.uses, "node_id": wish.node_id}
     else:
-        name = None if wish.name == DEFAULT_PRINCIPAL else wish.name
+        name = wish.name or None
         models = None if wish.models is None else sorted(wish.models)
         scopes = sorted(scope.value for scope in wish.scopes)
         wanted = {"scopes": scopes, "name": name, "expires_s": wish.life_s, "models": models}
@@ -155,7 +154,9 @@ async def new(
         raise usage(error.message.replace("`scopes`", "--scope")) from None
     some = None if models is None else frozenset(model.strip() for model in models.split(",") if model.strip())
     life_s = None if expires is None else _life(expires, "--expires")
-    wish = _checked(Wish(name=DEFAULT_PRINCIPAL if name is None else name, scopes=scopes, life_s=life_s, models=some))
+    if name == "":
+        raise usage("--name is 1 to 64 of letters, digits, . _ -", "without it, the token's id is its name")
+    wish = _checked(Wish(name=name or "", scopes=scopes, life_s=life_s, models=some))
     directory = local_directory(call, data_dir)
     made = await _make(call, directory, wish)
     if call.format_given and call.output.format is not Format.NAME:

@@ -60,7 +60,8 @@ def _begun_unseen(case: Case, pool: str) -> bool:
     first = [run.start + FIRST_TOKEN_S for run in runs]
     beside = any(conn.op == "events" or conn.replayed for conn in case.story.reading() if conn.sent < case.at)
     from_log = case.story.native and (case.story.ask["form"] == "native-json" or beside)
-    return from_log and any(at <= hit.start for at in first for hit in hits)
+    drained = any(hit.how == "term" for hit in hits) and any(run.tokens for run in runs)  # it ran on until the grace
+    return from_log and (drained or any(at <= hit.start for at in first for hit in hits))
 
 
 def _nowhere(case: Case) -> bool:

@@ -106,9 +106,11 @@ class Tale:
     def left(self, *, back: bool) -> Tale:
         return self.note("left", task=self.marker, back=back)
 
-    def engine(self, step: str, pool: str = "a/p0", pid: int | None = None, marker: str | None = "") -> Tale:
+    def engine(
+        self, step: str, pool: str = "a/p0", pid: int | None = None, marker: str | None = "", tokens: int = 0
+    ) -> Tale:
         name = self.marker if marker == "" else marker
-        return self.note("engine", pool=pool, pid=pid or PIDS[pool], step=step, marker=name, tokens=0)
+        return self.note("engine", pool=pool, pid=pid or PIDS[pool], step=step, marker=name, tokens=tokens)
 
     def fault(self, kind: str, target: str, for_s: float = 0.0) -> Tale:
         self.faults += 1

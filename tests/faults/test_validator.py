@@ -204,6 +204,20 @@ def test_an_answer_in_one_piece_is_lost_with_its_node_once_its_log_has_begun(
 
 
 @pytest.mark.parametrize(
+    ("kind", "tokens", "rules"),
+    [
+        ("node.term", 65, []),  # a node that drains lets it run until its grace is over
+        ("node.term", 0, ["unexplained error"]),
+        ("node.kill", 65, ["unexplained error"]),
+    ],
+)
+def test_an_answer_in_one_piece_begins_on_a_node_that_drains(kind: str, tokens: int, rules: list[str]) -> None:
+    tale = Tale().task(form="native-json").send().engine("arrived").wait(0.03).fault(kind, "a", 2.0).wait(1.0)
+    tale.engine("aborted", tokens=tokens).answer(502, "NODE_LOST", node="a", pool="p0").closed().over("refused")
+    assert tale.rules() == rules
+
+
+@pytest.mark.parametrize(
     ("op", "after_s", "rules"),
     [
         ("events", 0.5, []),  # the run had its first byte before it was there to read it
@@ -401,6 +415,20 @@ def test_a_second_execution_is_right_where_the_first_died_with_its_node() -> Non
     tale.closed("broken").wait(1.5).engine("serving", pid=99, marker=None)
     tale.send().engine("arrived", "b/p0").answer().show(log(3, pool="b/p0")).engine("finished", "b/p0").closed().over()
     assert tale.rules() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "tokens", "rules"),
+    [
+        (("link.cut", "b"), 0, []),  # the last on a link that was cut is seen after the one sent in its place
+        (("link.cut", "b"), 3, ["one execution"]),
+        (("link.cut", "c"), 0, ["one execution"]),
+    ],
+)
+def test_the_last_request_on_a_cut_link_is_seen_late(fault: tuple[str, str], tokens: int, rules: list[str]) -> None:
+    tale = Tale().task().send().fault(*fault).wait(0.01).engine("arrived").wait(0.002).engine("arrived", "b/p0")
+    tale.wait(0.02).engine("aborted", "b/p0", tokens=tokens).answer().show(log(3, attempt=3))
+    assert tale.engine("finished").closed().over().rules() == rules
 
 
 @pytest.mark.parametrize(("pool", "rules"), [("a/p0", []), ("b/p0", ["one execution"])])

@@ -14,7 +14,8 @@ FOREVER = float("inf")
 REBIND_S = 2.5  # a node's way back after its link was cut: it beats at once, then every 0.2 to 2 s
 LATE_S = 1.0  # what two observers of one machine under load may differ by
 TROUBLE = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut_off", "cut", "reset", "delay", "throttle")
-HOLDING, HOLDS = ("engine", "node", "link"), ("stop", "delay", "throttle")  # what is on its way then comes later
+HOLDING = ("engine", "node", "link")  # what is on its way when one is held up comes later; also what got through a cut
+HOLDS = ("stop", "delay", "throttle", "cut", "reset")
 AWAY = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut_off")
 
 
@@ -101,8 +102,9 @@ class Facts:
         return min(killed, default=found)
 
     def _asked(self, run: Execution) -> float:
-        """A request that found its engine or its node stopped, or was slow on its link, is seen later than one that was
-        sent after it. Only of those that came to nothing: whatever was shown was not held up like this."""
+        """A request that found its engine or its node stopped, was slow on its link or the last on it before a cut, is
+        seen later than one that was sent after it. Only of those that came to nothing: whatever was shown was not held
+        up like this."""
         if run.tokens or run.step not in ("aborted", "killed"):
             return run.start
         holds = self.hit(run.start, run.start, parts=HOLDING, hows=HOLDS, node=run.node, pool=run.pool)

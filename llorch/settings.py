@@ -171,7 +171,7 @@ class ServerSettings(RoleSettings):
     dev: bool = setting("false", BOOL, "Set by `llorch dev`: short tokens are accepted.", only="flag", hidden=True)
 
 
-_TLS_CERT = "The certificate chain to serve with (PEM). Needed, with its key, to listen beyond loopback."
+_TLS_CERT = "The certificate chain to serve with (PEM), of your own in place of the cluster's; with its key."
 _CONNECTIONS = integer(16, 1_000_000)
 _TLS_KEY = "The private key of tls-cert (PEM)."
 

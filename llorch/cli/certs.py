@@ -93,6 +93,7 @@ def issue(
     import re
 
     from llorch import pki
+    from llorch.control.authority import BY_HAND
     from llorch.node.certificate import Holding
 
     if not re.fullmatch(NODE_ID_PATTERN, node_id):
@@ -101,7 +102,7 @@ def issue(
     key = pki.make_key()
     life_s = local_settings(data_dir, None).node_cert_life
     csr = pki.make_request(key, node_id)
-    chain = authority.issue_node(csr, node_id, time.time(), life_s, take_over=replace)
+    chain = authority.issue_node(csr, node_id, time.time(), life_s, take_over=replace, token=BY_HAND)
     holding = Holding.of(key, chain, authority.trust.bundle_pem, node_id)
     _write(Path(out).expanduser(), holding.to_pem())
     write_err(f"{directory}: wrote {out}; it holds a key\n")

@@ -363,6 +363,8 @@ class Access:
         """Compared with what is in force: a node's renewal may have read the files meanwhile."""
         if self.authority is None:
             return
+        from llorch.control.authority import BY_HAND
+
         self.authority.refresh()
         trust, before = self.authority.trust, self._trust_in_force
         if trust is before:
@@ -373,6 +375,10 @@ class Access:
         for node_id, when in trust.revoked.items():
             if before.revoked.get(node_id) != when:
                 self.noted("certificate.revoked", {"node_id": node_id})
+        for node_id, one in trust.issued.items():
+            held = before.issued.get(node_id)
+            if one.token == BY_HAND and (held is None or held.serial != one.serial):
+                self.noted("certificate.issued", {"node_id": node_id})
         if trust.bundle != before.bundle:
             self.noted("authority.changed", {"count": len(trust.bundle)})
             self.pair = None

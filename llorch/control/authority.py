@@ -24,6 +24,7 @@ from llorch.pki import Cert, Signer
 from llorch.tls import Peer
 
 DIRECTORY, FILE_NAME, ISSUED_NAME = "pki", "authority.pem", "issued.json"
+BY_HAND = "by-hand"  # in place of a join token's id: what `llorch certs issue` made, at the command line
 MAX_SUCCEEDED = 4  # each makes every handshake of a control 500 bytes longer
 
 _KEY = re.compile(rb"-----BEGIN (ENCRYPTED )?PRIVATE KEY-----.*?-----END (ENCRYPTED )?PRIVATE KEY-----\n?", re.S)
@@ -42,7 +43,7 @@ class Issued:
     authority: str
     joined: float = 0.0
     key: str = ""  # SHA-256 of its key
-    token: str = ""  # the id of the join token that it was issued for; empty for one that was renewed
+    token: str = ""  # the id of the join token that it was issued for, or BY_HAND; empty for one that was renewed
     confirmed: bool = False  # the node has shown it: until then it may not have got it, and goes on with the one before
     before: tuple[str, ...] = ()  # the pins of those that signed what it may have instead
 

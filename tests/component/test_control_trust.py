@@ -25,6 +25,7 @@ from llorch.errors import Code, ConfigError, LlorchError
 from llorch.tls import CONTROL_NAME, JOIN_NAME, node_name
 from llorch.tokens import ID_BYTES, SECRET_BYTES, Kind, Tokens, Wish
 from tests.cluster import eventually
+from tests.component.command_line import CommandLine
 from tests.component.control_harness import TOKENS, pool, settings
 from tests.e2e.test_tls import certificate
 
@@ -595,6 +596,22 @@ async def test_what_is_done_to_tokens_and_certificates_is_on_record_and_no_secre
         whole = (control.folder / "c" / "audit" / "audit.jsonl").read_text()
         for secret in (token, made["token"], text, *TOKENS.values()):
             assert secret not in whole
+
+
+async def test_a_certificate_that_was_made_at_the_command_line_is_on_record_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with trusted(tmp_path) as control:
+        assert (await control.sign("a", token=await control.join_token()))[0] == 200
+        argv = ("certs", "issue", "far", "--out", str(tmp_path / "far.pem"), "--data-dir", str(control.folder / "c"))
+        assert (await CommandLine(monkeypatch, tmp_path)(*argv)).code == 0
+        for _ in range(2):
+            await control.control.access.step()
+        await eventually(lambda: recorded(control, "certificate.issued", node_id="far"), what="it is on record")
+        made = [
+            (one["node_id"], one["principal"][:5]) for one in on_record(control) if one["event"] == "certificate.issued"
+        ]
+        assert made == [("a", "join"), ("far", "local")]
 
 
 async def test_what_can_not_be_put_on_record_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

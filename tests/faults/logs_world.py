@@ -136,7 +136,7 @@ class LogsWorld(World):
             return False
         wire = Wire(self.loop, self.node_wrote)
 
-        def lost(reason: str) -> None:
+        def lost(_: object, reason: str) -> None:
             control.node_end = None
 
         async def no_calls(call: object, body: bytes) -> Any:

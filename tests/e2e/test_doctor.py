@@ -76,7 +76,7 @@ async def test_a_healthy_cluster_is_ok_from_all_three_and_what_is_broken_is_name
     assert "revoked" in found["accepted"]["found"]
     assert "llorch token join --node a" in found["accepted"]["mend"]
 
-    assert (await command(llorch, "token", "revoke", "default", *data(llorch)))[0] == 0
+    assert (await command(llorch, "token", "revoke", token.strip(), *data(llorch)))[0] == 0
 
     async def refused() -> bool:
         return (await command(llorch, "node", "ls"))[0] == 3

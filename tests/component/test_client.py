@@ -16,6 +16,7 @@ from llorch.client.events import End, Event, Failed, Queued, ServerError, Starte
 from llorch.client.faults import StreamBroken, TimedOut, Unreachable
 from llorch.errors import Code, ConfigError
 from llorch.tls import server_context
+from tests.certificates import certificate
 from tests.component.scripted_control import (
     QUEUED,
     TASK,
@@ -36,7 +37,6 @@ from tests.component.scripted_control import (
     stream,
     token,
 )
-from tests.e2e.test_tls import certificate
 
 BODY = {"task_id": TASK, "model": "m", "prompt": "Hello"}
 EVENTS = f"GET /v2/tasks/{TASK}/events"

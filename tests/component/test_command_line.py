@@ -18,6 +18,7 @@ from llorch.client import api
 from llorch.errors import Code
 from llorch.tls import server_context
 from llorch.tokens import ID_BYTES, SECRET_BYTES, write_token
+from tests.certificates import certificate
 from tests.component.command_line import CommandLine, Ran
 from tests.component.scripted_control import (
     QUEUED,
@@ -39,7 +40,6 @@ from tests.component.scripted_control import (
     stream,
     token,
 )
-from tests.e2e.test_tls import certificate
 
 SECRET = "the-token-of-these-tests"
 POOL = {

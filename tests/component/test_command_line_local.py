@@ -16,9 +16,9 @@ from llorch import __version__
 from llorch.cli import submit
 from llorch.client.api import LlorchClient
 from llorch.tls import server_context
+from tests.certificates import certificate
 from tests.component.command_line import CommandLine
 from tests.component.scripted_control import TASK, ScriptedControl, answer, no_answer, scripted
-from tests.e2e.test_tls import certificate
 
 TOKEN_A, TOKEN_B, TOKEN_ENV = "token-of-context-a", "token-of-context-b", "token-of-the-environment"
 

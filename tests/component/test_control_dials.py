@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -16,16 +15,13 @@ from unittest import mock
 import aiohttp
 import pytest
 from aiohttp import web as aioweb
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from llorch import web
 from llorch.control import node_client, resolver
 from llorch.control.addresses import Network
 from llorch.control.resolver import NodeResolver
 from llorch.errors import Code, LlorchError
+from tests.certificates import certificate
 from tests.component.control_harness import ControlUnderTest, a_control, eventually
 
 PEER = "10.0.0.5"
@@ -281,30 +277,6 @@ async def test_an_answer_without_end_is_read_no_further_than_it_may_be_long(monk
 
 
 # ---------------------------------------------------------------- certificates are the name's, not the number's
-
-
-def certificate(folder: Path, host: str) -> tuple[Path, Path]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    cert_path, key_path = folder / "node.crt", folder / "node.key"
-    cert_path.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key_path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return cert_path, key_path
 
 
 async def test_a_certificate_is_checked_for_the_name_and_not_for_the_number_that_was_dialled(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from llorch.control.token_files import TokenFiles
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.tls import CONTROL_NAME, JOIN_NAME, node_name
 from llorch.tokens import ID_BYTES, SECRET_BYTES, Kind, Tokens, Wish
+from tests.certificates import certificate
 from tests.cluster import eventually
 from tests.component.command_line import CommandLine
 from tests.component.control_harness import TOKENS, pool, settings
-from tests.e2e.test_tls import certificate
 
 DAY = 86_400.0
 

@@ -23,9 +23,9 @@ from llorch.listen import Server
 from llorch.quotas import Quotas, Rates
 from llorch.tls import CONTROL_NAME, Identities, server_context
 from llorch.web import Gate, Route
+from tests.certificates import certificate
 from tests.cluster import eventually
 from tests.component.control_harness import TOKENS, a_control
-from tests.e2e.test_tls import certificate
 
 TOKEN, HEAD = secrets.token_hex(16), "GET /open HTTP/1.1\r\nHost: x\r\n"
 GOOD = f"{HEAD}Authorization: Bearer {TOKEN}\r\n\r\n".encode()

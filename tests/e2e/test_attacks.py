@@ -22,10 +22,10 @@ import pytest
 
 from llorch.listen import HEAD_TIMEOUT_S, REAP_EVERY_S
 from llorch.web import BODY_TIMEOUT_S
+from tests.certificates import certificate
 from tests.cluster import Cluster, eventually
 from tests.e2e.shared import kept, visiting
 from tests.e2e.test_slow_readers import rss_bytes
-from tests.e2e.test_tls import certificate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 

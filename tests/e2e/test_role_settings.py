@@ -18,8 +18,8 @@ from llorch import tls
 from llorch.cli import sources
 from llorch.config import ControlSettings
 from llorch.errors import ConfigError
+from tests.certificates import certificate
 from tests.cluster import Cluster
-from tests.e2e.test_tls import certificate
 
 SECRET = f"S3CRET{secrets.token_hex(16)}"
 

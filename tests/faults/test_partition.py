@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_tls import certificate
+from tests.certificates import certificate
 from tests.faults import netns
 from tests.faults.harness import Plan, run
 from tests.faults.plans import PARTITIONED

@@ -218,6 +218,10 @@ def kept(kind: type[T]) -> list[T]:
     return [each for each in gc.get_objects() if isinstance(each, kind)]
 
 
+def up() -> list[NodeLink]:
+    return [each for each in kept(NodeLink) if each.connection and not each.connection.lost.done()]
+
+
 @pytest.mark.parametrize("kind", ["even_id", "length", "json", "late_body"])
 async def test_a_link_that_broke_the_protocol_leaves_nothing_in_memory(
     tmp_path: Path, kind: str, without_collection: None
@@ -225,7 +229,9 @@ async def test_a_link_that_broke_the_protocol_leaves_nothing_in_memory(
     """A control that does it a hundred times a second cost a node 200 MB, until a collection came."""
     async with node_between(tmp_path) as setup:
         link = await setup.link()
-        (first,) = (each for each in kept(NodeLink) if each.connection and not each.connection.lost.done())
+        # The control's end is up a moment before the node's: whoever looks at once may find none there.
+        await eventually(lambda: len(up()) == 1, what="the node's end of the link")
+        (first,) = up()
         gone = [weakref.ref(first), weakref.ref(first.connection)]
         del first
         if kind == "even_id":

@@ -325,7 +325,7 @@ def space() -> Iterator[netns.Namespace]:
 
 
 @pytest.mark.parametrize("dialled", [False, True], ids=["by its link", "dialled at its address"])
-async def test_control_and_node_on_different_addresses(llorch: Cluster, space: netns.Namespace, dialled: bool) -> None:
+async def test_control_and_node_on_different_addresses(space: netns.Namespace, llorch: Cluster, dialled: bool) -> None:
     control = await start_control(llorch, "--tls", "auto", bind=f"{space.here}:0")
     env, words = await join_command(llorch)
     assert f"https://{space.here}:" in " ".join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +23,9 @@ def pytest_configure() -> None:
     sys.dont_write_bytecode = False
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # no test asks a public authority, and to read them takes 50 ms
         os.environ[name] = os.devnull
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # under nohup, or behind `&`, they are ignored
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:

@@ -131,7 +131,12 @@ class Acceptor:
         task = self._loop.create_task(self._arrive(sock, peer, place), name="listen.arrive")
         place.close = task.cancel
         self._arriving.add(task)
-        task.add_done_callback(self._arriving.discard)
+        task.add_done_callback(lambda task: self._arrived(task, sock))
+
+    def _arrived(self, task: asyncio.Task[None], sock: socket.socket) -> None:
+        self._arriving.discard(task)
+        if task.cancelled():  # perhaps before it began: then nothing else has closed it
+            sock.close()
 
     async def _arrive(self, sock: socket.socket, peer: str, place: Place) -> None:
         """From an accepted socket to a protocol that reads requests."""

@@ -21,6 +21,7 @@ from aiohttp import web as aiohttp_web
 
 from llorch import framing, http_connection, link, listen, logs, web
 from llorch.auth import CLIENT_SCOPES, Scope, TokenRing
+from llorch.doors import Doors
 from llorch.errors import ConfigError
 from llorch.listen import Server
 from llorch.web import Gate, Route
@@ -239,12 +240,12 @@ async def test_an_idle_connection_is_closed_after_the_keepalive(monkeypatch: pyt
 async def test_a_later_head_has_no_more_time_than_the_first_had(
     monkeypatch: pytest.MonkeyPatch, first: str, second: str, together: bool
 ) -> None:
-    monkeypatch.setattr(listen, "HEAD_TIMEOUT_S", 0.1)
     monkeypatch.setattr(listen, "REAP_EVERY_S", 0.02)
     async with serving() as server, wire(server) as client, wire(server) as idle:
         for one in (client, idle):
             one.send(first + second if together and one is client else first)
             assert (await one.answer())[0] == 200
+        monkeypatch.setattr(listen, "HEAD_TIMEOUT_S", 0.1)
         if not together:
             client.send(second)
         assert await asyncio.wait_for(client.rest(), 5) == b""
@@ -254,6 +255,19 @@ async def test_a_later_head_has_no_more_time_than_the_first_had(
 
 def test_an_idle_connection_is_kept_longer_than_a_proxy_in_front_keeps_it() -> None:
     assert http_connection.CONNECTION["keepalive_timeout"] == http_connection.KEEPALIVE_S == 75  # nginx: 60 s
+
+
+async def test_a_connection_that_has_just_come_is_closed_with_its_listener() -> None:
+    """Before its own task has begun: what was taken from the kernel is nobody else's to close."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        acceptor = listen.Acceptor(listening, lambda _place: asyncio.Protocol(), None, lambda *_why: None, Doors())
+        with socket.create_connection(listening.getsockname()) as client:
+            while not [task for task in asyncio.all_tasks() if task.get_name() == "listen.arrive"]:
+                await asyncio.sleep(0)
+            acceptor.close()
+            client.settimeout(5)
+            assert await asyncio.to_thread(client.recv, 1) == b""
 
 
 async def test_closing_ends_idle_connections_at_once_and_running_ones_within_the_grace() -> None:

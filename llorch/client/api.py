@@ -344,7 +344,17 @@ class LlorchClient:
             fault = unreachable(self.url, error)
             raise _Lost(fault, sent=was_sent, taken=was_sent and _was_cut(error)) from None
         async with response:
-            yield response
+            try:
+                yield response
+            finally:
+                _leave(response)
+
+
+def _leave(response: aiohttp.ClientResponse) -> None:
+    """One that was not read to its end goes at once: over TLS a goodbye has the connection open for another 30 s, and
+    what has no loop by then never closes it."""
+    if response.connection is not None and response.connection.transport is not None:
+        response.connection.transport.abort()
 
 
 def _submission(body: Mapping[str, Any] | Submission, key: str | None) -> Submission:

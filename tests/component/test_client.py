@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 
@@ -386,6 +388,32 @@ async def test_a_certificate_must_be_signed_by_an_authority_that_was_given(tmp_p
         assert control.requests == [], "the token was not sent"
         async with LlorchClient(control.url, SECRET, tls_ca=str(cert)) as friend:
             assert await friend.nodes() == []
+
+
+async def test_a_stream_over_tls_is_closed_at_once_though_its_control_says_no_goodbye(tmp_path: Path) -> None:
+    """TLS waits 30 s for the other side's; a program that has ended its loop by then would never close it."""
+    cert, key = certificate(tmp_path / "tls")
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer += b"%x\r\n%s\r\n" % (len(end()), end())  # and the last chunk never comes
+
+    def serve(listening: socket.socket) -> None:
+        accepted, _ = listening.accept()
+        with server_context(str(cert), str(key)).wrap_socket(accepted, server_side=True) as connection:
+            connection.settimeout(5)
+            connection.recv(64 * 1024)
+            connection.sendall(answer)
+            with socket.socket(fileno=os.dup(connection.fileno())) as beneath:  # TLS: what it says is not listened to
+                beneath.settimeout(5)
+                with contextlib.suppress(ConnectionResetError):
+                    while beneath.recv(64 * 1024):
+                        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = asyncio.create_task(asyncio.to_thread(serve, listening))
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}"
+        async with LlorchClient(url, tls_ca=str(cert)) as client:
+            assert [type(event) for event in await taken(client.submit(BODY))] == [End]
+            await serving  # a TimeoutError, were it open after 5 s
 
 
 async def test_an_authority_file_that_is_none_is_a_fault_of_the_settings(tmp_path: Path) -> None:

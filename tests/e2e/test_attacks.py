@@ -30,7 +30,7 @@ from tests.e2e.test_slow_readers import rss_bytes
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 GROWTH_BYTES = 100 * 1024 * 1024  # of the control, over what it holds idle
-SERVED_WITHIN_S = 5.0
+SERVED_WITHIN_S = 15.0  # as long as a client waits without a word; it takes 0.3 s, or 0.8 s beside four busy processes
 ATTACKER, CLIENT = "127.0.0.3", "127.0.0.2"  # the node's is 127.0.0.1
 MOST = 1_200  # connections that the control takes in all; 256 of them are for nodes alone
 
@@ -139,7 +139,10 @@ async def under(cluster: Cluster) -> AsyncIterator[Attack]:
     finally:
         over.set()
         attack.close()
-    await client
+    try:
+        await client
+    except TimeoutError:
+        raise AssertionError(f"not served within {SERVED_WITHIN_S} s:\n{log()[before:][-8000:]}") from None
     print(f"grew by {(peak_bytes - idle_bytes) / 1e6:.1f} MB, {asked} times served, {slowest_s:.2f} s the slowest")
     assert asked >= 2
     assert peak_bytes - idle_bytes <= GROWTH_BYTES

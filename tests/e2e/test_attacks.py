@@ -30,7 +30,8 @@ from tests.e2e.test_slow_readers import rss_bytes
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 GROWTH_BYTES = 100 * 1024 * 1024  # of the control, over what it holds idle
-SERVED_WITHIN_S = 15.0  # as long as a client waits without a word; it takes 0.3 s, or 0.8 s beside four busy processes
+SERVED_WITHIN_S = 5.0  # it takes 0.3 s, or 0.8 s beside four busy processes
+ONCE_WITHIN_S = 15.0  # for one of all: the machine may have had something else to do
 ATTACKER, CLIENT = "127.0.0.3", "127.0.0.2"  # the node's is 127.0.0.1
 MOST = 1_200  # connections that the control takes in all; 256 of them are for nodes alone
 
@@ -111,23 +112,23 @@ async def under(cluster: Cluster) -> AsyncIterator[Attack]:
     """The block is an attack. Meanwhile a client from elsewhere asks all the time, and the node beats."""
     assert cluster.control is not None
     pid, log = cluster.control.pid, cluster.control.text
-    idle_bytes, peak_bytes, slowest_s, asked = rss_bytes(pid), 0, 0.0, 0
+    idle_bytes, peak_bytes, took_s = rss_bytes(pid), 0, list[float]()
     registered, before = log().count("node.registered"), len(log())
     tls = trusting(cluster.folder / "tls" / "cert.pem") if cluster.url.startswith("https") else True
     over = asyncio.Event()
 
     async def be_served() -> None:
-        nonlocal peak_bytes, slowest_s, asked
+        nonlocal peak_bytes
         connector = aiohttp.TCPConnector(local_addr=(CLIENT, 0), ssl=tls, force_close=True)
         async with aiohttp.ClientSession(connector=connector) as cluster.session:
             while not over.is_set():
                 started = time.monotonic()
-                async with asyncio.timeout(SERVED_WITHIN_S):
+                async with asyncio.timeout(ONCE_WITHIN_S):
                     assert (await cluster.complete(tokens=2))["state"] == "done"
                     node = await cluster.get("/v2/nodes/a")
                 assert (node["state"], node["link"]) == ("online", True), node
-                slowest_s = max(slowest_s, time.monotonic() - started)
-                peak_bytes, asked = max(peak_bytes, rss_bytes(pid)), asked + 1
+                took_s.append(time.monotonic() - started)
+                peak_bytes = max(peak_bytes, rss_bytes(pid))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(over.wait(), 0.05)
 
@@ -135,17 +136,19 @@ async def under(cluster: Cluster) -> AsyncIterator[Attack]:
     client = asyncio.create_task(be_served())
     try:
         yield attack
-        await eventually(lambda: client.done() or asked >= 2)
+        await eventually(lambda: client.done() or len(took_s) >= 2)
     finally:
         over.set()
         attack.close()
     try:
         await client
     except TimeoutError:
-        raise AssertionError(f"not served within {SERVED_WITHIN_S} s:\n{log()[before:][-8000:]}") from None
-    print(f"grew by {(peak_bytes - idle_bytes) / 1e6:.1f} MB, {asked} times served, {slowest_s:.2f} s the slowest")
-    assert asked >= 2
-    assert peak_bytes - idle_bytes <= GROWTH_BYTES
+        raise AssertionError(f"not served within {ONCE_WITHIN_S} s:\n{log()[before:][-8000:]}") from None
+    grew_bytes, slowest_s = peak_bytes - idle_bytes, max(took_s)
+    print(f"grew by {grew_bytes / 1e6:.1f} MB, {len(took_s)} times served, {slowest_s:.2f} s the slowest")
+    assert len(took_s) >= 2
+    assert sorted(took_s)[-2] <= SERVED_WITHIN_S
+    assert grew_bytes <= GROWTH_BYTES
     since = log()[before:]
     assert log().count("node.registered") == registered
     assert "Traceback" not in since

@@ -31,7 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 GROWTH_BYTES = 100 * 1024 * 1024  # of the control, over what it holds idle
 SERVED_WITHIN_S = 5.0  # it takes 0.3 s, or 0.8 s beside four busy processes
-ONCE_WITHIN_S = 15.0  # for one of all: the machine may have had something else to do
 ATTACKER, CLIENT = "127.0.0.3", "127.0.0.2"  # the node's is 127.0.0.1
 MOST = 1_200  # connections that the control takes in all; 256 of them are for nodes alone
 
@@ -123,7 +122,7 @@ async def under(cluster: Cluster) -> AsyncIterator[Attack]:
         async with aiohttp.ClientSession(connector=connector) as cluster.session:
             while not over.is_set():
                 started = time.monotonic()
-                async with asyncio.timeout(ONCE_WITHIN_S):
+                async with asyncio.timeout(SERVED_WITHIN_S):
                     assert (await cluster.complete(tokens=2))["state"] == "done"
                     node = await cluster.get("/v2/nodes/a")
                 assert (node["state"], node["link"]) == ("online", True), node
@@ -143,11 +142,10 @@ async def under(cluster: Cluster) -> AsyncIterator[Attack]:
     try:
         await client
     except TimeoutError:
-        raise AssertionError(f"not served within {ONCE_WITHIN_S} s:\n{log()[before:][-8000:]}") from None
+        raise AssertionError(f"not served within {SERVED_WITHIN_S} s:\n{log()[before:][-8000:]}") from None
     grew_bytes, slowest_s = peak_bytes - idle_bytes, max(took_s)
     print(f"grew by {grew_bytes / 1e6:.1f} MB, {len(took_s)} times served, {slowest_s:.2f} s the slowest")
     assert len(took_s) >= 2
-    assert sorted(took_s)[-2] <= SERVED_WITHIN_S
     assert grew_bytes <= GROWTH_BYTES
     since = log()[before:]
     assert log().count("node.registered") == registered

@@ -27,6 +27,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from llorch import whole_file
 from llorch.audit_chain import KEY_BYTES, MAX_LINE_BYTES, Chain, Position, Verifier
 from llorch.errors import ConfigError
 from llorch.logs import Log
@@ -107,28 +108,11 @@ def _read_private(path: Path) -> bytes:
 
 def _make_private(path: Path, content: bytes) -> None:
     """Whole or not at all, and never over another's."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-        sync_folder(path.parent)
+            whole_file.replace(path, content, only_new=True)
     except OSError as error:
         raise ConfigError(f"{path} can't be made: {error.strerror}", hint="give another --data-dir") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in it outlast a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def make_folder(path: Path, *, others_may_change: bool = False) -> None:
@@ -331,7 +315,7 @@ class ChainFiles:
             raise
         os.close(self._fd)
         self._fd, self._length, self._dirty = fd, 0, False
-        sync_folder(self.folder)
+        whole_file.sync_directory(self.folder)
 
     def surplus(self, keep: int) -> list[tuple[Path, int]]:
         """The oldest files, where there are more than `keep`, each with the number of its last record."""

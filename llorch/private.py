@@ -1,17 +1,17 @@
 """Files that nobody else may read: written whole under a lock, refused when they lie open.
 
-Owns the modes (0600 in 0700 directories) and the way a file is replaced: a reader sees the old one or the new one.
+Owns the modes (0600 in 0700 directories), whose the files are, and the lock; `whole_file.py` owns how one is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from llorch import whole_file
 from llorch.errors import ConfigError
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
@@ -69,32 +69,11 @@ def read(path: Path, *, secret: bool = True) -> bytes | None:
 
 def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file, on disk before this returns. Raises OSError and leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)  # whatever the umask says
-            if os.geteuid() == 0:  # a command run as root must not take the file away from the role's own user
-                owner = path.parent.stat()
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _sync(directory: Path) -> None:
-    """Have the new name on disk, too: a power cut must not undo a revocation."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    owner = None
+    if os.geteuid() == 0:  # a command run as root must not take the file away from the role's own user
+        directory = path.parent.stat()
+        owner = directory.st_uid, directory.st_gid
+    whole_file.replace(path, data, mode=mode, owner=owner)
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:

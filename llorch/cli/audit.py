@@ -6,7 +6,6 @@ Talks to no control: it reads files, while a control writes them or not. Never c
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llorch import whole_file
 from llorch.cli.exits import Exit
 from llorch.cli.flags import local_command, with_flags
 from llorch.cli.output import Column, Failure, Format, Output, hint, report, usage, warn, write_err, write_out
@@ -264,17 +264,10 @@ def _read_export(path: Path) -> Exported:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="ascii") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
+        whole_file.replace(path, text.encode("ascii"), mode=0o644)
     except OSError as error:
         raise Failure(f"{path} can't be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 app.command("verify")(local_command(verify))

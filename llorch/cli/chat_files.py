@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from llorch import whole_file
 from llorch.cli.output import Failure
 
 HISTORY_ENTRIES = 1000  # kept; the file may grow to twice that before it is cut
@@ -76,7 +76,7 @@ class History:
     def _store(self, entries: list[str]) -> None:
         assert self._path is not None
         try:
-            _replace(self._path, b"".join(map(_line, entries)), mode=0o600)
+            whole_file.replace(self._path, b"".join(map(_line, entries)))
         except OSError as error:
             self._give_up("written", error)
 
@@ -167,7 +167,7 @@ def save(name: str, text: str, *, force: bool) -> Path:
         if status is not None and not force:
             raise _exists(name)
         mode = stat.S_IMODE(status.st_mode) if status is not None else None
-        _replace(path, text.encode(), mode=mode, only_new=not force)
+        whole_file.replace(path, text.encode(), mode=mode, only_new=not force)
     except FileExistsError:  # since we looked
         raise _exists(name) from None
     except (OSError, RuntimeError, ValueError) as error:
@@ -178,37 +178,3 @@ def save(name: str, text: str, *, force: bool) -> Path:
 
 def _exists(name: str) -> Failure:
     return Failure(f"{name} exists", hint=f"/save! {name} replaces it")
-
-
-def _replace(path: Path, content: bytes, *, mode: int | None, only_new: bool = False) -> None:
-    """Put a whole file at `path`. `mode` None is what the umask leaves; `only_new` raises FileExistsError."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}")
-    descriptor = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode
-    )
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if only_new:
-            _link(temporary, path)
-        else:
-            temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Where a file system knows no links, looking first is the best there is."""
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        raise
-    except OSError:
-        if path.exists():
-            raise FileExistsError from None
-        temporary.replace(path)

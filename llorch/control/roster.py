@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from llorch import whole_file
 from llorch.errors import ConfigError
 from llorch.logs import Log
 
@@ -51,10 +52,8 @@ class Roster:
         wanted = frozenset(node_ids)
         if wanted == self.saved:
             return
-        temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps({"nodes": sorted(wanted)}))
-            temporary.replace(self._path)
+            whole_file.replace(self._path, json.dumps({"nodes": sorted(wanted)}).encode(), durable=False)
         except OSError as error:
             if not self._failed:
                 log.warning("roster.unsaved", path=self._path, reason=error.strerror)

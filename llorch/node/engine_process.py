@@ -16,10 +16,10 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from llorch import whole_file
 from llorch.logs import Log, printable
 from llorch.node.engines.environment import for_engine
 from llorch.node.engines.spec import LOOPBACK, Launch
@@ -45,18 +45,6 @@ class RuntimeDir:
     def make(self) -> None:
         for directory in (self.root, self.engines, self.pids, self.logs, self.keys):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def free_port() -> int:
@@ -100,7 +88,7 @@ class EngineProcess:
         self.key_file = files.keys / f"{stem}-{secrets.token_hex(4)}.key"
         self.log_file = files.logs / f"{stem}.log"
         self.port = free_port()
-        write_private(self.key_file, secrets.token_urlsafe(32).encode() + b"\n")
+        whole_file.replace(self.key_file, secrets.token_urlsafe(32).encode() + b"\n", durable=False)
 
     @property
     def pid(self) -> int | None:
@@ -139,7 +127,7 @@ class EngineProcess:
             "api_key_file": str(self.key_file),
             "log": str(self.log_file),
         }
-        write_private(self._files.pids / self._name, json.dumps(content).encode())
+        whole_file.replace(self._files.pids / self._name, json.dumps(content).encode(), durable=False)
 
     def terminate(self) -> None:
         """Ask it to end; `wait` sees to it that it does."""

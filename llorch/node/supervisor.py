@@ -22,12 +22,12 @@ from pathlib import Path
 
 import aiohttp
 
-from llorch import web
+from llorch import web, whole_file
 from llorch.errors import ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.node import pool_events as ev
 from llorch.node import probing
-from llorch.node.engine_process import EngineProcess, RuntimeDir, clear_leftovers, tail, write_private
+from llorch.node.engine_process import EngineProcess, RuntimeDir, clear_leftovers, tail
 from llorch.node.engines.spec import LOOPBACK
 from llorch.node.handoff import Handoff, Network, file_name, render
 from llorch.node.listeners import exposed
@@ -231,8 +231,8 @@ class Supervisor:
         try:
             if handoff.pid is None:  # external: remembered as ours to withdraw, should this agent be killed
                 self._offered.add(name)
-                write_private(self.files.pids / name, b'{"pid": null}\n')
-            write_private(self.files.engines / name, render(handoff))
+                whole_file.replace(self.files.pids / name, b'{"pid": null}\n', durable=False)
+            whole_file.replace(self.files.engines / name, render(handoff), durable=False)
             self._unwritten.pop(name, None)
         except OSError as error:
             if name not in self._unwritten:

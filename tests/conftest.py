@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
@@ -45,6 +46,17 @@ def _processes() -> set[int]:
 
 def _open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def whole_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Alone among the tests that ask for it, whichever worker they run in: beside one that starts 200 processes on two
+    cores, whatever another one measures is that load."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # each worker has one of its own in it
+    with (folder / "whole_machine").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(autouse=True)

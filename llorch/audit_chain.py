@@ -29,7 +29,7 @@ KEY_BYTES = 32  # of the macs: as long as their hash
 CHECKPOINT_EVERY_RECORDS = 1_000  # at a start, what comes after the last one is checked: a few ms
 CHECKPOINT_EVERY_S = 60.0  # so an export covers all but the last minute of a control that runs
 MAX_VALUE_CHARS = 256  # of each value: names and ids are shorter, and whoever sends longer ones chose them
-MAX_LINE_BYTES = 128 * 1024  # 22 values of 256 characters, each written as two \uXXXX, are half of that
+MAX_LINE_BYTES = 128 * 1024  # 22 values of 256 characters, each written as two escapes of 6 bytes, are half of that
 EXPORT_FORMAT = 1
 MAX_EXPORT_BYTES = 256 * 1024
 

@@ -216,6 +216,9 @@ class Watch:
     polling: bool = False
 
 
+_INOTIFY_LIMITS = {"EMFILE": ("instances", 512), "ENOSPC": ("watches", 524_288)}  # what to raise, and to at least
+
+
 def inotify(facts: Watch) -> Finding:
     poll = "--poll-handoffs"
     if facts.polling:
@@ -227,19 +230,14 @@ def inotify(facts: Watch) -> Finding:
             f"{facts.directory} is on {shown(kind)}, where changes that others make are not announced",
             f"{poll}, or --runtime-dir on a local disk",
         )
-    if facts.error == "EMFILE":
-        more = max(512, 2 * (facts.instances or 0))
+    if facts.error in _INOTIFY_LIMITS:
+        what, least = _INOTIFY_LIMITS[facts.error]
+        have: int | None = getattr(facts, what)
+        more = max(least, 2 * (have or 0))
         return fail(
             "inotify",
-            f"this user's {facts.instances} inotify instances are used up",
-            f"`sysctl fs.inotify.max_user_instances={more}`, and in /etc/sysctl.d to keep it; or {poll}",
-        )
-    if facts.error == "ENOSPC":
-        more = max(524_288, 2 * (facts.watches or 0))
-        return fail(
-            "inotify",
-            f"this user's {facts.watches} inotify watches are used up",
-            f"`sysctl fs.inotify.max_user_watches={more}`, and in /etc/sysctl.d to keep it; or {poll}",
+            f"this user's {have} inotify {what} are used up",
+            f"`sysctl fs.inotify.max_user_{what}={more}`, and in /etc/sysctl.d to keep it; or {poll}",
         )
     if facts.error is not None:
         return warn("inotify", f"no watch can be set on {facts.directory}: {facts.error}", poll)

@@ -166,33 +166,24 @@ async def test_control_that_is_back_and_knows_nobody_is_registered_with_at_once(
         await setup.control.linked(2)
 
 
-async def test_refused_token_is_said_aloud_and_tried_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "code", "mend"),
+    [
+        (401, "UNAUTHENTICATED", "--node-token"),  # and not what a client would have to do
+        (409, "NODE_QUARANTINED", "llorch node pardon"),
+    ],
+)
+async def test_a_refusal_is_said_aloud_with_what_mends_it_and_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, status: int, code: str, mend: str
 ) -> None:
     monkeypatch.setattr(heartbeat, "SLOW_RETRY", heartbeat.RETRY)
     async with node_between(tmp_path) as setup:
         await setup.link()
-        setup.control.refuse_beats = (401, "UNAUTHENTICATED")
+        setup.control.refuse_beats = (status, code)
         setup.node.pools.handle(ev.Drain(POOL), 0.0)
         await eventually(lambda: "control.refuses" in caplog.text)
-        assert "code=UNAUTHENTICATED" in caplog.text
-        assert "--node-token" in caplog.text  # and not what a client would have to do
-        setup.control.refuse_beats = None
-        before = len(full_beats(setup))
-        await eventually(lambda: len(full_beats(setup)) > before)
-
-
-async def test_a_node_that_is_quarantined_says_so_and_keeps_trying(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(heartbeat, "SLOW_RETRY", heartbeat.RETRY)
-    async with node_between(tmp_path) as setup:
-        await setup.link()
-        setup.control.refuse_beats = (409, "NODE_QUARANTINED")
-        setup.node.pools.handle(ev.Drain(POOL), 0.0)
-        await eventually(lambda: "control.refuses" in caplog.text)
-        assert "code=NODE_QUARANTINED" in caplog.text
-        assert "llorch node pardon" in caplog.text
+        assert f"code={code}" in caplog.text
+        assert mend in caplog.text
         setup.control.refuse_beats = None
         before = len(full_beats(setup))
         await eventually(lambda: len(full_beats(setup)) > before)

@@ -111,6 +111,7 @@ def _make_private(path: Path, content: bytes) -> None:
     try:
         with contextlib.suppress(FileExistsError):
             whole_file.replace(path, content, only_new=True)
+        whole_file.sync_directory(path.parent)
     except OSError as error:
         raise ConfigError(f"{path} can't be made: {error.strerror}", hint="give another --data-dir") from None
 

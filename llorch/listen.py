@@ -131,11 +131,12 @@ class Acceptor:
         task = self._loop.create_task(self._arrive(sock, peer, place), name="listen.arrive")
         place.close = task.cancel
         self._arriving.add(task)
-        task.add_done_callback(lambda task: self._arrived(task, sock))
+        task.add_done_callback(lambda task: self._arrived(task, sock, place))
 
-    def _arrived(self, task: asyncio.Task[None], sock: socket.socket) -> None:
+    def _arrived(self, task: asyncio.Task[None], sock: socket.socket, place: Place) -> None:
         self._arriving.discard(task)
-        if task.cancelled():  # perhaps before it began: then nothing else has closed it
+        if task.cancelled():  # perhaps before it began: then nothing else has done this
+            self._doors.leave(place)
             sock.close()
 
     async def _arrive(self, sock: socket.socket, peer: str, place: Place) -> None:

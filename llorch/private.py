@@ -68,12 +68,14 @@ def read(path: Path, *, secret: bool = True) -> bytes | None:
 
 
 def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replace a file, on disk before this returns. Raises OSError and leaves the old one."""
+    """Replace a file, on disk before this returns. Raises OSError: the old one is there, or the new one not for certain
+    after a power cut."""
     owner = None
     if os.geteuid() == 0:  # a command run as root must not take the file away from the role's own user
         directory = path.parent.stat()
         owner = directory.st_uid, directory.st_gid
     whole_file.replace(path, data, mode=mode, owner=owner)
+    whole_file.sync_directory(path.parent)
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:

@@ -1,4 +1,4 @@
-"""Files that are written whole: whoever looks sees the old one or the new one, also after a power cut.
+"""Files that are written whole: whoever looks sees the old one or the new one, never half of one.
 
 Owns how that is done, and nothing of what is in them; `private.py` says who may read those that hold secrets.
 """
@@ -9,8 +9,6 @@ import contextlib
 import os
 import secrets
 from pathlib import Path
-
-MOST_NAME_CHARS = 100  # of a temporary file's name, so that a long name does not become too long a one
 
 
 def replace(
@@ -24,11 +22,12 @@ def replace(
 ) -> None:
     """Put a file at `path`. Raises OSError and leaves what was there.
 
-    `mode`: whatever the umask says; None: what the umask leaves. `only_new`: FileExistsError if there is one.
-    `durable`: on disk before this returns, as is its name; not needed for what no restart of the machine survives.
-    `owner`: uid and gid, which root may give.
+    `mode`: whatever the umask says; None: what the umask leaves. `only_new`: FileExistsError if there is one, and
+    OSError where the file system knows no links. `durable`: the old one or the new one is there after a power cut, too
+    (and the new one for certain after `sync_directory`); not needed for hints, nor for what no restart of the machine
+    survives. `owner`: uid and gid, which root may give.
     """
-    temporary = path.with_name(f".{path.name[:MOST_NAME_CHARS]}.{secrets.token_hex(6)}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # not made of a name that may be as long as any may be
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with os.fdopen(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
@@ -41,11 +40,9 @@ def replace(
             if durable:
                 os.fsync(file.fileno())
         if only_new:
-            _link(temporary, path)
+            path.hardlink_to(temporary)
         else:
             temporary.replace(path)
-        if durable:
-            sync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -58,15 +55,3 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Where a file system knows no links, looking first is the best there is."""
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        raise
-    except OSError:
-        if path.exists():
-            raise FileExistsError from None
-        temporary.replace(path)

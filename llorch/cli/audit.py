@@ -265,7 +265,7 @@ def _read_export(path: Path) -> Exported:
 
 def _replace(path: Path, text: str) -> None:
     try:
-        whole_file.replace(path, text.encode("ascii"), mode=0o644)
+        whole_file.replace(path, text.encode("ascii"), mode=None)
     except OSError as error:
         raise Failure(f"{path} can't be written: {error.strerror}") from None
 

@@ -167,7 +167,7 @@ def save(name: str, text: str, *, force: bool) -> Path:
         if status is not None and not force:
             raise _exists(name)
         mode = stat.S_IMODE(status.st_mode) if status is not None else None
-        whole_file.replace(path, text.encode(), mode=mode, only_new=not force)
+        _put(path, text.encode(), mode, only_new=not force)
     except FileExistsError:  # since we looked
         raise _exists(name) from None
     except (OSError, RuntimeError, ValueError) as error:
@@ -178,3 +178,17 @@ def save(name: str, text: str, *, force: bool) -> Path:
 
 def _exists(name: str) -> Failure:
     return Failure(f"{name} exists", hint=f"/save! {name} replaces it")
+
+
+def _put(path: Path, content: bytes, mode: int | None, *, only_new: bool) -> None:
+    """Where a file system knows no links, looking first is the best there is."""
+    try:
+        whole_file.replace(path, content, mode=mode, only_new=only_new)
+    except FileExistsError:
+        raise
+    except OSError:
+        if not only_new:
+            raise
+        if path.exists():
+            raise FileExistsError from None
+        whole_file.replace(path, content, mode=mode)

@@ -53,7 +53,7 @@ class Roster:
         if wanted == self.saved:
             return
         try:
-            whole_file.replace(self._path, json.dumps({"nodes": sorted(wanted)}).encode(), durable=False)
+            whole_file.replace(self._path, json.dumps({"nodes": sorted(wanted)}).encode(), mode=None, durable=False)
         except OSError as error:
             if not self._failed:
                 log.warning("roster.unsaved", path=self._path, reason=error.strerror)

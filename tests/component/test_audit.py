@@ -569,6 +569,20 @@ async def test_a_log_is_not_gone_on_with_other_keys(tmp_path: Path, name: str) -
     assert verdict(tmp_path).whole
 
 
+def test_keys_are_not_made_where_another_controls_could_be_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without links there is no way to make a file only where there is none: two controls would keep different keys."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.EPERM, "none here")
+
+    monkeypatch.setattr(Path, "hardlink_to", none)
+    with pytest.raises(ConfigError, match="can't be made: none here"):
+        Keys.read_or_make(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_two_controls_on_one_data_directory_have_a_chain_each_and_the_same_keys(tmp_path: Path) -> None:
     made = [AuditLog(tmp_path) for _ in range(3)]
     await asyncio.gather(*(log.start() for log in made))

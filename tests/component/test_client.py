@@ -409,6 +409,7 @@ async def test_a_stream_over_tls_is_closed_at_once_though_its_control_says_no_go
                         pass
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(5)
         serving = asyncio.create_task(asyncio.to_thread(serve, listening))
         url = f"https://127.0.0.1:{listening.getsockname()[1]}"
         async with LlorchClient(url, tls_ca=str(cert)) as client:

@@ -261,13 +261,15 @@ async def test_a_connection_that_has_just_come_is_closed_with_its_listener() -> 
     """Before its own task has begun: what was taken from the kernel is nobody else's to close."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
-        acceptor = listen.Acceptor(listening, lambda _place: asyncio.Protocol(), None, lambda *_why: None, Doors())
+        doors = Doors()
+        acceptor = listen.Acceptor(listening, lambda _place: asyncio.Protocol(), None, lambda *_why: None, doors)
         with socket.create_connection(listening.getsockname()) as client:
-            while not [task for task in asyncio.all_tasks() if task.get_name() == "listen.arrive"]:
+            while not doors.arriving:
                 await asyncio.sleep(0)
             acceptor.close()
             client.settimeout(5)
             assert await asyncio.to_thread(client.recv, 1) == b""
+        assert doors.arriving == 0
 
 
 async def test_closing_ends_idle_connections_at_once_and_running_ones_within_the_grace() -> None:

@@ -81,6 +81,7 @@ class Attack:
         self.mine = f"Host: x\r\nAuthorization: Bearer {cluster.token}\r\n"
         self.open: list[asyncio.StreamWriter] = []
         self.served_s: list[float] = []  # how long each task of somebody else took meanwhile
+        self.failed = False  # one of them did
 
     async def connect(self, sent: str | bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(ATTACKER, 0))
@@ -94,7 +95,7 @@ class Attack:
     async def outlast(self, count: int) -> None:
         """Go on until somebody else was served so many times more; each takes 60 ms, its pause included."""
         wanted = len(self.served_s) + count
-        await eventually(lambda: len(self.served_s) >= wanted, within_s=60, what=f"{count} times served")
+        await eventually(lambda: self.failed or len(self.served_s) >= wanted, within_s=60, what=f"{count} times served")
 
     def close(self) -> None:
         for writer in self.open:
@@ -143,6 +144,7 @@ async def under(cluster: Cluster) -> AsyncIterator[Attack]:
 
     attack = Attack(cluster)
     client = asyncio.create_task(be_served())
+    client.add_done_callback(lambda _: setattr(attack, "failed", not over.is_set()))
     try:
         yield attack
         await eventually(lambda: client.done() or len(attack.served_s) >= 2)

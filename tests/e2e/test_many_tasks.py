@@ -89,7 +89,7 @@ async def test_a_waiting_task_times_out_and_says_so(llorch: Cluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole_machine")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300, func_only=True)  # not while it waits for the machine
 async def test_200_submits_at_once_over_two_nodes_all_print_their_whole_answer(llorch: Cluster) -> None:
     await llorch.start_control("--queue-limit", "200")
     args = ("--tokens", "1000", "--delay-ms", "10")

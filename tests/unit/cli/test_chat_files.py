@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -210,6 +211,19 @@ def test_a_tilde_is_the_home_and_a_link_stays_one(tmp_path: Path, monkeypatch: p
     save("~/link", "two", force=True)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "two"
+
+
+def test_where_a_file_system_knows_no_links_it_is_saved_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.EPERM, "none here")
+
+    monkeypatch.setattr(Path, "hardlink_to", none)
+    save(str(tmp_path / "a"), "one", force=False)
+    with pytest.raises(Failure, match="exists"):
+        save(str(tmp_path / "a"), "two", force=False)
+    assert ((tmp_path / "a").read_text(), content(tmp_path)) == ("one", ["a"])
 
 
 def test_a_file_that_appears_in_between_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from llorch.config_engine_args import why_not_env
 from llorch.config_kinds import (
     ARGUMENTS,
+    BOOL,
     GPUS,
     MODEL_REF,
     PATH,
@@ -32,9 +33,10 @@ from llorch.config_yaml import Items, Node, Scalar, Table, YamlFault
 
 DEFAULT_SLOTS = 4
 DEFAULT_CTX = 4096
-ENGINE = choice("auto", "llamacpp", "llama-server", "external", "simulated")
+ENGINE = choice("auto", "llamacpp", "llama-server", "vllm", "sglang", "command", "external", "simulated")
 SLOTS = integer(1, 1024, example=DEFAULT_SLOTS)
 CTX = integer(128, 16 * 1024 * 1024, example=DEFAULT_CTX)
+HOURS = text("hours", r"\d\d:\d\d-\d\d:\d\d", allowed="from-to", example="18:00-08:00")
 POOL_ID = text("pool id", POOL_ID_PATTERN, allowed="letters, digits, . _ -, at most 64", example="chat")
 
 
@@ -58,6 +60,9 @@ class PoolSpec:
     api_key_file: str | None = None
     models: tuple[str, ...] = ()
     idle_unload_s: float | None = None
+    command: tuple[str, ...] = field(default=(), repr=False)
+    yield_to_owner: bool = False
+    hours: str | None = None
 
 
 def _env_value(value: str) -> str:
@@ -119,6 +124,12 @@ FIELDS: Mapping[str, tuple[Kind[Any], str]] = {
     "api_key_file": (PATH, "A file with the key of an external engine."),
     "models": (listed(MODEL_REF, "demo"), "Models that may be loaded here instead of the first."),
     "idle_unload_s": (number(1, 30 * 86400), "Seconds without a task after which the model is unloaded."),
+    "command": (
+        ARGUMENTS,
+        "The program of engine command and its arguments; {port} {model} {gpus} {slots} {ctx} in it.",
+    ),
+    "yield_to_owner": (BOOL, "Take no tasks and free the memory while others' programs use the pool's GPUs."),
+    "hours": (HOURS, "When the pool serves, by the machine's clock; always if not given."),
 }
 
 MAX_POOLS = 256  # what a registration can carry

@@ -196,7 +196,20 @@ class ReplicaReport(Wire):
     breaker: ShortText | None = None
 
 
+class PoolOperation(Wire):
+    """What a pool was last asked to do, and how far that is."""
+
+    kind: ShortText
+    state: Literal["running", "done", "failed"] = "running"
+    model: ShortText | None = None
+    message: Annotated[str, StringConstraints(max_length=2_000)] | None = None
+    started_at: ShortText | None = None
+
+
 class PoolReport(Wire):
+    """`loading`: the model on its way, for which tasks are held already. `swappable`: a task for any of `models` may be
+    sent now, and is held while the node loads it. `held`: why it takes no tasks."""
+
     pool_id: PoolId
     engine: ShortText | None = None
     engine_version: ShortText | None = None
@@ -217,6 +230,10 @@ class PoolReport(Wire):
     load_s: Figure | None = None
     kv_usage: Figure | None = None
     generation: Count | None = None
+    loading: ShortText | None = None
+    swappable: bool | None = None
+    held: list[ShortText] | None = Field(default=None, max_length=16)
+    operation: PoolOperation | None = None
     last_error: Annotated[str, StringConstraints(max_length=2_000)] | None = None
     replicas: list[ReplicaReport] | None = Field(default=None, max_length=256)
     gone: bool = False

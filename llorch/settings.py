@@ -372,7 +372,26 @@ class NodeSettings(ServerSettings):
     )
     log_limit: int = setting("4MiB", byte_size("64KiB", "1GiB"), "Output kept per task; beyond it the oldest bytes go.")
     logs_limit: int = setting("256MiB", byte_size("1MiB", "64GiB"), "Output kept of all tasks together.")
-    load_timeout: float = setting("5m", duration("1s", "1d"), "How long an engine may take to load its model.")
+    load_timeout: float = setting(
+        "5m", duration("1s", "1d"), "How long an engine may take to load its model; 20 s more for each GiB of it."
+    )
+    stall_timeout: float = setting(
+        "120s",
+        duration("1s", "1d"),
+        "An engine whose slots are busy and that has made no token for this long has stalled, and is started anew.",
+    )
+    orphan_grace: float = setting(
+        "5m",
+        duration("0s", "1d"),
+        "How long an engine waits for the next agent once its own is gone. 0: it ends with its agent.",
+    )
+    keep_engines: bool = setting(
+        "false", BOOL, "At SIGTERM, leave the engines to the next agent, which takes them over with their models."
+    )
+    stage_rate: int | None = setting(
+        None, byte_size("64KiB", "64GiB"), "Bytes a second that the staging of models may take, all together."
+    )
+    stage_headroom: int = setting("2GiB", byte_size("0", "64GiB"), "Disk space that the staging of models leaves free.")
     stop_grace: float = setting("10s", duration("0s", "10m"), "How long an engine may take to end before it is killed.")
     poll_handoffs: bool = setting(
         "false", BOOL, "Poll for handoff files: for network mounts, where changes are not announced."

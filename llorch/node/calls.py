@@ -7,45 +7,64 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from aiohttp import web
+from pydantic import BaseModel
 
 from llorch import __version__
 from llorch.auth import Scope
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
-from llorch.messages import NodeCall
+from llorch.messages import M, NodeCall, decode_object, parse
 from llorch.node.link import Answer
 from llorch.node.state import NODE, Node
 from llorch.node.tasklog import State
-from llorch.web import Route, json_response
+from llorch.web import MAX_SMALL_BODY_BYTES, Route, json_response, read_body
 
 log = Log("node.calls")
 
-Params = Mapping[str, str]
+Reply = tuple[int, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request of one route: the parameters of its path, its query, its body."""
+
+    params: Mapping[str, str]
+    query: Mapping[str, str]
+    body: bytes
+
+    def read(self, model: type[M]) -> M:
+        """The body as `model`; an empty one is an empty object. Raises INVALID_REQUEST."""
+        return parse(model, decode_object(self.body) if self.body.strip() else {})
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One route: `serve` is given the node and the path's parameters and returns a status and JSON."""
+    """One route: `serve` is given the node and what is asked, and returns a status and JSON, at once or later."""
 
     method: str
     path: str
     scope: Scope
     summary: str
-    serve: Callable[[Node, Params], tuple[int, Any]]
+    serve: Callable[[Node, Ask], Reply | Awaitable[Reply]]
     status: int = 200
+    body: type[BaseModel] | None = None
+
+    async def answer(self, node: Node, ask: Ask) -> Reply:
+        reply = self.serve(node, ask)
+        return reply if isinstance(reply, tuple) else await reply
 
 
-def _live(node: Node, _params: Params) -> tuple[int, Any]:
+def _live(node: Node, _ask: Ask) -> Reply:
     return 200, _status(node, "ok")
 
 
-def _ready(node: Node, _params: Params) -> tuple[int, Any]:
+def _ready(node: Node, _ask: Ask) -> Reply:
     """Warming: engines are on their way and none is there yet. A node without pools, or with failed ones, is up."""
     if node.draining:
         return 503, _status(node, "draining")
@@ -58,35 +77,35 @@ def _status(node: Node, status: str) -> dict[str, Any]:
     return {"status": status, "version": __version__, "role": "node", "node_id": node.node_id}
 
 
-def _pools(node: Node, _params: Params) -> tuple[int, Any]:
+def _pools(node: Node, _ask: Ask) -> Reply:
     return 200, {"pools": node.pool_reports()}
 
 
-def _pool(node: Node, params: Params) -> tuple[int, Any]:
-    wanted = params["pool"]
+def _pool(node: Node, ask: Ask) -> Reply:
+    wanted = ask.params["pool"]
     node.pools.health(wanted)  # raises POOL_NOT_FOUND
     return 200, next(report for report in node.pool_reports() if report["pool_id"] == wanted)
 
 
-def _pool_health(node: Node, params: Params) -> tuple[int, Any]:
-    return 200, node.pools.health(params["pool"])
+def _pool_health(node: Node, ask: Ask) -> Reply:
+    return 200, node.pools.health(ask.params["pool"])
 
 
-def _tasks(node: Node, _params: Params) -> tuple[int, Any]:
+def _tasks(node: Node, _ask: Ask) -> Reply:
     return 200, {"tasks": [entry.report() for entry in node.runner.logs]}
 
 
-def _task(node: Node, params: Params) -> tuple[int, Any]:
-    return 200, node.runner.logs.get(params["task"]).report()
+def _task(node: Node, ask: Ask) -> Reply:
+    return 200, node.runner.logs.get(ask.params["task"]).report()
 
 
-def _cancel(node: Node, params: Params) -> tuple[int, Any]:
-    entry = node.runner.logs.get(params["task"])
+def _cancel(node: Node, ask: Ask) -> Reply:
+    entry = node.runner.logs.get(ask.params["task"])
     node.runner.cancel(entry)
     return 202, {"task_id": entry.task_id, "state": State.SEALED if entry.log.sealed else "canceling"}
 
 
-def _catalog(node: Node, _params: Params) -> tuple[int, Any]:
+def _catalog(node: Node, _ask: Ask) -> Reply:
     return 200, {"models": node.model_reports()}
 
 
@@ -109,10 +128,11 @@ CALLS = (
 
 def http_route(call: Call) -> Route:
     async def handler(request: web.Request) -> web.StreamResponse:
-        status, value = call.serve(request.app[NODE], request.match_info)
+        body = b"" if call.method == "GET" else await read_body(request, most_bytes=MAX_SMALL_BODY_BYTES)
+        status, value = await call.answer(request.app[NODE], Ask(request.match_info, request.query, body))
         return json_response(value, status=status)
 
-    return Route(call.method, call.path, call.scope, handler, call.summary, status=call.status)
+    return Route(call.method, call.path, call.scope, handler, call.summary, call.body, status=call.status)
 
 
 def _json(value: object) -> bytes:
@@ -131,8 +151,9 @@ class LinkCalls:
 
     async def __call__(self, wish: NodeCall, body: bytes) -> Answer:
         try:
-            call, params = self._find(wish.method, urlsplit(wish.path).path)
-            status, value = call.serve(self._node, params)
+            parts = urlsplit(wish.path)
+            call, params = self._find(wish.method, parts.path)
+            status, value = await call.answer(self._node, Ask(params, dict(parse_qsl(parts.query)), body))
         except LlorchError as error:
             status, value = error.status, error.envelope(request_id=wish.headers.get("x-request-id"))
         except Exception:
@@ -141,7 +162,7 @@ class LinkCalls:
             status, value = fault.status, fault.envelope()
         return Answer(status, _json(value))
 
-    def _find(self, method: str, path: str) -> tuple[Call, Params]:
+    def _find(self, method: str, path: str) -> tuple[Call, Mapping[str, str]]:
         found = False
         for call, pattern in self._table:
             match = pattern.fullmatch(path)

@@ -979,7 +979,7 @@ def test_truth_has_four_words_each_way() -> None:
 def test_a_word_that_is_not_a_choice_gets_the_closest() -> None:
     assert refuses(ENGINE, "llama-cpp").hint == "did you mean llamacpp?"
     assert refuses(kinds.choice("info", "warning"), "WARN").hint == "did you mean warning?"
-    refuses(ENGINE, "vllm")
+    refuses(ENGINE, "tgi")
 
 
 def test_a_path_is_one_line_of_text() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from llorch.config_pools import PoolSpec
+from llorch.errors import Code
 from llorch.node.handoff import Handoff
 
 
@@ -84,6 +86,14 @@ def step(state: ReplicaState, what: Step) -> ReplicaState:
         raise IllegalStep(f"a replica that is {state} can't be {what}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A pool of the settings. `choices`: the ids of the models it may load → their references, the first one first."""
+
+    spec: PoolSpec
+    choices: Mapping[str, str]
+
+
 # ---------------------------------------------------------------- events
 
 
@@ -109,7 +119,8 @@ class Spawned:
 class Exited:
     """A process ended, or could not be started. `chance` is uniform in [0, 1), for the jitter of the restart.
 
-    `reason` is in our words, `said` the last line that the engine itself wrote.
+    `reason` is in our words, `said` the last line that the engine itself wrote. `hopeless`: another start would end as
+    this one has, until somebody changes something.
     """
 
     pool_id: str
@@ -118,6 +129,7 @@ class Exited:
     reason: str
     chance: float
     said: str = ""
+    hopeless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,22 +182,77 @@ class EngineLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """Before Start: an engine that an earlier agent left runs with `model`, and is ours to go on with."""
+
+    model: str
+    ref: str
+    handoff: Handoff
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a start is that takes its time: a model that is fetched, memory that is waited for."""
+
+    pool_id: str
+    replica_id: str
+    run: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """A ready engine has tasks and makes no tokens, and answers its health check all the same."""
+
+    pool_id: str
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """The settings have other pools now; only those that differ are touched."""
+
+    wanted: tuple[Wanted, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The node is about to end: no new tasks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
-    """No new tasks, on one pool or (None) on the node."""
+    """No new tasks, on one pool or (None) on the node. What still runs after `deadline_s` is ended; None: it may."""
 
     pool_id: str | None = None
+    reason: str = ""
+    deadline_s: float | None = None
+    at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Undrain:
     pool_id: str | None = None
+    at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Somebody else needs the pool's memory, or it is not its time: no tasks, no engine. `why` None: not any more."""
+
+    pool_id: str
+    who: str
+    why: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Start the pool's replicas that don't run, failed ones too."""
+    """Start the pool's replicas that don't run, failed ones too. `model`: that one of its models."""
 
     pool_id: str
+    model: str | None = None
+    at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +260,18 @@ class Unload:
     """Stop the pool's own replicas once their tasks have ended, and leave them stopped."""
 
     pool_id: str
+    at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """Serve another model. `beside`: there is memory for both, so the old one serves until the new one is proven."""
+
+    pool_id: str
+    model: str
+    ref: str
+    beside: bool
+    at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +279,23 @@ class Restart:
     """Stop the pool's own replicas once their tasks have ended, and start them again."""
 
     pool_id: str
+    at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Purge:
+    """Forget what went wrong, and what stopped engines left."""
+
+    pool_id: str
+    at: str | None = None
 
 
 Event = (
     Start
     | Tick
     | Spawned
+    | Adopted
+    | Progress
     | Exited
     | HandoffSeen
     | HandoffBad
@@ -213,11 +303,17 @@ Event = (
     | ProbeOk
     | ProbeFailed
     | EngineLost
+    | Stalled
+    | Configure
+    | Leave
     | Drain
     | Undrain
+    | Hold
     | Load
     | Unload
+    | Reload
     | Restart
+    | Purge
 )
 
 
@@ -226,15 +322,34 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Start a process; answer with Spawned and later Exited, both of this `run`."""
+    """Start a process that serves `model`; answer with Spawned and later Exited, both of this `run`."""
 
     pool_id: str
     replica_id: str
     run: int
+    model: str
+    ref: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """Go on with the process that `handoff` is about, as if it had been started here: this is its `run`."""
+
+    pool_id: str
+    replica_id: str
+    run: int
+    handoff: Handoff
 
 
 @dataclass(frozen=True, slots=True)
 class WriteHandoff:
+    handoff: Handoff
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take back a handoff that we wrote for an engine that is not ours."""
+
     handoff: Handoff
 
 
@@ -263,9 +378,36 @@ class Terminate:
 
 
 @dataclass(frozen=True, slots=True)
+class Seated:
+    """This task's model is there, and this is its slot."""
+
+    task_id: str
+    replica_id: str
+    url: str
+    api_key_file: str | None
+    trial: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndTasks:
+    """End these tasks, which hold slots, for this reason."""
+
+    task_ids: tuple[str, ...]
+    code: Code
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Remove what stopped engines of the pool have left: logs, keys."""
+
+    pool_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something for the log and the counters: `handoff.invalid`, `engine.ended`, `pool.failed`, `pool.ready`,
-    `replica.ejected`, `replica.readmitted`."""
+    `pool.asked`, `pool.answered`, `engine.stalled`, `model.swapped`, `replica.ejected`, `replica.readmitted`."""
 
     event: str
     pool_id: str | None
@@ -274,4 +416,4 @@ class Note:
     name: str | None = None
 
 
-Action = Spawn | WriteHandoff | Probe | StopProbe | Terminate | Note
+Action = Spawn | TakeOver | WriteHandoff | Withdraw | Probe | StopProbe | Terminate | Seated | EndTasks | Forget | Note

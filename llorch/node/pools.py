@@ -1,16 +1,18 @@
 """The pools of this node: which engines there are, which of them may be used, and who holds a slot of which.
 
 Surface:
-    Pools(specs, models)                 what the settings ask for; `models`: the model id of each spec's pool
+    Pools(wanted)                        what the settings ask for
+    restore(wishes), wishes()            what operators asked for, which outlives the agent
     handle(event, now) -> list[Action]   everything that happens, in the words of `pool_events`; do the actions in order
     acquire(pool_id, task_id, model)     a slot: a Lease, or LlorchError; release(task_id) gives it back, however often
     told(task_id, failed, now)           before the release: how the task went at its engine, where that says something
     report(), pool_report(id), health(id)    CONTRACT's PoolReport and health, as dicts
     subscribe(callback)                  called with a pool id when its report has changed (its `generation` went up)
 
-Owns the state of every pool and replica, restarts and their backoff; `slots` owns who holds what. A replica that was
-handed over goes the same way as one that was spawned; they differ in `owned`, and only owned ones are ever terminated.
-Pure: no clock, no process, no file. `now` is monotonic seconds.
+Owns the set of pools, and hands every event to whom it concerns: `replica_life` (how an engine comes and goes),
+`pool_handoffs` (what files mean), `pool_operations` (which engines should run), `slots` (who holds what). A replica
+that was handed over goes the same way as one that was spawned; they differ in `owned`, and only owned ones are ever
+terminated. Pure: no clock, no process, no file. `now` is monotonic seconds.
 """
 
 from __future__ import annotations
@@ -18,40 +20,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from llorch.backoff import Backoff
-from llorch.breaker import Breaker
-from llorch.config_pools import MAX_POOLS, PoolSpec
+from llorch.config_pools import PoolSpec
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
-from llorch.node.handoff import Handoff, file_name
-from llorch.node.pool_events import Action, Event, ReplicaState, Step, step
-from llorch.node.replicas import ALIVE, DOWN, Lease, Pool, Replica, average
+from llorch.node.handoff import Handoff
+from llorch.node.pool_events import Action, Event, ReplicaState, Wanted
+from llorch.node.pool_handoffs import Handoffs
+from llorch.node.pool_operations import ENDED_FOR_DRAIN, EXTERNAL, Operations, comes_and_goes, first_model
+from llorch.node.replica_life import Life
+from llorch.node.replicas import DOWN, OPERATOR, Lease, Pool, Replica, average
 from llorch.node.slots import Slots
-
-RESTART = Backoff(first_s=1.0, most_s=60.0)
-STABLE_S = 300.0  # ready for this long: what went before is forgotten
-FAILURES = 5  # this many ends within FAILURE_WINDOW_S, and a person has to look
-FAILURE_WINDOW_S = 300.0
-MAX_REPLICAS = 256
-MAX_ERROR_CHARS = 1_000
-EXTERNAL = "external"
 
 
 class Pools:
     """Every pool of this node. One owner calls it, from one thread."""
 
-    def __init__(self, specs: Iterable[PoolSpec], models: Mapping[str, str]) -> None:
-        self.draining = False
+    def __init__(self, wanted: Iterable[Wanted] = ()) -> None:
+        self.drained: str | None = None  # why, if an operator wants no tasks here
+        self.leaving = False
         self._pools: dict[str, Pool] = {}
         self._slots = Slots(self._pools, self._changed)
+        self._life = Life(self._pools, self._changed)
+        self._handoffs = Handoffs(self._pools, self._life, self._changed)
+        self._operations = Operations(self._pools, self._life, self._changed)
         self._listeners: list[Callable[[str], None]] = []
-        for spec in specs:
-            pool = Pool(spec.id, spec.engine, models[spec.id], spec, ctx=spec.ctx)
-            pool.device_mask = ",".join(map(str, spec.gpus or ())) or None
-            for number in range(spec.replicas):
-                replica = Replica(f"r{number}", owned=spec.engine != EXTERNAL, spawned=True, slots=spec.slots)
-                pool.replicas[replica.id] = replica
-            self._pools[spec.id] = pool
+        self._after: dict[str, Wanted] = {}  # pools that come once one of the same name has gone
+        self._task_deadline: float | None = None
+        self._now = 0.0
+        for each in wanted:
+            self._pools[each.spec.id] = _made(each)
+
+    @property
+    def draining(self) -> bool:
+        return self.leaving or self.drained is not None
 
     def subscribe(self, callback: Callable[[str], None]) -> None:
         self._listeners.append(callback)
@@ -61,22 +62,47 @@ class Pools:
         for callback in self._listeners:
             callback(pool.id)
 
+    # ------------------------------------------------------------ what outlives the agent
+
+    def wishes(self) -> dict[str, Any]:
+        """What operators asked for, as JSON: drains, unloaded pools, models other than the settings'."""
+        pools = {pool.id: wish for pool in self._pools.values() if (wish := _wish(pool))}
+        return {"drained": self.drained, "pools": pools}
+
+    def restore(self, wishes: Mapping[str, Any]) -> None:
+        """Before Start: what `wishes` said once. Those about pools that are gone or were changed since say nothing."""
+        drained, pools = wishes.get("drained"), wishes.get("pools")
+        self.drained = drained if isinstance(drained, str) else None
+        for pool_id, wish in pools.items() if isinstance(pools, Mapping) else ():
+            pool = self._pools.get(pool_id)
+            if pool is not None and isinstance(wish, Mapping):
+                _restore(pool, wish)
+
     # ------------------------------------------------------------ slots
 
     def acquire(self, pool_id: str, task_id: str, model: str | None = None) -> Lease:
-        """A slot of the least busy ready replica, until `release(task_id)`. Raises LlorchError, with nothing taken."""
+        """A slot of the least busy ready replica, until `release(task_id)`. Raises LlorchError, with nothing taken.
+
+        Of a pool that loads on demand it may be a slot ahead: one of `model`, which is then on its way.
+        """
         pool = self._pools.get(pool_id)
         if pool is None:
             raise LlorchError(Code.POOL_NOT_FOUND, f"this node has no pool {pool_id}")
-        if self.draining or pool.draining:
+        if self.draining or pool.draining or pool.leaves:
             raise LlorchError(Code.DRAINING, f"{'this node' if self.draining else f'pool {pool_id}'} is draining")
-        if model is not None and model != pool.model:
+        model = model or pool.model or next(iter(pool.choices), None)
+        if model != pool.model and (not pool.on_demand or model not in pool.choices):
             raise LlorchError(Code.MODEL_NOT_AVAILABLE, f"pool {pool_id} serves {pool.model}")
+        if model is not None and model != pool.model and pool.loaded:
+            self._operations.demand(pool, model, self._now)
         if not pool.ready:
+            if pool.on_its_way is not None:
+                return self._slots.take_ahead(pool, task_id)
+            state = pool.state(self.draining)
             raise LlorchError(
                 Code.MODEL_NOT_AVAILABLE,
-                f"pool {pool_id} is {pool.state(self.draining)}",
-                details={"state": pool.state(self.draining).value, "last_error": pool.last_error},
+                f"pool {pool_id} is {state}",
+                details={"state": state.value, "last_error": pool.last_error},
             )
         return self._slots.take(pool, task_id)
 
@@ -95,34 +121,192 @@ class Pools:
     # ------------------------------------------------------------ what happens
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Take in what happened; what is to be done about it. Stale and repeated events do nothing."""
+        """Take in what happened; what is to be done about it. Stale and repeated events do nothing.
+
+        Raises LlorchError for a wish that can't be granted, with nothing changed.
+        """
+        self._now = now
         match event:
             case ev.Start():
-                return [action for pool in self._pools.values() for action in self._load(pool, now)]
+                return [action for pool in list(self._pools.values()) for action in self._operations.settle(pool, now)]
             case ev.Tick():
                 return self._tick(now)
-            case ev.Spawned():
-                return self._spawned(event)
-            case ev.Exited():
-                return self._exited(event, now)
+            case ev.Configure():
+                return self._configure(event.wanted, now)
+            case ev.Leave():
+                self.leaving = True
+                return self._told_all()
+            case ev.Drain(None) | ev.Undrain(None):
+                return self._drain_node(event, now)
             case ev.HandoffSeen():
-                return self._seen(event.handoff, now)
+                return self._handoffs.seen(event.handoff, now)
             case ev.HandoffBad():
-                return self._bad(event.name, event.reason, now)
+                return self._handoffs.bad(event.name, event.reason, now)
             case ev.HandoffGone():
-                return self._gone(event.name, "its handoff file was removed", now)
+                return self._handoffs.gone(event.name, "its handoff file was removed", now)
+            case (
+                ev.Drain()
+                | ev.Undrain()
+                | ev.Hold()
+                | ev.Load()
+                | ev.Unload()
+                | ev.Reload()
+                | ev.Restart()
+                | ev.Purge()
+            ):
+                return self._asked(event, now)
+            case _:
+                return self._engine(event, now)
+
+    def _engine(self, event: Event, now: float) -> list[Action]:
+        """What becomes of an engine."""
+        match event:
+            case ev.Spawned():
+                return self._life.spawned(event)
+            case ev.Adopted():
+                return self._adopted(event, now)
+            case ev.Progress():
+                return self._progress(event)
+            case ev.Exited():
+                found = self._life.exited(event, now)
+                if found is None:
+                    return []
+                pool, replica, asked, actions = found
+                return actions + self._operations.exited(pool, replica, event, now, asked=asked)
             case ev.ProbeOk():
-                return self._answered(event, now)
+                actions = self._life.answered(event, now)
+                if actions:
+                    pool, replica = self._pools[event.pool_id], self._pools[event.pool_id].replicas[event.replica_id]
+                    actions += [*self._operations.proven(pool, replica, now), *self._seats(pool)]
+                return actions
             case ev.ProbeFailed():
-                return self._probe_failed(event)
+                return self._life.probe_failed(event)
             case ev.EngineLost():
-                return self._lost(event)
-            case ev.Drain() | ev.Undrain():
-                return self._drain(event.pool_id, isinstance(event, ev.Drain))
+                return self._life.lost(event)
+            case ev.Stalled():
+                return self._life.stalled(event)
+            case _:
+                raise AssertionError(f"nobody takes {type(event).__name__}")
+
+    def _asked(self, event: Event, now: float) -> list[Action]:
+        """What somebody wants of one pool."""
+        wishes = self._operations
+        match event:
+            case ev.Drain(str(pool_id)):
+                return wishes.drain(self._pool(pool_id), event, now)
+            case ev.Undrain(str(pool_id)):
+                return wishes.undrain(self._pool(pool_id), event, now)
+            case ev.Hold():
+                return wishes.hold(self._pool(event.pool_id), event, now)
             case ev.Load():
-                return self._load(self._pool(event.pool_id), now, failed_too=True)
-            case ev.Unload() | ev.Restart():
-                return self._retire(self._pool(event.pool_id), now, again=isinstance(event, ev.Restart))
+                return wishes.load(self._pool(event.pool_id), event, now)
+            case ev.Unload():
+                return wishes.unload(self._pool(event.pool_id), event, now)
+            case ev.Reload():
+                return wishes.reload(self._pool(event.pool_id), event, now)
+            case ev.Restart():
+                return wishes.restart(self._pool(event.pool_id), event, now)
+            case ev.Purge():
+                return wishes.purge(self._pool(event.pool_id), event)
+            case _:
+                raise AssertionError(f"nobody takes {type(event).__name__}")
+
+    def _tick(self, now: float) -> list[Action]:
+        actions: list[Action] = list(self._slots.tick(now))
+        for pool in list(self._pools.values()):
+            actions += [*self._operations.pass_time(pool, now), *self._seats(pool)]
+            if pool.leaves and not pool.busy and all(replica.state in DOWN for replica in pool.replicas.values()):
+                actions += self._gone(pool, now)
+        if self._task_deadline is not None and now >= self._task_deadline:
+            self._task_deadline = None
+            actions.append(ev.EndTasks(tuple(self._slots.holders()), Code.DRAINING, ENDED_FOR_DRAIN))
+        return actions
+
+    def _gone(self, pool: Pool, now: float) -> list[Action]:
+        del self._pools[pool.id]
+        self._changed(pool)
+        again = self._after.pop(pool.id, None)
+        if again is None:
+            return []
+        pool = self._pools[pool.id] = _made(again)
+        self._changed(pool)
+        return self._operations.settle(pool, now)
+
+    def _seats(self, pool: Pool) -> list[Action]:
+        """Slots for the tasks that waited for their model."""
+        return [
+            ev.Seated(lease.task_id, lease.replica_id or "", lease.url, lease.api_key_file, lease.trial)
+            for lease in self._slots.seat(pool)
+        ]
+
+    def _drain_node(self, wish: ev.Drain | ev.Undrain, now: float) -> list[Action]:
+        draining = isinstance(wish, ev.Drain)
+        self.drained = wish.reason if isinstance(wish, ev.Drain) else None
+        until_s = wish.deadline_s if isinstance(wish, ev.Drain) else None
+        self._task_deadline = None if until_s is None else now + until_s
+        note = ev.Note("node.drained" if draining else "node.undrained", None, None, self.drained or "")
+        return [note, *self._told_all()]
+
+    def _told_all(self) -> list[Action]:
+        for pool in self._pools.values():
+            self._changed(pool)
+        return []
+
+    def _adopted(self, event: ev.Adopted, now: float) -> list[Action]:
+        """Nothing, if no pool of the settings wants it: whoever offered it ends it then."""
+        pool = self._pools.get(event.handoff.pool_id)
+        if pool is None or pool.spec is None or pool.choices.get(event.model) != event.ref or not pool.loaded:
+            return []
+        if any(replica.state not in DOWN and replica.model != event.model for replica in pool.replicas.values()):
+            return []
+        replica = pool.replicas.get(event.handoff.replica_id)
+        if replica is None or replica.state not in DOWN or not replica.owned:
+            unused = next((r for r in pool.replicas.values() if r.owned and not r.run and r.state in DOWN), None)
+            if unused is None or replica is not None:
+                return []
+            del pool.replicas[unused.id]
+            unused.id = event.handoff.replica_id
+            replica = pool.replicas[unused.id] = unused
+        if not pool.on_demand and pool.model != event.model:
+            return []
+        pool.model = event.model
+        return self._life.taken_over(pool, replica, event.handoff, now)
+
+    def _progress(self, event: ev.Progress) -> list[Action]:
+        found = self._life.find(event.pool_id, event.replica_id)
+        if found is None or found[1].run != event.run:
+            return []
+        pool, operation = found[0], found[0].operation
+        if operation is not None and operation.running and operation.message != event.text:
+            operation.message = event.text
+            self._changed(pool)
+        return []
+
+    # ------------------------------------------------------------ other settings
+
+    def _configure(self, wanted: Iterable[Wanted], now: float) -> list[Action]:
+        actions: list[Action] = []
+        there = {each.spec.id: each for each in wanted}
+        self._after.clear()
+        for pool in list(self._pools.values()):
+            if pool.spec is not None and pool.id not in there and not pool.leaves:
+                pool.leaves = True
+                self._changed(pool)
+                actions += [ev.Note("pool.removed", pool.id, None, ""), *self._operations.settle(pool, now)]
+        for pool_id, each in there.items():
+            old = self._pools.get(pool_id)
+            if old is None or old.spec is None:
+                pool = self._pools[pool_id] = _made(each)
+                self._changed(pool)
+                actions += [ev.Note("pool.added", pool_id, None, ""), *self._operations.settle(pool, now)]
+            elif old.leaves or _external(old.spec) != _external(each.spec):
+                old.leaves, self._after[pool_id] = True, each  # it comes back as another, once its engines have gone
+                actions += self._operations.settle(old, now)
+            elif old.spec != each.spec:
+                actions += self._operations.configure(old, each, now)
+        return actions
+
+    # ------------------------------------------------------------ what others may know
 
     def _pool(self, pool_id: str) -> Pool:
         try:
@@ -130,312 +314,10 @@ class Pools:
         except KeyError:
             raise LlorchError(Code.POOL_NOT_FOUND, f"this node has no pool {pool_id}") from None
 
-    def _find(self, pool_id: str, replica_id: str) -> tuple[Pool, Replica] | None:
-        pool = self._pools.get(pool_id)
-        replica = pool.replicas.get(replica_id) if pool else None
-        return (pool, replica) if pool and replica else None
-
-    def _named(self, name: str) -> tuple[Pool, Replica] | None:
-        """Whose file this is. Two may share a name (a-b/c and a/b-c); then it is of the one that stands by it."""
-        found = [(pool, replica) for pool, replica in self._each() if file_name(pool.id, replica.id) == name]
-        return max(found, key=lambda each: (each[1].spawned, each[1].handoff is not None), default=None)
-
     def _each(self) -> Iterator[tuple[Pool, Replica]]:
         for pool in self._pools.values():
             for replica in pool.replicas.values():
                 yield pool, replica
-
-    # ------------------------------------------------------------ starting and ending
-
-    def _load(self, pool: Pool, now: float, *, failed_too: bool = False) -> list[Action]:
-        actions: list[Action] = []
-        for replica in pool.replicas.values():
-            if not replica.spawned:
-                continue
-            replica.wanted = True
-            if failed_too:
-                replica.failures.clear()
-                replica.in_a_row = 0
-            if replica.state in DOWN:
-                actions += self._start(pool, replica, now)
-        return actions
-
-    def _start(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
-        replica.state = step(replica.state, Step.START)
-        replica.retry_at = None
-        replica.started_at = now
-        replica.run += 1
-        replica.served = False
-        self._changed(pool)
-        if replica.owned:
-            return [ev.Spawn(pool.id, replica.id, replica.run)]
-        spec = pool.spec
-        assert spec is not None and spec.url is not None  # the settings give every external pool its URL
-        handoff = Handoff(
-            pool_id=pool.id,
-            replica_id=replica.id,
-            engine=spec.engine,
-            url=spec.url,
-            model=pool.model,
-            slots=spec.slots,
-            ctx=spec.ctx,
-            device_mask=pool.device_mask,
-            api_key_file=spec.api_key_file,
-        )
-        return self._write(replica, handoff)
-
-    def _write(self, replica: Replica, handoff: Handoff) -> list[Action]:
-        replica.written = [*replica.written[-1:], handoff]
-        return [ev.WriteHandoff(handoff)]
-
-    def _spawned(self, event: ev.Spawned) -> list[Action]:
-        found = self._find(event.handoff.pool_id, event.handoff.replica_id)
-        if found is None or found[1].run != event.run or found[1].state is not ReplicaState.STARTING:
-            return []
-        pool, replica = found
-        pool.version = event.handoff.engine_version
-        self._changed(pool)
-        return self._write(replica, event.handoff)
-
-    def _exited(self, event: ev.Exited, now: float) -> list[Action]:
-        found = self._find(event.pool_id, event.replica_id)
-        if found is None or found[1].run != event.run or found[1].state in DOWN:
-            return []
-        pool, replica = found
-        asked = replica.state is ReplicaState.STOPPING
-        replica.state = step(replica.state, Step.EXITED)
-        stable = replica.ready_at is not None and now - replica.ready_at >= STABLE_S
-        replica.handoff, replica.ready_at = None, None
-        actions: list[Action] = [ev.StopProbe(pool.id, replica.id)]
-        # An engine's own words tell why it did not start. Once it has served, they may be somebody's prompt.
-        reason = f"{event.reason}: {event.said}" if event.said and not replica.served else event.reason
-        actions.append(ev.Note("engine.ended", pool.id, replica.id, "stopped" if asked else reason))
-        if asked:
-            if replica.wanted:
-                actions += self._start(pool, replica, now)
-        else:
-            pool.last_error = (replica.verdict or reason)[:MAX_ERROR_CHARS]
-            actions += self._count_failure(pool, replica, event, now, stable=stable)
-        self._changed(pool)
-        return actions
-
-    def _count_failure(
-        self, pool: Pool, replica: Replica, event: ev.Exited, now: float, *, stable: bool
-    ) -> list[Action]:
-        replica.verdict = None
-        if stable:
-            replica.in_a_row = 0
-            replica.failures.clear()
-        replica.in_a_row += 1
-        replica.failures.append(now)
-        while replica.failures and now - replica.failures[0] > FAILURE_WINDOW_S:
-            replica.failures.popleft()
-        if len(replica.failures) >= FAILURES:
-            replica.state = step(replica.state, Step.GAVE_UP)
-            return [ev.Note("pool.failed", pool.id, replica.id, pool.last_error or "")]
-        if replica.wanted:
-            replica.retry_at = now + RESTART.delay_s(replica.in_a_row, event.chance)
-        return []
-
-    def _tick(self, now: float) -> list[Action]:
-        actions: list[Action] = list(self._slots.tick(now))
-        for pool, replica in list(self._each()):
-            if replica.state is ReplicaState.EXITED and replica.retry_at is not None and now >= replica.retry_at:
-                actions += self._start(pool, replica, now)
-            elif replica.state is ReplicaState.DRAINING and not replica.held:
-                actions += self._stop(pool, replica)
-        return actions
-
-    def _retire(self, pool: Pool, now: float, *, again: bool) -> list[Action]:
-        """Unload, or restart: ready replicas finish their tasks first."""
-        actions: list[Action] = []
-        for replica in pool.replicas.values():
-            if not replica.owned:
-                continue
-            replica.wanted = again
-            if replica.state is ReplicaState.READY:
-                replica.state = step(replica.state, Step.DRAIN)
-            elif replica.state in (ReplicaState.STARTING, ReplicaState.PROBING):
-                actions += self._stop(pool, replica)
-            elif replica.state in DOWN:
-                replica.retry_at = None
-                if again:
-                    replica.failures.clear()
-                    replica.in_a_row = 0
-                    actions += self._start(pool, replica, now)
-        self._changed(pool)
-        return actions + self._tick(now)
-
-    def _stop(self, pool: Pool, replica: Replica) -> list[Action]:
-        replica.state = step(replica.state, Step.STOP)
-        replica.ready_at = None
-        self._changed(pool)
-        return [ev.StopProbe(pool.id, replica.id), ev.Terminate(pool.id, replica.id)]
-
-    def _drain(self, pool_id: str | None, draining: bool) -> list[Action]:
-        if pool_id is None:
-            self.draining = draining
-            for pool in self._pools.values():
-                self._changed(pool)
-        else:
-            pool = self._pool(pool_id)
-            pool.draining = draining
-            self._changed(pool)
-        return []
-
-    # ------------------------------------------------------------ handoffs
-
-    def _seen(self, handoff: Handoff, now: float) -> list[Action]:
-        held = self._named(handoff.file_name)
-        if held is None or (held[0].id, held[1].id) == (handoff.pool_id, handoff.replica_id):
-            return self._accept(handoff, now)
-        if held[1].spawned:
-            return self._bad(handoff.file_name, f"it is the file of {held[0].id}/{held[1].id}", now)
-        gone = self._gone(handoff.file_name, f"its file is about {handoff.pool_id}/{handoff.replica_id} now", now)
-        return gone + self._accept(handoff, now)
-
-    def _accept(self, handoff: Handoff, now: float) -> list[Action]:
-        pool = self._pools.get(handoff.pool_id)
-        replica = pool.replicas.get(handoff.replica_id) if pool else None
-        if pool and replica and replica.spawned:
-            return self._seen_own(pool, replica, handoff)
-        refusal = self._refusal(pool, replica, handoff)
-        if refusal:
-            return self._bad(handoff.file_name, refusal, now)
-        if pool is None:
-            pool = self._pools[handoff.pool_id] = Pool(handoff.pool_id, handoff.engine, handoff.model, None)
-        if replica is None:
-            replica = pool.replicas[handoff.replica_id] = Replica(handoff.replica_id, owned=False, spawned=False)
-        elif replica.handoff == handoff and replica.state is not ReplicaState.EXITED:
-            return []
-        pool.model = handoff.model
-        if pool.spec is None:
-            pool.engine, pool.version = handoff.engine, handoff.engine_version
-            pool.device_mask = handoff.device_mask
-        replica.slots = handoff.slots or 1
-        replica.started_at = now
-        return self._probe(pool, replica, handoff, Step.SEEN)
-
-    def _seen_own(self, pool: Pool, replica: Replica, handoff: Handoff) -> list[Action]:
-        if not replica.written or handoff != replica.written[-1]:
-            if handoff in replica.written:
-                return []  # an earlier run's file, read just before it was replaced
-            reason = "this replica's handoff is written by llorch"
-            return [self._invalid(pool, replica, handoff.file_name, reason), *self._rewrite(replica)]
-        if replica.state is ReplicaState.STARTING or (replica.state is ReplicaState.EXITED and not replica.owned):
-            return self._probe(pool, replica, handoff, Step.SEEN)
-        return []
-
-    def _rewrite(self, replica: Replica) -> list[Action]:
-        offered = replica.written and replica.state not in (*DOWN, ReplicaState.STOPPING)
-        return [ev.WriteHandoff(replica.written[-1])] if offered else []
-
-    def _refusal(self, pool: Pool | None, replica: Replica | None, handoff: Handoff) -> str | None:
-        if pool is None:
-            return f"this node has {MAX_POOLS} pools already" if not self._room() else None
-        others = (other for other in pool.replicas.values() if other is not replica)
-        settled = pool.spec is not None or any(other.state is not ReplicaState.EXITED for other in others)
-        if settled and handoff.model != pool.model:
-            return f"pool {pool.id} serves another model"
-        if replica is None and len(pool.replicas) >= MAX_REPLICAS:
-            return f"pool {pool.id} has {MAX_REPLICAS} replicas already"
-        return None
-
-    def _room(self) -> bool:
-        """Whether one more pool fits, if need be in the place of one whose engines were all withdrawn."""
-        if len(self._pools) < MAX_POOLS:
-            return True
-        for pool in self._pools.values():
-            if pool.spec is None and not any(r.held or r.state in ALIVE for r in pool.replicas.values()):
-                del self._pools[pool.id]
-                return True
-        return False
-
-    def _invalid(self, pool: Pool | None, replica: Replica | None, name: str, reason: str) -> ev.Note:
-        pool_id, replica_id = pool.id if pool else None, replica.id if replica else None
-        return ev.Note("handoff.invalid", pool_id, replica_id, reason, name)
-
-    def _bad(self, name: str, reason: str, now: float) -> list[Action]:
-        pool, replica = self._named(name) or (None, None)
-        note = self._invalid(pool, replica, name, reason)
-        if pool is not None and replica is not None and replica.spawned:
-            if replica.state is ReplicaState.STARTING:
-                pool.last_error = f"its handoff is invalid: {reason}"  # an external engine's URL may be refused
-                self._changed(pool)
-            return [note, *self._rewrite(replica)]
-        return [note, *self._gone(name, f"its handoff is invalid: {reason}", now)]
-
-    def _gone(self, name: str, reason: str, now: float) -> list[Action]:
-        found = self._named(name)
-        if found is None:
-            return []
-        pool, replica = found
-        if replica.owned:
-            # In the other states the file is not there yet, or was removed by ourselves.
-            if replica.state not in ALIVE:
-                return []
-            replica.wanted = False
-            pool.last_error = reason
-            return self._stop(pool, replica)
-        if replica.state is ReplicaState.EXITED:
-            return []
-        replica.state = step(replica.state, Step.WITHDRAWN)
-        replica.handoff, replica.ready_at = None, None
-        pool.last_error = reason[:MAX_ERROR_CHARS]
-        self._changed(pool)
-        return [ev.StopProbe(pool.id, replica.id)]
-
-    # ------------------------------------------------------------ probes
-
-    def _probe(self, pool: Pool, replica: Replica, handoff: Handoff, why: Step) -> list[Action]:
-        replica.state = step(replica.state, why)
-        replica.handoff = handoff
-        replica.ready_at = None
-        replica.probe += 1
-        self._changed(pool)
-        return [ev.Probe(pool.id, replica.id, replica.probe, handoff)]
-
-    def _answered(self, event: ev.ProbeOk, now: float) -> list[Action]:
-        found = self._find(event.pool_id, event.replica_id)
-        if found is None or found[1].probe != event.probe or found[1].state is not ReplicaState.PROBING:
-            return []
-        pool, replica = found
-        replica.state = step(replica.state, Step.ANSWERED)
-        replica.ready_at, replica.served, replica.breaker = now, True, Breaker()
-        handoff = replica.handoff
-        if handoff is not None and handoff.slots is None and event.slots:
-            replica.slots = event.slots
-        ctx = (handoff.ctx if handoff else None) or event.ctx
-        if ctx is not None and (pool.spec is None or pool.spec.ctx is None):
-            pool.ctx = ctx
-        pool.load_s = round(now - replica.started_at, 3)
-        if not any(other.state is ReplicaState.FAILED for other in pool.replicas.values()):
-            pool.last_error = None
-        self._changed(pool)
-        return [ev.Note("pool.ready", pool.id, replica.id, "")]
-
-    def _probe_failed(self, event: ev.ProbeFailed) -> list[Action]:
-        found = self._find(event.pool_id, event.replica_id)
-        if found is None or found[1].probe != event.probe or found[1].state is not ReplicaState.PROBING:
-            return []
-        pool, replica = found
-        if pool.last_error != event.reason[:MAX_ERROR_CHARS]:
-            pool.last_error = event.reason[:MAX_ERROR_CHARS]
-            self._changed(pool)
-        if not event.gave_up or not replica.owned:
-            return []
-        replica.verdict = event.reason  # its end is then one like any other: counted, and followed by a new start
-        return [ev.Terminate(pool.id, replica.id)]
-
-    def _lost(self, event: ev.EngineLost) -> list[Action]:
-        found = self._find(event.pool_id, event.replica_id)
-        if found is None or found[1].state is not ReplicaState.READY or found[1].handoff is None:
-            return []
-        pool, replica = found
-        pool.last_error = event.reason[:MAX_ERROR_CHARS]
-        return self._probe(pool, replica, found[1].handoff, Step.LOST)
-
-    # ------------------------------------------------------------ what others may know
 
     def measured(self, pool_id: str, *, prompt_tps: float | None, decode_tps: float | None) -> None:
         """The speed of a task that has ended; reports carry a moving average of it."""
@@ -447,9 +329,22 @@ class Pools:
     def ids(self) -> list[str]:
         return list(self._pools)
 
+    def specs(self) -> list[tuple[Pool, PoolSpec]]:
+        """The pools of the settings, for whoever judges their GPUs and hours."""
+        return [(pool, pool.spec) for pool in self._pools.values() if pool.spec is not None]
+
+    def model_refs(self) -> set[str]:
+        """The references of all models that some pool runs or may load."""
+        return {ref for pool in self._pools.values() for ref in pool.choices.values()}
+
     def replicas(self) -> list[tuple[str, str, ReplicaState, Handoff | None]]:
         """(pool id, replica id, state, accepted handoff) of every replica, for whoever watches engines."""
         return [(pool.id, replica.id, replica.state, replica.handoff) for pool, replica in self._each()]
+
+    def busy(self, pool_id: str, replica_id: str) -> bool:
+        """Whether a task holds a slot of this replica."""
+        found = self._life.find(pool_id, replica_id)
+        return found is not None and bool(found[1].held)
 
     def pool_report(self, pool_id: str) -> dict[str, Any]:
         """One PoolReport. The VRAM figures are added by whoever knows the GPUs. Raises POOL_NOT_FOUND."""
@@ -461,3 +356,47 @@ class Pools:
     def health(self, pool_id: str) -> dict[str, Any]:
         """What `GET /v2/pools/{pool}/health` answers. Raises POOL_NOT_FOUND."""
         return self._pool(pool_id).health(self.draining)
+
+
+# ---------------------------------------------------------------- from settings and wishes to pools
+
+
+def _external(spec: PoolSpec) -> bool:
+    return spec.engine == EXTERNAL
+
+
+def _made(wanted: Wanted) -> Pool:
+    spec = wanted.spec
+    pool = Pool(spec.id, spec.engine, first_model(wanted), spec, dict(wanted.choices), comes_and_goes(spec))
+    pool.ctx = spec.ctx
+    pool.device_mask = ",".join(map(str, spec.gpus or ())) or None
+    for number in range(spec.replicas):
+        replica = Replica(f"r{number}", owned=not _external(spec), spawned=True, slots=spec.slots)
+        pool.replicas[replica.id] = replica
+    return pool
+
+
+def _wish(pool: Pool) -> dict[str, Any]:
+    """What an operator asked of a pool; empty if nothing. A model counts until the settings name another."""
+    wish: dict[str, Any] = {}
+    if OPERATOR in pool.holds:
+        wish["drained"] = pool.holds[OPERATOR]
+    if not pool.loaded:
+        wish["unloaded"] = True
+    if pool.spec is not None and not pool.on_demand and pool.model is not None:
+        ref = pool.choices.get(pool.model)
+        if ref is not None and pool.spec.model is not None and ref != pool.spec.model:
+            wish["model"] = {"id": pool.model, "ref": ref, "instead_of": pool.spec.model}
+    return wish
+
+
+def _restore(pool: Pool, wish: Mapping[str, Any]) -> None:
+    drained, model = wish.get("drained"), wish.get("model")
+    if isinstance(drained, str):
+        pool.holds[OPERATOR] = drained
+    pool.loaded = wish.get("unloaded") is not True
+    if not isinstance(model, Mapping) or pool.spec is None or pool.on_demand:
+        return
+    model_id, ref = model.get("id"), model.get("ref")
+    if isinstance(model_id, str) and isinstance(ref, str) and model.get("instead_of") == pool.spec.model:
+        pool.choices, pool.model = {model_id: ref}, model_id

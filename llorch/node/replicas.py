@@ -1,12 +1,14 @@
 """What is known of one pool and of one replica, and how that reads in a report.
 
-Owns the records that `pools` alone changes, and what follows from them: free slots, a pool's state, its report. Decides
-nothing.
+Owns the records that `pools` and its parts alone change, and what follows from them: free slots, a pool's state, its
+report. Decides nothing. A pool's `model` is the one that its replicas run or are to run; a replica's is that of its
+last start. None of both: nothing is loaded, and on demand pools wait for a task that names one.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +19,23 @@ from llorch.node.pool_events import PoolState, ReplicaState
 
 ALIVE = frozenset({ReplicaState.PROBING, ReplicaState.READY, ReplicaState.DRAINING})
 DOWN = frozenset({ReplicaState.EXITED, ReplicaState.FAILED})
+COMING = frozenset({ReplicaState.STARTING, ReplicaState.PROBING})
+
+FAILURES = 5  # this many ends within FAILURE_WINDOW_S, and a person has to look
+FAILURE_WINDOW_S = 300.0
+OPERATOR = "operator"  # who holds a pool back, beside its GPUs' owner and its hours
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A slot of one replica, held by one task. Requests go to `url`, with the key in `api_key_file` if there is one."""
+    """A slot, held by one task. Requests go to `url`, with the key in `api_key_file` if there is one.
+
+    `replica_id` None: its model is on its way, and the slot is that of whichever replica gets it; it has no `url` yet.
+    """
 
     task_id: str
     pool_id: str
-    replica_id: str
+    replica_id: str | None
     engine: str
     url: str
     model: str
@@ -34,20 +44,42 @@ class Lease:
 
 
 @dataclass(slots=True)
+class Failures:
+    """How often a start has gone wrong lately."""
+
+    at: deque[float] = field(default_factory=deque)
+    in_a_row: int = 0
+
+    def forget(self) -> None:
+        self.at.clear()
+        self.in_a_row = 0
+
+    def count(self, now: float) -> bool:
+        """One more. True if that is too many."""
+        self.in_a_row += 1
+        self.at.append(now)
+        while self.at and now - self.at[0] > FAILURE_WINDOW_S:
+            self.at.popleft()
+        return len(self.at) >= FAILURES
+
+
+@dataclass(slots=True)
 class Replica:
     id: str
     owned: bool  # its process is ours to end
     spawned: bool  # it stands in the settings: its handoff is written by us
     slots: int = 1
+    model: str | None = None
     state: ReplicaState = ReplicaState.EXITED
     wanted: bool = True
+    next: bool = False  # it is to take over from the others, once it is proven
+    leaves: bool = False  # others have taken over: it goes once it is down
     handoff: Handoff | None = None  # what was last seen and accepted
     written: list[Handoff] = field(default_factory=list)  # what we wrote: this run's, after the one before
     run: int = 0
     probe: int = 0
     held: set[str] = field(default_factory=set)
-    failures: deque[float] = field(default_factory=deque)
-    in_a_row: int = 0
+    failures: Failures = field(default_factory=Failures)
     retry_at: float | None = None
     verdict: str | None = None  # why we ended it, which says more than how it then ended
     started_at: float = 0.0
@@ -65,13 +97,50 @@ class Replica:
 
 
 @dataclass(slots=True)
+class Operation:
+    """What a pool was last asked to do. `since`: the runs that its replicas had then; `began` is for people."""
+
+    kind: str
+    model: str | None = None
+    state: str = "running"
+    message: str | None = None
+    began: str | None = None
+    since: Mapping[str, int] = field(default_factory=dict)
+    back_to: str | None = None  # the model to go back to, should a reload fail
+    choices: Mapping[str, str] = field(default_factory=dict)  # of models, to go back to then
+    task_deadline: float | None = None  # of a drain: when what still runs is ended
+
+    @property
+    def running(self) -> bool:
+        return self.state == "running"
+
+    def end(self, message: str | None = None, *, failed: bool = False) -> None:
+        self.state, self.message = "failed" if failed else "done", message
+
+    def report(self) -> dict[str, Any]:
+        told = {"kind": self.kind, "state": self.state, "model": self.model, "message": self.message}
+        return {name: value for name, value in {**told, "started_at": self.began}.items() if value is not None}
+
+
+@dataclass(slots=True)
 class Pool:
     id: str
     engine: str
-    model: str
+    model: str | None
     spec: PoolSpec | None
+    choices: dict[str, str] = field(default_factory=dict)  # model ids that may be loaded here → their references
+    on_demand: bool = False
     replicas: dict[str, Replica] = field(default_factory=dict)
-    draining: bool = False
+    holds: dict[str, str] = field(default_factory=dict)  # who holds it back → why
+    loaded: bool = True  # the operator's wish: not unloaded
+    leaves: bool = False  # it is no more in the settings: it goes once its engines have
+    waiting: dict[str, None] = field(default_factory=dict)  # tasks that hold a slot of the model on its way
+    kept: bool = True  # the resident model has had its time, as of the last tick
+    kept_until: float = 0.0
+    idle_since: float = 0.0
+    troubles: dict[str, Failures] = field(default_factory=dict)  # of models that are loaded on demand
+    not_before: dict[str, float] = field(default_factory=dict)
+    operation: Operation | None = None
     generation: int = 0
     version: str | None = None
     ctx: int | None = None
@@ -82,23 +151,84 @@ class Pool:
     decode_tps: float | None = None
 
     @property
+    def draining(self) -> bool:
+        return bool(self.holds)
+
+    @property
+    def parked(self) -> bool:
+        """Its memory is somebody else's for now: no engine of it may run."""
+        return any(reason != OPERATOR for reason in self.holds)
+
+    @property
+    def serving(self) -> list[Replica]:
+        """The replicas that are ready with the pool's model."""
+        return [
+            replica
+            for replica in self.replicas.values()
+            if replica.state is ReplicaState.READY and replica.model == self.model
+        ]
+
+    @property
     def ready(self) -> bool:
-        return any(replica.state is ReplicaState.READY for replica in self.replicas.values())
+        return bool(self.serving)
+
+    @property
+    def busy(self) -> int:
+        """Tasks that hold a slot."""
+        return len(self.waiting) + sum(len(replica.held) for replica in self.replicas.values())
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there are once its replicas are up."""
+        return sum(each.slots for each in self.replicas.values() if each.spawned and not each.next and not each.leaves)
+
+    @property
+    def on_its_way(self) -> str | None:
+        """The model for which tasks are held already."""
+        if not self.on_demand or self.model is None or self.ready or self.draining or self.leaves:
+            return None
+        return self.model if self.loaded and self.model in self.loadable else None
+
+    @property
+    def loadable(self) -> list[str]:
+        """Of the models that may be loaded here, those that have not failed too often."""
+        return [model for model in self.choices if len(self.troubles.get(model, _NONE).at) < FAILURES]
+
+    @property
+    def swappable(self) -> bool:
+        """Whether a task for any of its models may come now, whatever is resident."""
+        if not self.on_demand or not self.loaded or self.draining or self.leaves or self.busy:
+            return False
+        if self.operation is not None and self.operation.running and self.operation.kind == "reload":
+            return False
+        return self.model is None or (self.ready and self.kept)
+
+    @property
+    def slots_total(self) -> int:
+        if self.on_demand:
+            return self.capacity
+        return sum(each.slots for each in self.replicas.values() if each.state not in DOWN and not each.next)
 
     @property
     def slots_free(self) -> int:
-        return sum(replica.free for replica in self.replicas.values())
+        if self.on_demand and (self.swappable or self.on_its_way is not None) and not self.ready:
+            return max(0, self.capacity - self.busy)
+        return sum(replica.free for replica in self.serving)
 
     def state(self, node_draining: bool) -> PoolState:
         states = {replica.state for replica in self.replicas.values()}
         if node_draining or self.draining:
             return PoolState.DRAINING
-        if ReplicaState.READY in states:
+        if self.ready:
             return PoolState.READY
         if ReplicaState.PROBING in states:
             return PoolState.LOADING
         if ReplicaState.STARTING in states or any(replica.retry_at is not None for replica in self.replicas.values()):
             return PoolState.STARTING
+        if self.on_its_way is not None:
+            return PoolState.STARTING
+        if self.on_demand and self.choices and not self.loadable:
+            return PoolState.FAILED
         return PoolState.FAILED if ReplicaState.FAILED in states else PoolState.STOPPED
 
     def report(self, node_draining: bool) -> dict[str, Any]:
@@ -109,11 +239,15 @@ class Pool:
             "engine": self.engine,
             "engine_version": self.version,
             "model": self.model if self.ready else None,
-            "models": [self.model],
+            "models": self.loadable if self.spec is not None else [self.model],
+            "loading": self.on_its_way,
+            "swappable": self.swappable and not node_draining,
             "state": state.value,
             "ready": self.ready,
             "draining": state is PoolState.DRAINING,
-            "slots_total": sum(replica.slots for replica in replicas if replica.state not in DOWN),
+            "held": [f"{reason}: {why}" if why else reason for reason, why in self.holds.items()],
+            "operation": self.operation.report() if self.operation is not None else None,
+            "slots_total": self.slots_total,
             "slots_free": self.slots_free,
             "ctx": self.ctx,
             "modalities": ["text"],
@@ -143,6 +277,9 @@ class Pool:
             "slots_free": self.slots_free,
             "last_error": self.last_error,
         }
+
+
+_NONE = Failures()
 
 
 def average(old: float | None, new: float | None) -> float | None:

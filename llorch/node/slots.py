@@ -1,8 +1,8 @@
 """The slots of this node's replicas: who holds which, and which replicas get no task because tasks fail there.
 
-Owns that what is accepted never exceeds the slots there are, the choice among a pool's ready replicas, and their
-breakers: at most half of the ready ones are out at once, so with one replica never. Knows nothing of how a replica
-came up. Pure.
+Owns that what is accepted never exceeds the slots there are, the choice among a pool's ready replicas, who waits with a
+slot for a model on its way, and the replicas' breakers: at most half of the ready ones are out at once, so with one
+replica never. Knows nothing of how a replica came up. Pure.
 """
 
 from __future__ import annotations
@@ -22,15 +22,53 @@ class Slots:
         self._pools = pools
         self._changed = changed
         self._held: dict[str, tuple[Pool, Replica, Lease, Breaker]] = {}
+        self._waiting: dict[str, Pool] = {}
         self._notes: list[Note] = []  # for the next tick
 
     def take(self, pool: Pool, task_id: str) -> Lease:
         """A slot of the least busy ready replica, until `give_back(task_id)`. Raises LlorchError with nothing taken."""
-        if task_id in self._held:
+        self._check_new(task_id)
+        return self._seat(pool, task_id)
+
+    def take_ahead(self, pool: Pool, task_id: str) -> Lease:
+        """A slot of the model that is on its way, until `give_back(task_id)`; `seat` says of which replica it then is.
+        Raises LlorchError with nothing taken."""
+        self._check_new(task_id)
+        assert pool.model is not None  # something is on its way
+        if pool.busy >= pool.capacity:
+            raise LlorchError(
+                Code.ALL_SLOTS_BUSY, f"all slots of pool {pool.id} are taken, and {pool.model} still loads"
+            )
+        pool.waiting[task_id] = None
+        self._waiting[task_id] = pool
+        self._changed(pool)
+        return Lease(task_id, pool.id, None, pool.engine, "", pool.model, None)
+
+    def seat(self, pool: Pool) -> list[Lease]:
+        """Slots of the ready replicas for those that waited for their model, as far as there are any."""
+        leases: list[Lease] = []
+        while pool.waiting and any(replica.free for replica in pool.serving):
+            task_id = next(iter(pool.waiting))
+            self._leave(task_id)
+            leases.append(self._seat(pool, task_id))
+        return leases
+
+    def _check_new(self, task_id: str) -> None:
+        if task_id in self._held or task_id in self._waiting:
             raise LlorchError(Code.CONFLICT, "this task already holds a slot")
+
+    def _leave(self, task_id: str) -> Pool | None:
+        pool = self._waiting.pop(task_id, None)
+        if pool is not None:
+            del pool.waiting[task_id]
+        return pool
+
+    def _seat(self, pool: Pool, task_id: str) -> Lease:
         # One that has to be tried comes before the others: an early failure of its task is made good elsewhere.
-        replica = max(pool.replicas.values(), key=lambda r: (r.free > 0 and r.breaker.phase is Phase.HALF_OPEN, r.free))
-        if replica.free == 0:
+        replica = max(
+            pool.serving, key=lambda r: (r.free > 0 and r.breaker.phase is Phase.HALF_OPEN, r.free), default=None
+        )
+        if replica is None or replica.free == 0:
             raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of pool {pool.id} are busy")
         assert replica.handoff is not None  # a ready replica was probed at its handoff
         replica.held.add(task_id)
@@ -50,6 +88,9 @@ class Slots:
 
     def give_back(self, task_id: str) -> None:
         """A task that holds none is no error: whoever ends a task may say so."""
+        waited_at = self._leave(task_id)
+        if waited_at is not None:
+            self._changed(waited_at)
         held = self._held.pop(task_id, None)
         if held is not None:
             pool, replica, _, breaker = held
@@ -60,13 +101,20 @@ class Slots:
     def accepted(self, pool_id: str | None) -> int:
         """Tasks that hold a slot, of one pool or of all."""
         if pool_id is None:
-            return len(self._held)
-        return sum(1 for pool, *_ in self._held.values() if pool.id == pool_id)
+            return len(self._held) + len(self._waiting)
+        pool = self._pools.get(pool_id)
+        return 0 if pool is None else pool.busy
+
+    def holders(self) -> list[str]:
+        """Every task that holds a slot."""
+        return [*self._held, *self._waiting]
 
     # ------------------------------------------------------------ what becomes of tasks
 
     def told(self, task_id: str, failed: bool, now: float) -> None:
-        """How a task that still holds its slot has ended at its engine."""
+        """How a task that still holds its slot has ended at its engine. Nothing of one that never came to one."""
+        if task_id not in self._held:
+            return
         pool, replica, lease, breaker = self._held[task_id]
         if replica.breaker is not breaker or replica.state is not ReplicaState.READY:
             return  # its engine is gone, or has been replaced

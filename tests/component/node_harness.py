@@ -347,7 +347,7 @@ class NodeUnderTest:
     def __init__(self, folder: Path, engine_url: str, slots: int, limits: Limits) -> None:
         key_file = folder / "engine.key"
         key_file.write_text(ENGINE_KEY)
-        self.pools = Pools([], {})
+        self.pools = Pools()
         handoff = Handoff(
             pool_id=POOL,
             replica_id="r0",

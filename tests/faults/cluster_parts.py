@@ -217,7 +217,7 @@ class SimNode:
         self.slots = slots
         self.alive = True
         self.engine = engine
-        self.pools = Pools((), {})
+        self.pools = Pools()
         handoff = Handoff(pool_id="p", replica_id="r0", engine="e", url="http://127.0.0.1:1", model=MODEL, slots=slots)
         (probe,) = [act for act in self.pools.handle(ev.HandoffSeen(handoff), 0) if isinstance(act, ev.Probe)]
         self.pools.handle(ev.ProbeOk("p", "r0", probe.probe), 0)

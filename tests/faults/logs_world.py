@@ -42,7 +42,7 @@ class LogsWorld(World):
         super().__init__()
         with self.loop:
             self.engine = Engine()
-            self.pools = Pools((), {})
+            self.pools = Pools()
             handoff = Handoff(
                 pool_id="p", replica_id="r0", engine="e", url="http://127.0.0.1:1", model="m", slots=SLOTS
             )

@@ -13,8 +13,8 @@ from llorch.config_pools import PoolSpec
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
-from llorch.node.pools import FAILURES, Pools
-from llorch.node.replicas import Lease
+from llorch.node.pools import Pools
+from llorch.node.replicas import FAILURES, Lease
 
 
 def spec(**changes: object) -> PoolSpec:
@@ -22,7 +22,7 @@ def spec(**changes: object) -> PoolSpec:
 
 
 def pools_of(*specs: PoolSpec) -> Pools:
-    return Pools(specs, {one.id: one.model or "m" for one in specs})
+    return Pools(ev.Wanted(one, {one.model or "m": one.model or "m"}) for one in specs)
 
 
 def own(run: int = 1, replica: str = "r0", **changes: object) -> Handoff:
@@ -73,7 +73,7 @@ def state(pools: Pools, pool_id: str = "p", replica: str = "r0") -> ev.ReplicaSt
 def test_a_spawned_replica_goes_from_spawn_to_handoff_to_probe_to_ready() -> None:
     pools = pools_of(spec())
     assert pools.pool_report("p")["state"] == "stopped"
-    assert pools.handle(ev.Start(), 0) == [ev.Spawn("p", "r0", 1)]
+    assert pools.handle(ev.Start(), 0) == [ev.Spawn("p", "r0", 1, "m", "m")]
     assert pools.pool_report("p")["state"] == "starting"
     assert pools.handle(ev.Spawned(1, own()), 1) == [ev.WriteHandoff(own())]
     assert pools.handle(ev.HandoffSeen(own()), 1) == [ev.Probe("p", "r0", 1, own())]
@@ -103,7 +103,7 @@ def test_an_external_pool_is_offered_by_a_handoff_and_never_spawned_or_terminate
     assert pools.health("p")["ready"]
     assert not only(pools.handle(ev.HandoffGone("p-r0.json"), 0), ev.Terminate)
     assert not pools.health("p")["ready"]
-    assert pools.handle(ev.Load("p"), 1) == [write]
+    assert only(pools.handle(ev.Load("p"), 1), ev.WriteHandoff) == [write]
 
 
 def test_a_stale_probe_says_nothing() -> None:
@@ -241,7 +241,7 @@ def test_an_engine_that_ends_is_started_again_after_a_backoff_that_doubles() -> 
         began = now
         while not (spawned := only(pools.handle(ev.Tick(), now), ev.Spawn)):
             now += 0.1
-        assert spawned == [ev.Spawn("p", "r0", run + 1)]
+        assert spawned == [ev.Spawn("p", "r0", run + 1, "m", "m")]
         waits.append(round(now - began))
     assert waits == [1, 2, 4, 8]
 
@@ -258,7 +258,7 @@ def test_five_ends_in_five_minutes_fail_the_pool_until_it_is_loaded_again() -> N
     assert (report["state"], report["last_error"]) == ("failed", "exited with code 5")
     assert pools.handle(ev.Tick(), 10_000) == []
     assert code_of(pools) is Code.MODEL_NOT_AVAILABLE
-    assert pools.handle(ev.Load("p"), 10_000) == [ev.Spawn("p", "r0", 6)]
+    assert only(pools.handle(ev.Load("p"), 10_000), ev.Spawn) == [ev.Spawn("p", "r0", 6, "m", "m")]
 
 
 def test_what_went_before_is_forgotten_after_five_stable_minutes() -> None:
@@ -308,7 +308,7 @@ def test_a_restart_waits_for_the_tasks_and_then_starts_again_at_once() -> None:
     pools = pools_of(spec())
     bring_up(pools)
     pools.acquire("p", "t1")
-    assert pools.handle(ev.Restart("p"), 0) == []
+    assert not only(pools.handle(ev.Restart("p"), 0), ev.Terminate)
     assert state(pools) is ev.ReplicaState.DRAINING
     assert code_of(pools, task="t2") is Code.MODEL_NOT_AVAILABLE
     assert pools.handle(ev.Tick(), 1) == []

@@ -23,7 +23,7 @@ def offer(pools: Pools, replica_id: str, *, slots: int = 8, port: int = 7000, no
 
 class Tasks:
     def __init__(self, *replicas: str) -> None:
-        self.pools = Pools([], {})
+        self.pools = Pools()
         for replica in replicas:
             offer(self.pools, replica)
         self.count = 0

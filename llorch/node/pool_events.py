@@ -44,6 +44,7 @@ class Step(StrEnum):
     EXITED = "exited"
     WITHDRAWN = "withdrawn"  # the handoff of an engine that is not ours is gone
     GAVE_UP = "gave_up"
+    FORGIVEN = "forgiven"  # it may be started again
 
 
 _S, _T = ReplicaState, Step
@@ -51,7 +52,6 @@ _S, _T = ReplicaState, Step
 # What is not in the table can't happen to a replica: `step` raises, and nothing has changed.
 TRANSITIONS: Mapping[tuple[ReplicaState, Step], ReplicaState] = {
     (_S.EXITED, _T.START): _S.STARTING,
-    (_S.FAILED, _T.START): _S.STARTING,
     (_S.EXITED, _T.SEEN): _S.PROBING,
     (_S.STARTING, _T.SEEN): _S.PROBING,
     (_S.PROBING, _T.SEEN): _S.PROBING,
@@ -72,6 +72,7 @@ TRANSITIONS: Mapping[tuple[ReplicaState, Step], ReplicaState] = {
     (_S.PROBING, _T.WITHDRAWN): _S.EXITED,
     (_S.READY, _T.WITHDRAWN): _S.EXITED,
     (_S.EXITED, _T.GAVE_UP): _S.FAILED,
+    (_S.FAILED, _T.FORGIVEN): _S.EXITED,
 }
 
 

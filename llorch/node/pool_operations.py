@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from llorch.config_pools import PoolSpec
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
-from llorch.node.pool_events import Action, ReplicaState, Wanted
+from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
 from llorch.node.replica_life import Life
 from llorch.node.replicas import COMING, DOWN, OPERATOR, Operation, Pool, Replica
 
@@ -62,7 +62,7 @@ class Operations:
         if pool.model != model:
             self._turn_to(pool, model, now)
         for replica in pool.replicas.values():
-            replica.wanted = True
+            self._try_again(replica)
         return actions + self.settle(pool, now)
 
     def unload(self, pool: Pool, wish: ev.Unload, now: float) -> list[Action]:
@@ -81,7 +81,7 @@ class Operations:
         pool.loaded = True
         self.forget_failures(pool)
         for replica in list(pool.replicas.values()):
-            replica.wanted = True
+            self._try_again(replica)
             actions += self._retire(pool, replica)
         return actions + self.settle(pool, now)
 
@@ -212,9 +212,14 @@ class Operations:
         pool.kept, pool.kept_until = False, now + MODEL_KEPT_S
         for replica in pool.replicas.values():
             replica.retry_at = None
-            if replica.state is ReplicaState.FAILED and replica.spawned:
-                replica.state = ReplicaState.EXITED  # of another model, or of an earlier wish
+            if replica.state is ReplicaState.FAILED:  # with another model
+                replica.state = step(replica.state, Step.FORGIVEN)
         self._changed(pool)
+
+    def _try_again(self, replica: Replica) -> None:
+        replica.wanted = True
+        if replica.state is ReplicaState.FAILED:
+            replica.state = step(replica.state, Step.FORGIVEN)
 
     # ------------------------------------------------------------ what follows from an end
 

@@ -22,15 +22,25 @@ MODELLESS = (external.NAME, simulated.NAME)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A pool of the settings, its engine chosen (`spec.engine` names it). `choices`: model ids → their references."""
+    """A pool of the settings, its engine chosen (`spec.engine` names it). `choices`: model ids → their references.
+
+    `refusal`: why it can't be started as things are; it has no engine then, and is planned again when it is to start.
+    """
 
     spec: PoolSpec
-    engine: Engine
+    engine: Engine | None
     choices: Mapping[str, str]
+    refusal: str | None = None
 
     @property
     def wanted(self) -> Wanted:
-        return Wanted(self.spec, self.choices)
+        return Wanted(self.spec, self.choices, self.refusal)
+
+
+def refused(spec: PoolSpec, error: ConfigError) -> Plan:
+    """A pool that is listed all the same, so that whoever looks finds out why it does not serve."""
+    hint = f" ({error.hint})" if error.hint else ""
+    return Plan(spec, None, _named(_refs(spec) or [spec.id]), f"{error.message}{hint}")
 
 
 def plan_pool(
@@ -49,7 +59,7 @@ def plan_pool(
 def _plan(
     spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpu_count: int, allow_cpu: bool
 ) -> Plan:
-    refs = list(dict.fromkeys(((spec.model,) if spec.model is not None else ()) + spec.models))
+    refs = _refs(spec)
     if spec.engine in MODELLESS:
         chosen = engine(spec.engine, facts, gpus=False, allow_cpu=True)
         return Plan(spec, chosen, _named(refs or [spec.id]))
@@ -63,6 +73,10 @@ def _plan(
     for ref in refs:
         check_model(ref)
     return Plan(replace(spec, engine=chosen.name), chosen, _named(refs))
+
+
+def _refs(spec: PoolSpec) -> list[str]:
+    return list(dict.fromkeys(((spec.model,) if spec.model is not None else ()) + spec.models))
 
 
 def _named(refs: list[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from llorch.config_pools import PoolSpec
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
-from llorch.node.pool_events import Action, Event, ReplicaState, Wanted
+from llorch.node.pool_events import Action, Event, ReplicaState, Step, Wanted, step
 from llorch.node.pool_handoffs import Handoffs
 from llorch.node.pool_operations import ENDED_FOR_DRAIN, EXTERNAL, Operations, comes_and_goes, first_model
 from llorch.node.replica_life import Life
@@ -372,7 +372,10 @@ def _made(wanted: Wanted) -> Pool:
     pool.device_mask = ",".join(map(str, spec.gpus or ())) or None
     for number in range(spec.replicas):
         replica = Replica(f"r{number}", owned=not _external(spec), spawned=True, slots=spec.slots)
+        if wanted.refusal is not None:
+            replica.state = step(replica.state, Step.GAVE_UP)
         pool.replicas[replica.id] = replica
+    pool.last_error = wanted.refusal
     return pool
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llorch.config_engine_args import why_not_env
+from llorch.config_hours import HOURS, Hours
 from llorch.config_kinds import (
     ARGUMENTS,
     BOOL,
@@ -36,7 +37,6 @@ DEFAULT_CTX = 4096
 ENGINE = choice("auto", "llamacpp", "llama-server", "vllm", "sglang", "command", "external", "simulated")
 SLOTS = integer(1, 1024, example=DEFAULT_SLOTS)
 CTX = integer(128, 16 * 1024 * 1024, example=DEFAULT_CTX)
-HOURS = text("hours", r"\d\d:\d\d-\d\d:\d\d", allowed="from-to", example="18:00-08:00")
 POOL_ID = text("pool id", POOL_ID_PATTERN, allowed="letters, digits, . _ -, at most 64", example="chat")
 
 
@@ -62,7 +62,7 @@ class PoolSpec:
     idle_unload_s: float | None = None
     command: tuple[str, ...] = field(default=(), repr=False)
     yield_to_owner: bool = False
-    hours: str | None = None
+    hours: Hours | None = None
 
 
 def _env_value(value: str) -> str:
@@ -129,7 +129,7 @@ FIELDS: Mapping[str, tuple[Kind[Any], str]] = {
         "The program of engine command and its arguments; {port} {model} {gpus} {slots} {ctx} in it.",
     ),
     "yield_to_owner": (BOOL, "Take no tasks and free the memory while others' programs use the pool's GPUs."),
-    "hours": (HOURS, "When the pool serves, by the machine's clock; always if not given."),
+    "hours": (HOURS, "When the pool serves, by the machine's clock, as in mon-fri 18:00-08:00; always if not given."),
 }
 
 MAX_POOLS = 256  # what a registration can carry

@@ -108,7 +108,7 @@ GPU_COLUMNS = (
     Column("name", lambda gpu: gpu.get("name")),
     Column("vram", lambda gpu: f"{size(gpu.get('vram_used_bytes') or 0)}/{size(gpu.get('vram_total_bytes') or 0)}"),
     Column("foreign", lambda gpu: size(gpu.get("vram_foreign_bytes") or 0)),
-    Column("busy", lambda gpu: "-" if gpu.get("utilization") is None else f"{gpu['utilization']:.0f}%"),
+    Column("busy", lambda gpu: "-" if gpu.get("utilization") is None else f"{gpu['utilization']:.0%}"),
     Column("temp", lambda gpu: "-" if gpu.get("temperature_c") is None else f"{gpu['temperature_c']:.0f}C"),
     Column("driver", lambda gpu: gpu.get("driver")),
 )

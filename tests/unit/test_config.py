@@ -769,6 +769,7 @@ def test_a_pool_may_say_everything() -> None:
         ("{id: a, engine: external}", "pools[0].url", "needs a url"),
         ("{id: a, url: 'http://127.0.0.1:1'}", "pools[0].url", "only an external engine"),
         ("{id: a, id: b}", "id", "given twice"),
+        ("{id: a, hours: 9-17}", "pools[0].hours", "neither days nor hours"),
         ("{id: a, vram: 3}", "pools[0]", "not a field of a pool"),
     ],
 )

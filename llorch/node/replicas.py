@@ -21,7 +21,9 @@ DOWN = frozenset({ReplicaState.EXITED, ReplicaState.FAILED})
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A slot of one replica, held by one task. Requests go to `url`, with the key in `api_key_file` if there is one."""
+    """A slot of one replica, held by one task. Requests go to `url`, with the key in `api_key_file` if there is one,
+    for the model that the engine knows as `served_as`.
+    """
 
     task_id: str
     pool_id: str
@@ -30,6 +32,7 @@ class Lease:
     url: str
     model: str
     api_key_file: str | None
+    served_as: str
     trial: bool = False  # its replica was ejected, and is tried with it
 
 

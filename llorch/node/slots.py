@@ -42,6 +42,7 @@ class Slots:
             replica.handoff.url,
             replica.handoff.model,
             replica.handoff.api_key_file,
+            replica.handoff.served_as,
             trial=replica.breaker.begin(task_id),
         )
         self._held[task_id] = (pool, replica, lease, replica.breaker)

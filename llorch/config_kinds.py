@@ -373,33 +373,30 @@ CIDRS = listed(_CIDR, "10.0.0.0/8")
 GPUS = listed(integer(0, 255), "0,1")
 
 
-def _arguments(value: str) -> tuple[str, ...]:
-    try:
-        words = shlex.split(value)
-    except ValueError:
-        raise BadValue("a quote is not closed", "quote as in a shell: --flag 'two words'") from None
-    return tuple(map(_argument, words))
+def arguments(engine: str | None, example: str = "--flash-attn on") -> Kind[tuple[str, ...]]:
+    """Words for `engine`, less what llorch rests on; None: the words of a program of the owner's own."""
+
+    def word(value: str) -> str:
+        if "\0" in value:
+            raise BadValue("has a NUL character")
+        why = None if engine is None else why_not_arg(value, engine)
+        if why is not None:  # the flag alone is quoted: what is behind a `=` may be a key
+            raise BadValue(f"{value.partition('=')[0]} can't be given to an engine: {why}", "remove it")
+        return value
+
+    def words(value: str) -> tuple[str, ...]:
+        try:
+            split = shlex.split(value)
+        except ValueError:
+            raise BadValue("a quote is not closed", "quote as in a shell: --flag 'two words'") from None
+        return tuple(map(word, split))
+
+    item: Kind[str] = Kind("argument", word, example.partition(" ")[0], {"type": ["string", "number"]})
+    schema = {"anyOf": [{"type": "array", "items": dict(item.schema)}, {"type": "string"}]}
+    return Kind("arguments", words, example, schema, show=shlex.join, item=item, join=tuple)
 
 
-def _argument(value: str) -> str:
-    if "\0" in value:
-        raise BadValue("has a NUL character")
-    why = why_not_arg(value)
-    if why is not None:  # the flag alone is quoted: what is behind a `=` may be a key
-        raise BadValue(f"{value.partition('=')[0]} can't be given to an engine: {why}", "remove it")
-    return value
-
-
-ARGUMENT: Kind[str] = Kind("argument", _argument, "--flash-attn", {"type": ["string", "number"]})
-ARGUMENTS: Kind[tuple[str, ...]] = Kind(
-    "arguments",
-    _arguments,
-    "--flash-attn on",
-    {"anyOf": [{"type": "array", "items": dict(ARGUMENT.schema)}, {"type": "string"}]},
-    show=shlex.join,
-    item=ARGUMENT,
-    join=tuple,
-)
+ARGUMENTS = arguments("auto")
 
 PATH = text("path", example="/etc/llorch/file")
 

@@ -151,17 +151,17 @@ class Execution:
 
     def _encode(self, body: bytes) -> EngineRequest:
         """What the engine is asked; decides the decoder too. Raises LlorchError for a body that is refused."""
-        opening, model = self.entry.opening, self.lease.model
+        opening, lease = self.entry.opening, self.lease
         value = decode_object(body)
         if opening.path == NATIVE:
             task = parse(TaskBody, value)
             self._check_model(task.model)
-            request = openai_api.encode_native(task, model)
+            request = openai_api.encode_native(task, lease.served_as, lease.engine)
             self._decoder = NativeDecoder(self._facts)
             if opening.deadline_ms is None:
                 self._arm(task.deadline_ms)
         else:
-            request = openai_api.encode_openai(opening.path, value, model)
+            request = openai_api.encode_openai(opening.path, value, lease.served_as)
             self._check_model(value.get("model"))
             self._decoder = openai_api.openai_decoder(self._facts, request)
         self.entry.streamed = request.stream

@@ -133,6 +133,8 @@ class Everywhere:
     name: str = "everywhere"
     version: str | None = None
     needs_model: bool = False
+    formats: frozenset[str] = frozenset()
+    inner_ports_open: bool = False
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         return Launch((sys.executable, "-c", EVERYWHERE, str(port)))

@@ -73,7 +73,7 @@ def test_of_the_embedded_engines_defaults_none_that_shares_or_opens_anything_is_
     assert made.pop("model").path == "/models/m.gguf"
     assert made == {
         "cors_origins": "", "cors_credentials": False, "ui": False, "endpoint_slots": False,
-        "cache_ram_mib": 0, "cache_idle_slots": False,
+        "cache_ram_mib": 0, "cache_idle_slots": False, "endpoint_metrics": True,
         "hostnames": ["127.0.0.1"], "port": 4321, "api_keys": ["a key"], "model_alias": {"m"},
         "n_parallel": 3, "n_ctx": 3000, "n_gpu_layers": 999, "verbosity": llamacpp_server.ERRORS_ONLY,
     }  # fmt: skip
@@ -186,8 +186,9 @@ def test_an_engine_that_was_asked_for_by_name_is_not_replaced() -> None:
         engine("llama-server", WHEEL, gpus=False, allow_cpu=False)
     with pytest.raises(ConfigError, match="it failed"):
         engine("llama-server", BROKEN, gpus=False, allow_cpu=False)
+    everything = replace(both(SERVER_GPU, WHEEL_GPU), vllm=("/bin/vllm",), sglang_python="/bin/python3")
     for name in ENGINES:
-        assert engine(name, both(SERVER_GPU, WHEEL_GPU), gpus=True, allow_cpu=False).name == name
+        assert engine(name, everything, gpus=True, allow_cpu=False).name == name
 
 
 # ---------------------------------------------------------------- plans

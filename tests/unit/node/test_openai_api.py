@@ -336,7 +336,8 @@ def test_a_native_prompt_becomes_a_streamed_completion() -> None:
 
 def test_native_messages_become_a_chat_that_hides_no_thoughts() -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    made = encode_native(TaskBody(model="m", messages=messages, temperature=0.0, json_schema={"type": "object"}), "m")
+    task = TaskBody(model="m", messages=messages, temperature=0.0, json_schema={"type": "object"})
+    made = encode_native(task, "m", "llama-server")
     wire = body_of(made)
     assert made.path == CHAT and wire["messages"] == messages and wire["reasoning_format"] == "none"
     assert wire["temperature"] == 0.0 and wire["json_schema"] == {"type": "object"}

@@ -423,10 +423,11 @@ def _model_ref(value: str) -> str:
     elif scheme == "hf":
         if not _HF.fullmatch(value) or ".." in value:
             raise BadValue(f"{quote(value)} is not a Hugging Face model", "for example hf:org/repo:Q4_K_M")
-    elif scheme == "http":
-        raise BadValue("a model is not fetched over http://", "use https://")
-    elif scheme == "https":
-        URL.parse(value.partition("?")[0])
+    elif scheme in ("http", "https"):
+        if any(ord(char) <= 32 or ord(char) == 127 for char in value):
+            raise BadValue("a URL has no spaces or control characters", "write them as %20")
+        if plain_http_abroad(URL.parse(value.partition("?")[0])):
+            raise BadValue("a model is not fetched over http://", "use https://")
     elif value.startswith(("/", "./", "../", "~")):
         raise BadValue(f"{quote(value)} is not a model reference", f"did you mean file:{value}? (absolute)")
     elif not re.fullmatch(MODEL_ID_PATTERN, value) or ".." in value:
@@ -438,7 +439,7 @@ def _model_ref(value: str) -> str:
 
 def _show_model_ref(ref: str) -> str:
     """Without the query of a URL, which may be a signature that opens it."""
-    return ref.partition("?")[0] if ref.startswith("https:") else ref
+    return ref.partition("?")[0] if ref.startswith(("https:", "http:")) else ref
 
 
 MODEL_REF: Kind[str] = Kind("model", _model_ref, "hf:org/repo:Q4_K_M", _string(), show=_show_model_ref)

@@ -20,6 +20,7 @@ from llorch.auth import Scope
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
 from llorch.messages import M, NodeCall, decode_object, parse
+from llorch.node import routes_catalog
 from llorch.node.link import Answer
 from llorch.node.state import NODE, Node
 from llorch.node.tasklog import State
@@ -105,10 +106,6 @@ def _cancel(node: Node, ask: Ask) -> Reply:
     return 202, {"task_id": entry.task_id, "state": State.SEALED if entry.log.sealed else "canceling"}
 
 
-def _catalog(node: Node, _ask: Ask) -> Reply:
-    return 200, {"models": node.model_reports()}
-
-
 CALLS = (
     Call("GET", "/livez", Scope.OPEN, "The process lives", _live),
     Call("GET", "/readyz", Scope.OPEN, "It takes tasks; 503 while it drains or its first engine loads", _ready),
@@ -119,7 +116,7 @@ CALLS = (
     Call("GET", "/v2/tasks", Scope.CONTROL, "The tasks that run here or are remembered", _tasks),
     Call("GET", "/v2/tasks/{task}", Scope.CONTROL, "One task", _task),
     Call("DELETE", "/v2/tasks/{task}", Scope.CONTROL, "Cancel a task; idempotent", _cancel, status=202),
-    Call("GET", "/v2/catalog", Scope.CONTROL, "The models on this machine", _catalog),
+    *(Call(*served) for served in routes_catalog.CALLS),
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
@@ -16,6 +16,9 @@ from llorch.messages import Gpu, ModelReport
 from llorch.node.gpu import pool_vram
 from llorch.node.metrics import NodeMetrics
 from llorch.node.runner import Runner
+
+if TYPE_CHECKING:
+    from llorch.node.staging import Stager
 
 
 class PoolReports(Protocol):
@@ -43,6 +46,7 @@ class Node:
     read_models: Callable[[], Sequence[ModelReport]] = tuple
     gpus: Sequence[Gpu] = ()
     models: Sequence[ModelReport] = ()
+    stager: Stager | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -34,6 +34,11 @@ def _texts(value: object) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
+def _pools_of(node: View) -> list[View]:
+    pools = node.get("pools")
+    return [pool for pool in pools if isinstance(pool, Mapping)] if isinstance(pools, list) else []
+
+
 def operation_of(pool: View | None) -> View:
     """The last operation; empty if there was none."""
     operation = None if pool is None else pool.get("operation")
@@ -81,7 +86,7 @@ def drain_words(node: View) -> str | None:
     """`draining (operator: kernel update)`: the reason is that of its pools, who all have it."""
     if not node.get("draining"):
         return None
-    pools = [pool for pool in node.get("pools") or () if isinstance(pool, Mapping)]
+    pools = _pools_of(node)
     held = [_texts(pool.get("held")) for pool in pools]
     everywhere = [text for text in held[0] if all(text in each for each in held)] if held else []
     return f"draining ({'; '.join(everywhere)})" if everywhere else "draining"
@@ -162,7 +167,7 @@ def node_seen(kind: str, node: View) -> Seen:
     asked = Asked(kind)
     if bool(node.get("draining")) != (kind == "drain"):
         return Seen(Outcome.UNSEEN, asked.doing)
-    pools = [pool for pool in node.get("pools") or () if isinstance(pool, Mapping)]
+    pools = _pools_of(node)
     its_own = [(pool, operation) for pool in pools if (operation := operation_of(pool)).get("kind") == kind]
     for pool, operation in its_own:
         if operation.get("state") == "failed":

@@ -54,9 +54,10 @@ class Operations(ABC):
     async def pool(self, node_id: str, pool_id: str) -> dict[str, Any]:
         """One pool, with its node's id and state. Raises ServerError NODE_NOT_FOUND or POOL_NOT_FOUND."""
         node = await self.call("GET", _node(node_id))
-        for pool in node.get("pools") or ():
+        pools = node.get("pools")
+        for pool in pools if isinstance(pools, list) else ():
             if isinstance(pool, dict) and pool.get("pool_id") == pool_id:
-                return {"node_id": node_id, "node_state": node.get("state"), **pool}
+                return {**pool, "node_id": node_id, "node_state": node.get("state")}
         code = Code.POOL_NOT_FOUND
         raise server_error({"code": code.value, "message": f"node {node_id} has no pool {pool_id}"}, fallback=code)
 

@@ -57,3 +57,20 @@ class VerifyWish(Wire):
 
     model: Annotated[str, StringConstraints(max_length=4_096)] | None = None
     nodes: Literal["all"] | Annotated[list[NodeId], Field(max_length=1_000)] = "all"
+
+
+class LogLine(Wire):
+    """One line that an engine wrote; a node cuts what is longer."""
+
+    replica: ShortText
+    text: Annotated[str, StringConstraints(max_length=16_384)]
+
+
+class PoolLogs(Wire):
+    """GET /v2/pools/{pool}/logs: the newest lines, the oldest of them first, or those after a cursor.
+
+    `cursor` is where to go on: what is asked for `after` it has not been sent.
+    """
+
+    lines: list[LogLine] = Field(max_length=2_000)
+    cursor: ShortText

@@ -25,6 +25,7 @@ from llorch.cli import (
     dev,
     doctor,
     explain,
+    logs,
     node,
     pool,
     status,
@@ -71,6 +72,7 @@ chat.register(app)
 status.register(app)
 app.add_typer(pool.app, name="pool")
 app.add_typer(task.app, name="task")
+logs.register(app)
 explain.register(app)
 app.add_typer(doctor.app, name="doctor")
 app.add_typer(token.app, name="token")

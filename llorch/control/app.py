@@ -17,7 +17,7 @@ from functools import partial
 
 from llorch import listen, logs, systemd, tls, web
 from llorch.config import ControlSettings
-from llorch.control import on_record, routes_health, routes_nodes, routes_tasks, routes_trust
+from llorch.control import on_record, routes_health, routes_nodes, routes_pools, routes_tasks, routes_trust
 from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
@@ -144,6 +144,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         gate = access.gate(lambda code: metrics.auth_failed(code.value), doorkeeper.denied, quotas)
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
+        app[routes_pools.FOLLOWED] = routes_pools.Followed()
         server = await listen.serve(
             app,
             settings.bind.host,
@@ -187,7 +188,9 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
 
 def routes() -> tuple[web.Route, ...]:
     """Every route of a control."""
-    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_trust.ROUTES))
+    return routes_health.routes(
+        (*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_pools.ROUTES, *routes_trust.ROUTES)
+    )
 
 
 def settle(control: Control, settings: ControlSettings) -> None:

@@ -213,6 +213,7 @@ async def show_node(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     node = control.registry.nodes.get(request.match_info["node_id"])
     if node is None:
+        control.recovery.check(time.monotonic(), "this node may still come back")
         raise LlorchError(Code.NODE_NOT_FOUND, "no such node")
     return json_response(views.node_view(control.registry, node, time.monotonic()))
 

@@ -42,7 +42,7 @@ def storm_view(registry: Registry, now: float, *, missing: bool = False) -> dict
 
 
 def node_view(registry: Registry, node: Node, now: float) -> dict[str, Any]:
-    pools = [_pool_view(node, pool, now) for _, pool in sorted(node.pools.items())]
+    pools = [pool_view(node, pool, now) for _, pool in sorted(node.pools.items())]
     return {
         "node_id": node.node_id,
         "state": node_state(node),
@@ -84,20 +84,22 @@ def _quarantine_view(node: Node, now: float) -> dict[str, Any] | None:
 def pools_view(registry: Registry, now: float) -> dict[str, Any]:
     return {
         "pools": [
-            {"node_id": node.node_id, "node_state": node_state(node), **_pool_view(node, pool, now)}
+            {"node_id": node.node_id, "node_state": node_state(node), **pool_view(node, pool, now)}
             for node in _sorted(registry)
             for _, pool in sorted(node.pools.items())
         ]
     }
 
 
-def _pool_view(node: Node, pool: Pool, now: float) -> dict[str, Any]:
+def pool_view(node: Node, pool: Pool, now: float) -> dict[str, Any]:
     """The pool's last report, with the slots as this control counts them."""
     view = pool.report.model_dump(exclude={"gone"})
     view |= {
         "models": view["models"] or [],
         "ready": bool(pool.report.ready),
         "draining": bool(pool.report.draining),
+        "swappable": bool(pool.report.swappable),
+        "held": pool.report.held or [],
         "slots_total": pool.slots_total,
         "slots_free": pool.slots_free(now) if node.online else 0,
         "in_flight": pool.claimed,

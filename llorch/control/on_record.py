@@ -177,6 +177,18 @@ def node_expired(control: Control, node_id: str) -> None:
     control.audit.record("node.expired", node_id=node_id)
 
 
+# ---------------------------------------------------------------- models
+
+
+async def models_changed(
+    request: web.Request, event: str, *, model: str | None, nodes: str, source: str | None = None
+) -> None:
+    """By an admin: only if that is on disk. `nodes`: their ids, or "all"; `model`: None is every one."""
+    await request.app[CONTROL].audit.require(
+        event, **_by(request), scope=Scope.ADMIN.value, model=model, nodes=nodes, source=source, decision=ALLOWED
+    )
+
+
 # ---------------------------------------------------------------- trust
 
 

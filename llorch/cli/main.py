@@ -25,6 +25,7 @@ from llorch.cli import (
     dev,
     doctor,
     explain,
+    model,
     node,
     pool,
     status,
@@ -70,6 +71,7 @@ submit.register(app)
 chat.register(app)
 status.register(app)
 app.add_typer(pool.app, name="pool")
+app.add_typer(model.app, name="model")
 app.add_typer(task.app, name="task")
 explain.register(app)
 app.add_typer(doctor.app, name="doctor")

@@ -10,6 +10,7 @@ import typer
 from llorch.cli.connection import connected
 from llorch.cli.exits import Exit
 from llorch.cli.flags import Call, client_command
+from llorch.cli.model import conflict_notes
 from llorch.cli.node import NODE_COLUMNS, quarantined_for
 from llorch.cli.output import Format, write_out
 
@@ -42,6 +43,7 @@ async def status(call: Call) -> int:
     """Show the control, its nodes and their slots; exit 1 if anything is wrong."""
     async with connected(call.target) as client:
         control, nodes, pools = await client.ready(), await client.nodes(), await client.pools()
+        conflicts = conflict_notes(await client.call("GET", "/v2/catalog"))
     found = problems(nodes, pools)
     if control.get("status") != "ok":
         found.insert(0, f"the control is {control.get('status')}")
@@ -49,11 +51,14 @@ async def status(call: Call) -> int:
         reason = control["storm"].get("reason")
         found.insert(0, f"the control blames itself, and keeps what it knew of its nodes: {reason}")
     if call.output.format is Format.TABLE:
-        _print(call.target.url, control, nodes, pools, found)
+        _print(call.target.url, control, nodes, pools, found, conflicts)
         if nodes:
             call.output.rows(nodes, NODE_COLUMNS, name=str)
     else:
-        document = {"url": call.target.url, "control": control, "problems": found, "nodes": nodes, "pools": pools}
+        document = {
+            "url": call.target.url, "control": control, "problems": found, "conflicts": conflicts, "nodes": nodes,
+            "pools": pools,
+        }  # fmt: skip
         call.output.one(document, name="ok" if not found else "degraded")
     return Exit.FAILED if found else Exit.OK
 
@@ -64,6 +69,7 @@ def _print(
     nodes: Sequence[Mapping[str, Any]],
     pools: Sequence[Mapping[str, Any]],
     found: Sequence[str],
+    conflicts: Sequence[str],
 ) -> None:
     free, total = (sum(pool.get(name) or 0 for pool in pools) for name in ("slots_free", "slots_total"))
     ready = sum(bool(pool.get("ready")) for pool in pools)
@@ -75,7 +81,8 @@ def _print(
         f"nodes    {sum(node.get('state') == 'online' for node in nodes)} of {len(nodes)} online\n"
         f"pools    {ready} of {len(pools)} ready, {free} of {total} slots free\n"
     )
-    write_out("".join(f"problem  {one_line(problem)}\n" for problem in found) + ("\n" if nodes else ""))
+    write_out("".join(f"problem  {one_line(problem)}\n" for problem in found))
+    write_out("".join(f"note     {one_line(conflict)}\n" for conflict in conflicts) + ("\n" if nodes else ""))
 
 
 def register(app: typer.Typer) -> None:

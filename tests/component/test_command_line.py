@@ -72,6 +72,7 @@ async def control() -> AsyncIterator[ScriptedControl]:
         running.on("GET /v2/nodes/n1", answer(NODE))
         running.on("POST /v2/nodes/n1/pardon", answer({"success": True, "node_id": "n1", "was_quarantined": True}))
         running.on("GET /v2/pools", answer({"pools": [POOL]}))
+        running.on("GET /v2/catalog", answer({"models": {}, "nodes": {}}))
         running.on("GET /v1/models", answer({"data": [{"id": "m"}]}))
         running.on("GET /v2/tasks", answer({"tasks": [VIEW]}))
         running.on(f"GET /v2/tasks/{TASK}", answer(VIEW))

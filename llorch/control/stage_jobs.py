@@ -25,7 +25,7 @@ MAX_JOB_S = 24 * 3_600.0  # 1 TB at 12 MB/s: whatever takes longer is asked for 
 OFFLINE_FOR_S = 900.0  # a machine that is started anew is back by then
 SETTLES_S = 2.0  # a report that was under way when the node took the order may say what was before
 ABSENT_S = 45.0  # four full beats that say nothing of a model that was ordered
-ORDER_TRIES = 6  # in a row that are not taken: about a minute
+ORDER_TRIES = 6  # in a row that are not taken, about a minute; or that nothing is heard of afterwards
 ORDER_BACKOFF = Backoff(first_s=1.0, most_s=30.0)
 MOST_ASKED = 32  # nodes at a time, of all jobs
 
@@ -122,7 +122,7 @@ class StageJobs:
         share.model = answer.model
         if job.wanted.model is None and not job.wanted.everywhere:
             job.wanted = replace(job.wanted, model=answer.model)
-        share.lease_id, share.resumes, share.tries = order.lease_id, True, 0
+        share.lease_id, share.resumes = order.lease_id, True
         share.answered_at = share.heard_at = share.moved_at = now
         if answer.state == "failed":
             share.fail(_told(answer.error), now)
@@ -212,7 +212,7 @@ def _read(job: Job, share: Share, report: ModelReport | None, now: float) -> Non
                 words = f"{share.node_id} takes the order, and reports nothing of it"
                 share.fail(LlorchError(Code.NODE_LOST, words, hint="look at that node's log"), now)
         return
-    share.before, share.heard_at = None, now
+    share.before, share.heard_at, share.tries = None, now, 0
     if report.state == "staged":
         _staged(job, share, report, now)
     elif report.state == "failed":

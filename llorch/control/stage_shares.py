@@ -74,7 +74,7 @@ class Share:
     asking: bool = False
     lease_id: str | None = None
     sources: tuple[str, ...] = ()
-    tries: int = 0  # in a row that were not taken
+    tries: int = 0  # in a row after which nothing was heard of it
     next_at: float = 0.0
     resumes: bool = False  # it has taken an order before: it has a part of it
     before: ModelReport | None = None  # what it reported when it was asked: no answer to that

@@ -24,6 +24,7 @@ from llorch.errors import Code, LlorchError
 
 SOURCE_FOR_S = 600.0  # that all who have it are away
 DIGEST_WITHIN_S = 60.0  # a node that has it all tells its digest by then
+OWN_DIGEST_WITHIN_S = 1_800.0  # 300 GB at 160 MB/s; then it is asked, and says so itself
 AGAIN = "`llorch model stage` again goes on where it was"
 
 
@@ -44,6 +45,8 @@ def choose(
     wanted, machine = job.wanted, machines[share.node_id]
     if wanted.everywhere:
         return ()
+    if _reads_its_own(job, share, machine) and now - share.since < OWN_DIGEST_WITHIN_S:
+        return "its digest of what it has under that id"
     having = [each for each in holders(wanted, wanted.model, machines) if reaches(machine, each)]
     sources = free_sources(machine, having, used)
     if sources:
@@ -55,6 +58,12 @@ def choose(
     if ahead is not None:
         return f"{ahead}, which fetches it for the others"
     return () if wanted.has_origin else _without_origin(job, share, machines, having, now)
+
+
+def _reads_its_own(job: Job, share: Share, machine: Machine) -> bool:
+    """It has something under the id, and does not know yet whether that is what is wanted."""
+    report = machine.report(job.model_at(share))
+    return report is not None and report.state == "staged" and report.sha256 is None and job.wanted.sha256 is not None
 
 
 def _ahead(job: Job, share: Share, machines: Machines, now: float) -> str | None:

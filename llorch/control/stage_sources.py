@@ -98,7 +98,7 @@ def resolve(text: str, machines: Machines, source: str | None = None) -> Wanted:
         (machine, report)
         for machine in machines.values()
         for report in (machine.catalog or {}).values()
-        if report.id == text or (report.ref == text and text.startswith(_ORIGINS) and model_id_ok(report.id))
+        if report.id == text or (_is_from(report, text) and model_id_ok(report.id))
     ]
     staged = [(machine, report) for machine, report in has if report.state == "staged" and report.sha256]
     if source is not None:
@@ -123,6 +123,11 @@ def resolve(text: str, machines: Machines, source: str | None = None) -> Wanted:
         param="model",
         hint="`llorch model ls` lists what there is; a new one is hf:org/repo[:quant], https://... or file:/path",
     )
+
+
+def _is_from(report: ModelReport, text: str) -> bool:
+    """Reports tell a URL as it is shown."""
+    return text.startswith(_ORIGINS) and report.ref is not None and shown(report.ref) == shown(text)
 
 
 def _at_source(machine: Machine, text: str, staged: list[tuple[Machine, ModelReport]]) -> tuple[Machine, ModelReport]:

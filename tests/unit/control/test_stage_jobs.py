@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch.control.stage_choices import DIGEST_WITHIN_S, SOURCE_FOR_S
+from llorch.control.stage_choices import DIGEST_WITHIN_S, OWN_DIGEST_WITHIN_S, SOURCE_FOR_S
 from llorch.control.stage_jobs import (
     ABSENT_S,
     ENDED_KEPT_S,
@@ -191,6 +191,20 @@ def test_a_node_whose_digest_is_not_told_yet_is_waited_for_a_while() -> None:
     world.taken(world.orders[0], "staged")
     assert world.step(DIGEST_WITHIN_S - 1) == []
     assert [order.sources for order in world.step(2)] == [()]
+
+
+def test_a_node_that_has_something_under_the_id_is_asked_when_it_has_read_what_that_is() -> None:
+    world = World().add("a", "b", "c")
+    world.reports("a", report())
+    for name in ("b", "c"):
+        world.reports(name, report(sha256=None))
+    job = world.job(ID)
+    assert world.orders == []
+    assert job.shares["b"].waits_for == "its digest of what it has under that id"
+    world.reports("b", report())
+    assert world.step(1) == []
+    assert phases(job) == {"a": "staged", "b": "staged", "c": "waiting"}
+    assert [order.node_id for order in world.step(OWN_DIGEST_WITHIN_S)] == ["c"]
 
 
 def test_a_machines_own_file_is_asked_of_every_node_at_once_and_fetched_by_none() -> None:

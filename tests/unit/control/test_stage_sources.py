@@ -117,3 +117,9 @@ def test_sources_are_the_least_used_ones_that_are_online_and_not_in_full_use() -
 
 def test_what_is_shown_of_a_url_is_not_its_signature() -> None:
     assert shown("https://h/x.gguf?sig=secret") == "https://h/x.gguf"
+
+
+def test_a_url_is_the_one_that_nodes_report_though_they_do_not_tell_its_signature() -> None:
+    here = cluster(machine("a", {"ref": "https://h/m.gguf", "sha256": A}))
+    wanted = resolve("https://h/m.gguf?sig=secret", here)
+    assert (wanted.model, wanted.sha256, wanted.ref) == ("m", A, "https://h/m.gguf?sig=secret")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from llorch.messages import Count, Digest, ModelId, NodeId, ShortText, Wire
+from llorch.messages import Count, Digest, Figure, ModelId, NodeId, ShortText, Wire
 
 
 class DrainWish(Wire):
@@ -50,6 +50,15 @@ class StageOrder(Wire):
     sha256: Digest | None = None
     size_bytes: Count | None = None
     sources: list[StageSource] = Field(default_factory=list, max_length=64)
+
+
+class StageAnswer(Wire):
+    """What a node answers to a StageOrder: the id that it has the model under, and how far it is."""
+
+    model: ModelId
+    state: Literal["staged", "staging", "failed", "retired"] = "staging"
+    progress: Figure | None = None
+    error: Annotated[str, StringConstraints(max_length=1_000)] | None = None
 
 
 class VerifyWish(Wire):

@@ -26,6 +26,7 @@ from llorch.cli import (
     doctor,
     explain,
     logs,
+    model,
     node,
     pool,
     status,
@@ -71,6 +72,7 @@ submit.register(app)
 chat.register(app)
 status.register(app)
 app.add_typer(pool.app, name="pool")
+app.add_typer(model.app, name="model")
 app.add_typer(task.app, name="task")
 logs.register(app)
 explain.register(app)

@@ -10,6 +10,7 @@ import typer
 from llorch.cli.connection import connected
 from llorch.cli.exits import Exit
 from llorch.cli.flags import Call, client_command
+from llorch.cli.model import conflict_notes
 from llorch.cli.node import NODE_COLUMNS, quarantined_for
 from llorch.cli.output import Format, write_out
 from llorch.cli.pool_words import drain_words, name_of, note_of
@@ -51,6 +52,7 @@ async def status(call: Call) -> int:
     """Show the control, its nodes and their slots; exit 1 if anything is wrong."""
     async with connected(call.target) as client:
         control, nodes, pools = await client.ready(), await client.nodes(), await client.pools()
+        conflicts = conflict_notes(await client.call("GET", "/v2/catalog"))
     found = problems(nodes, pools)
     if control.get("status") != "ok":
         found.insert(0, f"the control is {control.get('status')}")
@@ -59,7 +61,7 @@ async def status(call: Call) -> int:
         found.insert(0, f"the control blames itself, and keeps what it knew of its nodes: {reason}")
     if call.output.format is Format.TABLE:
         _print(call.target.url, control, nodes, pools, found)
-        _print_notes(notes(nodes, pools))
+        _print_notes([*notes(nodes, pools), *conflicts])
         if nodes:
             write_out("\n")
             call.output.rows(nodes, NODE_COLUMNS, name=str)
@@ -71,6 +73,7 @@ async def status(call: Call) -> int:
             "notes": notes(nodes, pools),
             "nodes": nodes,
             "pools": pools,
+            "conflicts": conflicts,
         }
         call.output.one(document, name="ok" if not found else "degraded")
     return Exit.FAILED if found else Exit.OK

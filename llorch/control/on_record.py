@@ -232,6 +232,18 @@ def without_secrets(ref: str) -> str:
     return masked(ref)
 
 
+# ---------------------------------------------------------------- models
+
+
+async def models_changed(
+    request: web.Request, event: str, *, model: str | None, nodes: str, source: str | None = None
+) -> None:
+    """By an admin: only if that is on disk. `nodes`: their ids, or "all"; `model`: None is every one."""
+    await request.app[CONTROL].audit.require(
+        event, **_by(request), scope=Scope.ADMIN.value, model=model, nodes=nodes, source=source, decision=ALLOWED
+    )
+
+
 # ---------------------------------------------------------------- trust
 
 

@@ -222,10 +222,6 @@ async def list_pools(request: web.Request) -> web.StreamResponse:
     return json_response(views.pools_view(request.app[CONTROL].registry, time.monotonic()))
 
 
-async def catalog(request: web.Request) -> web.StreamResponse:
-    return json_response(views.catalog_view(request.app[CONTROL].registry))
-
-
 ROUTES = (
     Route("POST", "/v2/nodes/register", Scope.NODE, register, "A node registers its pools and GPUs", Register),
     Route("POST", "/v2/nodes/{node_id}/heartbeat", Scope.NODE, heartbeat, "A full snapshot, or a delta", Heartbeat),
@@ -236,5 +232,4 @@ ROUTES = (
     Route("GET", "/v2/nodes", Scope.READ, list_nodes, "Every node: state, GPUs, pools, slots"),
     Route("GET", "/v2/nodes/{node_id}", Scope.READ, show_node, "One node"),
     Route("GET", "/v2/pools", Scope.READ, list_pools, "Every pool, and whether it is bound"),
-    Route("GET", "/v2/catalog", Scope.READ, catalog, "Models per node"),
 )

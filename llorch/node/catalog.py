@@ -99,7 +99,9 @@ class Catalog:
             return str(found.path)
         staged = ref.startswith(("hf:", "https:", "http:"))
         shown, entry = MODEL_REF.show(ref), self.meant(ref)
-        what = f"the model {shown} is not staged here" if staged else f"there is no model {shown} in this node's catalog"
+        what = (
+            f"the model {shown} is not staged here" if staged else f"there is no model {shown} in this node's catalog"
+        )
         if entry is not None:
             what = f"the model {shown} is {entry.state} here" + (f": {entry.error}" if entry.error else "")
         hint = STAGE_HINT if staged or entry else "model: demo, file:/abs/path.gguf, hf:org/repo or https://..."

@@ -75,6 +75,7 @@ async def control() -> AsyncIterator[ScriptedControl]:
         running.on("POST /v2/nodes/n1/pools/p0/drain", answer({"node_id": "n1", "pool": POOL}, 202))
         running.on("DELETE /v2/nodes/n1", answer({"success": True}))
         running.on("GET /v2/pools", answer({"pools": [POOL]}))
+        running.on("GET /v2/catalog", answer({"models": {}, "nodes": {}}))
         running.on("GET /v1/models", answer({"data": [{"id": "m"}]}))
         running.on("GET /v2/tasks", answer({"tasks": [VIEW]}))
         running.on(f"GET /v2/tasks/{TASK}", answer(VIEW))

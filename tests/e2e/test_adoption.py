@@ -75,7 +75,10 @@ async def start_again(llorch: Cluster, name: str, **env: str) -> tuple[Running, 
     return node, time.monotonic() - began
 
 
-POOLS = [simulated("slow", "slow", 64, "--delay-ms", "20", "--load-s", "5"), simulated("late", "late", 8, "--ttft-ms", "4000")]
+POOLS = [
+    simulated("slow", "slow", 64, "--delay-ms", "20", "--load-s", "5"),
+    simulated("late", "late", 8, "--ttft-ms", "4000"),
+]
 
 
 @pytest.mark.slow
@@ -157,7 +160,9 @@ async def test_an_engine_that_nobody_adopts_ends_after_its_grace(llorch: Cluster
     assert not engines(llorch, "a")
 
 
-async def test_a_stranger_with_the_pid_of_an_engine_is_neither_adopted_nor_killed(llorch: Cluster, tmp_path: Path) -> None:
+async def test_a_stranger_with_the_pid_of_an_engine_is_neither_adopted_nor_killed(
+    llorch: Cluster, tmp_path: Path
+) -> None:
     await llorch.start_control()
     node = await llorch.start_node("a", LLORCH_ORPHAN_GRACE="60s")
     [engine] = engines(llorch, "a").values()

@@ -112,6 +112,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             queue_timeout_batch_s=settings.queue_timeout_batch,
             ttft_timeout_s=settings.ttft_timeout,
             recovering=lambda: recovery.on(time.monotonic()),
+            reread=lambda node_id, pool_id: routes_nodes.read_pool(control, node_id, pool_id),
         )
         distrust = Distrust(
             registry,

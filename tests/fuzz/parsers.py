@@ -31,8 +31,9 @@ from llorch.config_yaml import read_yaml
 from llorch.control import intake, views
 from llorch.control.addresses import check_address
 from llorch.control.admission import Admission
+from llorch.control.decision import decide
 from llorch.control.metrics import registry_metrics
-from llorch.control.placement import Wish, decide
+from llorch.control.placement import Wish
 from llorch.control.registry import Registry
 from llorch.control.roster import FILE_NAME, Roster
 from llorch.errors import ConfigError, LlorchError

@@ -14,8 +14,8 @@ from llorch.auth import Scope
 from llorch.config_kinds import MODEL_REF, BadValue
 from llorch.errors import Code, LlorchError, invalid
 from llorch.node import pool_events as ev
-from llorch.node.calls import Ask, Call, Reply
 from llorch.node.modelref import model_id
+from llorch.node.route_call import Ask, Call, Reply
 from llorch.node.state import Node
 from llorch.wishes import DrainWish, PoolWish
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from llorch.node.adoption import Left
+
 from llorch.config_pools import PoolSpec
 from llorch.errors import LlorchError
 from llorch.messages import model_id_ok
 from llorch.node import pool_events as ev
-from llorch.node.adoption import Left
 from llorch.node.engine_process import EngineProcess
 from llorch.node.engines.spec import LOOPBACK, Launch
 from llorch.node.handoff import Handoff, file_name
@@ -136,6 +137,7 @@ def _handoff(
         pid=pid,
         device_mask=",".join(map(str, spec.gpus or ())) or None,
         api_key_file=str(key_file),
+        engine_model=spec.engine_model,
     )
 
 

@@ -19,7 +19,7 @@ MAX_LINE_CHARS = 300
 
 
 def read(logs: Path, pool_id: str, replicas: Sequence[str], lines: int, after: str | None) -> dict[str, Any]:
-    """`{"lines": [{"replica", "text"}], "cursor"}`. A cursor that is not ours, or of a log that is gone, starts anew."""
+    """`{"lines": [{"replica", "text"}], "cursor"}`. A cursor that is not ours, or of a gone log, starts anew."""
     places = _places(after)
     found: list[dict[str, str]] = []
     cursors: list[str] = []

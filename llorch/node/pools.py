@@ -333,9 +333,17 @@ class Pools:
         """The pools of the settings, for whoever judges their GPUs and hours."""
         return [(pool, pool.spec) for pool in self._pools.values() if pool.spec is not None]
 
-    def model_refs(self) -> set[str]:
-        """The references of all models that some pool runs or may load."""
-        return {ref for pool in self._pools.values() for ref in pool.choices.values()}
+    def ref_of(self, pool_id: str, model: str) -> str | None:
+        """The reference of one of a pool's models; None if it is not one of its. Raises POOL_NOT_FOUND."""
+        return self._pool(pool_id).choices.get(model)
+
+    def models(self) -> set[str]:
+        """The ids of all models that some pool runs or may load."""
+        return {model for pool in self._pools.values() for model in pool.choices}
+
+    def pids(self) -> list[int]:
+        """Of the engines that said theirs."""
+        return [replica.handoff.pid for _, replica in self._each() if replica.handoff and replica.handoff.pid]
 
     def replicas(self) -> list[tuple[str, str, ReplicaState, Handoff | None]]:
         """(pool id, replica id, state, accepted handoff) of every replica, for whoever watches engines."""

@@ -10,12 +10,9 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
-from pydantic import BaseModel
 
 from llorch import tickets
 from llorch.auth import Scope
@@ -23,14 +20,12 @@ from llorch.errors import Code, LlorchError, invalid
 from llorch.logs import Log
 from llorch.node.catalog import not_here
 from llorch.node.catalog_file import BlobFile, BlobListing, Entry
+from llorch.node.route_call import Ask, Call, Reply
 from llorch.node.staging import Stager
 from llorch.node.state import NODE, Node
 from llorch.private import stamp
 from llorch.web import PRINCIPAL, Route, json_response
 from llorch.wishes import StageOrder
-
-if TYPE_CHECKING:
-    from llorch.node.calls import Ask
 
 CHUNK_BYTES = 1024 * 1024  # read at once
 MAX_BLOBS = 8  # that leave at a time; others wait for their turn, for a disk reads one after the other best
@@ -38,8 +33,6 @@ BUSY_RETRY_MS = 2_000
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})?", re.A)
 
 log = Log("node.routes")
-
-Reply = tuple[int, Any]
 
 
 def stager_of(node: Node) -> Stager:
@@ -82,14 +75,12 @@ def verify(node: Node, ask: Ask) -> Reply:
     return 202, {"model": model, "state": "verifying"}
 
 
-Served = tuple[str, str, Scope, str, Callable[[Node, "Ask"], Reply | Awaitable[Reply]], int, type[BaseModel] | None]
-
-CALLS: tuple[Served, ...] = (
-    ("GET", "/v2/catalog", Scope.CONTROL, "The models on this machine", catalog, 200, None),
-    ("POST", "/v2/catalog/stage", Scope.CONTROL, "Have a model here; idempotent", stage, 202, StageOrder),
-    ("DELETE", "/v2/catalog/{model}", Scope.CONTROL, "Remove a model; ?retire=true: only retire it", remove, 200, None),
-    ("POST", "/v2/catalog/{model}/verify", Scope.CONTROL, "Read a model's files again and compare", verify, 202, None),
-)  # fmt: skip
+CALLS = (
+    Call("GET", "/v2/catalog", Scope.CONTROL, "The models on this machine", catalog),
+    Call("POST", "/v2/catalog/stage", Scope.CONTROL, "Have a model here; idempotent", stage, 202, StageOrder),
+    Call("DELETE", "/v2/catalog/{model}", Scope.CONTROL, "Remove a model; ?retire=true: only retire it", remove),
+    Call("POST", "/v2/catalog/{model}/verify", Scope.CONTROL, "Read a model's files again and compare", verify, 202),
+)
 
 
 # ---------------------------------------------------------------- a model's bytes

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from aiohttp import web
 
 from llorch.messages import Gpu, ModelReport
+from llorch.node import pool_events as ev
 from llorch.node.gpu import pool_vram
 from llorch.node.metrics import NodeMetrics
 from llorch.node.runner import Runner
@@ -29,6 +30,7 @@ class PoolReports(Protocol):
     def report(self) -> list[dict[str, Any]]: ...
     def pool_report(self, pool_id: str) -> dict[str, Any]: ...
     def health(self, pool_id: str) -> dict[str, Any]: ...
+    def ref_of(self, pool_id: str, model: str) -> str | None: ...
 
 
 @dataclass(slots=True)
@@ -47,6 +49,8 @@ class Node:
     gpus: Sequence[Gpu] = ()
     models: Sequence[ModelReport] = ()
     stager: Stager | None = None
+    post: Callable[[ev.Event], None] = lambda _event: None  # what operators ask of the pools
+    read_log: Callable[[str, Sequence[str], int, str | None], dict[str, Any]] = lambda *_asked: {}
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -6,8 +6,8 @@ Surface:
     configure(plans)                                 other pools in the settings
 
 Owns every engine process and the files that belong to it under the runtime directory, and the one watcher of handoffs.
-How a start goes is `engine_start`, whether an engine works is `engine_checks`, which engines there should be is `pools`.
-Never ends a process that llorch did not start.
+How a start goes is `engine_start`, whether an engine works is `engine_checks`, which engines there should be `pools`
+decides. Never ends a process that llorch did not start.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from llorch.node.adoption import Left, Verdict
 
 from llorch import web, whole_file
 from llorch.errors import ConfigError
 from llorch.logs import Log
 from llorch.node import adoption
 from llorch.node import pool_events as ev
-from llorch.node.adoption import Left, Verdict
 from llorch.node.engine_checks import Checks
 from llorch.node.engine_process import EngineProcess, RuntimeDir
 from llorch.node.engine_start import EngineStart, Starts, identity_of

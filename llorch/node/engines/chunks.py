@@ -39,7 +39,8 @@ def _error_object(body: object) -> Mapping[str, Any]:
 
 
 _TOO_LONG = re.compile(
-    r"maximum context length|exceeds? the available context|context size|longer than the model's context", re.IGNORECASE
+    r"maximum context length|exceeds? the (?:available )?context|context size|longer than the model's context",
+    re.IGNORECASE,
 )
 _NO_MODEL = re.compile(r"\bmodels?\b.{0,300}(not found|not exist)|not found.{0,40}\bmodel\b", re.IGNORECASE)
 
@@ -126,6 +127,7 @@ def _reason(value: object) -> str | None:
 
 
 _THOUGHT_KEYS = ("reasoning_content", "reasoning")  # old and new name of one thing: some send both
+_GIVEN_UP = frozenset({"abort", "error"})  # of vLLM and SGLang: what came so far is no whole answer
 _OTHER_CONTENT_KEYS = ("tool_calls", "function_call", "refusal", "audio")
 _ENDED_RESPONSES = {"response.completed": "stop", "response.incomplete": "length"}
 
@@ -230,6 +232,8 @@ class Meter:
             elif isinstance(text := choice.get("text"), str):
                 texts.append(text)
             if (reason := _reason(choice.get("finish_reason"))) is not None:
+                if reason in _GIVEN_UP:
+                    return Chunk(error=LlorchError(Code.ENGINE_FAILED, "the engine gave the request up"))
                 self.finish_reason = reason
                 chunk.terminal = True
         chunk.text = "".join(texts)

@@ -20,7 +20,7 @@ from typing import Any
 from llorch.logs import Log
 from llorch.messages import Gpu
 from llorch.node import gpu_amd
-from llorch.node.gpu_nvml import Nvml
+from llorch.node.gpu_nvml import Held, Nvml, added
 
 READ_WITHIN_S = 3.0  # less than what lies between two readings
 FIRST_WITHIN_S = (
@@ -51,6 +51,7 @@ class GpuInventory:
         self._within_s, self._first_within_s = within_s, first_within_s
         self._host_pids = _names_are_the_hosts() if host_pids is None else host_pids
         self._last: list[Gpu] | None = None  # never read
+        self._held: Held = {}
         self._thread = _DriverThread()
         self._asking = threading.Lock()
         self._stuck = False
@@ -76,6 +77,15 @@ class GpuInventory:
                 self._asking.release()
         return list(self._last or ())
 
+    def held_bytes(self, pids: Iterable[int]) -> int | None:
+        """What these processes held of all GPUs, when `read` last asked with them among `own_pids`. None if they held
+        nothing or if that can't be told, which is then no measurement.
+        """
+        held = self._held
+        sizes = [held[pid] for pid in pids if pid in held]
+        told = [size for size in sizes if size is not None]
+        return sum(told) or None if len(told) == len(sizes) else None
+
     def close(self) -> None:
         """Let the driver go; one that hangs is left to the end of the process."""
         try:
@@ -86,9 +96,10 @@ class GpuInventory:
 
     def _read(self, own: frozenset[int]) -> None:
         """In the driver's thread: what comes too late for who asked is there for the next."""
-        found = self._nvml.read(own, host_pids=self._host_pids)
-        after = max((gpu.index for gpu in found), default=-1) + 1
-        self._last = found + gpu_amd.read(own, root=self._sysfs, first_index=after)
+        nvidia, held = self._nvml.read(own, host_pids=self._host_pids)
+        after = max((gpu.index for gpu in nvidia), default=-1) + 1
+        amd, held_there = gpu_amd.read(own, root=self._sysfs, first_index=after)
+        self._last, self._held = nvidia + amd, added((held, held_there))
 
 
 class _DriverThread:

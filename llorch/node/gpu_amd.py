@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from llorch.messages import Gpu
-from llorch.node.gpu_nvml import Held, foreign_bytes
+from llorch.node.gpu_nvml import Held, added, foreign_bytes
 
 SYSFS = Path("/sys")
 AMD = "0x1002"  # PCI vendor
@@ -22,8 +22,10 @@ _CARD = re.compile(r"card[0-9]+")  # and not card0-DP-1, which is a socket of it
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 
-def read(own: Collection[int] = (), *, root: Path = SYSFS, first_index: int = 0) -> list[Gpu]:
-    """In the order of their places on the bus; the address there is their `uuid`. `own`: as for `Nvml.read`."""
+def read(own: Collection[int] = (), *, root: Path = SYSFS, first_index: int = 0) -> tuple[list[Gpu], Held]:
+    """In the order of their places on the bus, and the address there is their `uuid`; and what our processes hold of
+    all of them. `own`: as for `Nvml.read`.
+    """
     devices = {}
     for card in _entries(root / "class" / "drm"):
         device = card / "device"
@@ -32,14 +34,16 @@ def read(own: Collection[int] = (), *, root: Path = SYSFS, first_index: int = 0)
             devices[address] = device
     large = [address for address in sorted(devices) if _memory(devices[address]) >= LEAST_BYTES]
     if not large:
-        return []
+        return [], {}
     shares = _shares(root, own)
     driver = _line(root / "module" / "amdgpu" / "version")
-    return [
-        _gpu(first_index + place, address, devices[address], f"amdgpu {driver}" if driver else "amdgpu")
-        .model_copy(update={"vram_foreign_bytes": _foreign(devices[address], shares, address, frozenset(own))})
+    gpus = [
+        _gpu(first_index + place, address, devices[address], f"amdgpu {driver}" if driver else "amdgpu").model_copy(
+            update={"vram_foreign_bytes": _foreign(devices[address], shares, address, frozenset(own))}
+        )
         for place, address in enumerate(large)
-    ]  # fmt: skip
+    ]
+    return gpus, added(shares[address] for address in large if address in shares) if shares else {}
 
 
 def _gpu(index: int, address: str, device: Path, driver: str) -> Gpu:

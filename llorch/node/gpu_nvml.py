@@ -8,7 +8,7 @@ API: https://docs.nvidia.com/deploy/nvml-api.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from llorch.logs import Log
@@ -41,13 +41,14 @@ class Nvml:
         self._retry_at: float | None = None
         self._said: dict[int | str, str] = {}  # by a GPU's index, or for all: so that what goes on is told once
 
-    def read(self, own: frozenset[int], *, host_pids: bool) -> list[Gpu]:
-        """`own`: memory of these processes is ours. `host_pids`: they are named as the driver names them; where they
-        are not, as in most containers, nobody can tell ours from others' as long as there is any of ours.
+    def read(self, own: frozenset[int], *, host_pids: bool) -> tuple[list[Gpu], Held]:
+        """The GPUs, and what each process holds of all of them. `own`: memory of these processes is ours. `host_pids`:
+        they are named as the driver names them; where they are not, as in most containers, nobody can tell ours from
+        others' as long as there is any of ours.
         """
         count = self._count()
         if not count:
-            return []
+            return [], {}
         driver = _text(self._try(self._nvml.nvmlSystemGetDriverVersion))
         cards = [card for index in range(count) for card in self._card(index, count, driver)]
         if cards:
@@ -55,7 +56,8 @@ class Nvml:
         else:
             self._end("no GPU answers")
         known = host_pids or any(own & (held or {}).keys() for _, held in cards)
-        return [self._with_foreign(gpu, held if known else None, own) for gpu, held in cards]
+        gpus = [self._with_foreign(gpu, held if known else None, own) for gpu, held in cards]
+        return gpus, added(held for _, held in cards if held) if known else {}
 
     def close(self) -> None:
         if self._begun:
@@ -238,6 +240,16 @@ def foreign_bytes(used: int, held: Held | None, own: frozenset[int]) -> int | No
     if held is None or None in ours:
         return None
     return max(0, used - sum(size or 0 for size in ours))
+
+
+def added(shares: Iterable[Held]) -> Held:
+    """What each process holds of several GPUs; None if one of them hides it."""
+    held: dict[int, int | None] = {}
+    for share in shares:
+        for pid, size in share.items():
+            before = held.get(pid, 0)
+            held[pid] = None if size is None or before is None else before + size
+    return held
 
 
 def _text(value: object) -> str | None:

@@ -53,7 +53,7 @@ from llorch.messages import (
     model_id_ok,
     parse,
 )
-from llorch.node import dial, handoff
+from llorch.node import dial, fit, handoff
 from llorch.node.engines import gguf, openai_api, progress
 from llorch.node.engines.chunks import Meter, normalise_error
 from llorch.node.modelref import model_id
@@ -515,6 +515,8 @@ def gguf_header(data: bytes) -> None:
     header = gguf.parse_header(data)
     assert header.architecture and header.version in gguf.VERSIONS
     assert header.tensors * 24 <= len(data), "more tensors than there are bytes for"
+    needed = fit.need(header, len(data), ctx=4096, slots=4)
+    assert 0 <= needed.weights_bytes <= len(data) and needed.kv_bytes >= 0, "an estimate that can't be"
 
 
 @cache

@@ -45,7 +45,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def inventory(library: Any, **more: Any) -> GpuInventory:
-    return GpuInventory(library, sysfs=NOWHERE, **{"host_pids": True} | more)
+    return GpuInventory(library, **{"host_pids": True, "sysfs": NOWHERE} | more)
 
 
 def two() -> StandInNvml:
@@ -176,6 +176,18 @@ def test_in_a_container_that_names_processes_otherwise_nothing_is_claimed_to_be_
     assert foreign(card, [4711], host_pids=False) == 10 * GB  # a driver that knows the names in here
 
 
+def test_what_an_engine_holds_is_that_of_its_processes_on_all_gpus() -> None:
+    library = StandInNvml(Card(running=[(10, 20 * GB), (12, GB)]), Card(running=[(10, 2 * GB), (11, GB), (13, None)]))
+    gpus = inventory(library)
+    assert gpus.held_bytes([10]) is None  # not asked yet
+    gpus.read([10, 11])
+    assert gpus.held_bytes([10, 11, 99]) == 23 * GB
+    assert gpus.held_bytes([99]) is gpus.held_bytes([]) is gpus.held_bytes([10, 13]) is None
+    elsewhere = inventory(library, host_pids=False)
+    elsewhere.read([99])
+    assert elsewhere.held_bytes([10]) is None  # another's, of the same number outside of this container
+
+
 # ---------------------------------------------------------------- drivers that fail
 
 
@@ -278,6 +290,7 @@ def test_a_driver_that_hangs_leaves_what_was_known_and_is_not_asked_again(log: p
     try:
         assert [gpus.read() for _ in range(20)] == [before] * 20
         assert library.asked_while_hanging == 1
+        assert gpus._thread._calls.empty()
         assert threading.active_count() == threads
         assert len(said(log, "gpu.stuck")) == 1
         gpus.close()
@@ -411,6 +424,9 @@ def test_what_our_processes_hold_of_an_amd_gpu_is_not_foreign(tmp_path: Path) ->
     assert [gpu.vram_foreign_bytes for gpu in read_amd(tmp_path, [10])] == [2 * GB]
     assert [gpu.vram_foreign_bytes for gpu in read_amd(tmp_path, [10, 11, 12])] == [GB]
     assert [gpu.vram_foreign_bytes for gpu in read_amd(tmp_path, [12])] == [0]  # of ours nothing is told
+    gpus = inventory(two(), sysfs=tmp_path)
+    gpus.read([10, 11])
+    assert gpus.held_bytes([10, 11]) == 5 * GB
 
 
 def test_without_sysfs_there_is_no_amd_gpu() -> None:

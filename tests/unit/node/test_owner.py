@@ -137,7 +137,7 @@ def test_what_changes_all_the_time_does_not_settle() -> None:
     machine = Machine()
     machine.after(60, card(0))
     for _ in range(20):
-        machine.after(SETTLED_AFTER_S / 2, card(0.8))
+        assert machine.after(SETTLED_AFTER_S / 2, card(0.8)) is not None
         assert machine.after(SETTLED_AFTER_S / 2, card(1.8)) is not None
 
 

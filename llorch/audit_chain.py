@@ -42,7 +42,8 @@ REMOVED = "audit.removed"  # the oldest file went, as its owner wished, and with
 FIELDS = (
     "principal", "fingerprint", "scope", "peer", "node_id", "request_id", "task_id", "decision", "reason", "owner",
     "method", "path", "model", "detach", "version", "bind", "tls", "count", "bytes", "sha256", "file", "to_seq",
-    "token_id", "name", "kind",
+    "token_id", "name", "kind", "pool_id", "deadline_ms", "why",
+    "nodes", "source",
 )  # fmt: skip
 
 Value: TypeAlias = str | int | None

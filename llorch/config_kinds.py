@@ -373,33 +373,30 @@ CIDRS = listed(_CIDR, "10.0.0.0/8")
 GPUS = listed(integer(0, 255), "0,1")
 
 
-def _arguments(value: str) -> tuple[str, ...]:
-    try:
-        words = shlex.split(value)
-    except ValueError:
-        raise BadValue("a quote is not closed", "quote as in a shell: --flag 'two words'") from None
-    return tuple(map(_argument, words))
+def arguments(engine: str | None, example: str = "--flash-attn on") -> Kind[tuple[str, ...]]:
+    """Words for `engine`, less what llorch rests on; None: the words of a program of the owner's own."""
+
+    def word(value: str) -> str:
+        if "\0" in value:
+            raise BadValue("has a NUL character")
+        why = None if engine is None else why_not_arg(value, engine)
+        if why is not None:  # the flag alone is quoted: what is behind a `=` may be a key
+            raise BadValue(f"{value.partition('=')[0]} can't be given to an engine: {why}", "remove it")
+        return value
+
+    def words(value: str) -> tuple[str, ...]:
+        try:
+            split = shlex.split(value)
+        except ValueError:
+            raise BadValue("a quote is not closed", "quote as in a shell: --flag 'two words'") from None
+        return tuple(map(word, split))
+
+    item: Kind[str] = Kind("argument", word, example.partition(" ")[0], {"type": ["string", "number"]})
+    schema = {"anyOf": [{"type": "array", "items": dict(item.schema)}, {"type": "string"}]}
+    return Kind("arguments", words, example, schema, show=shlex.join, item=item, join=tuple)
 
 
-def _argument(value: str) -> str:
-    if "\0" in value:
-        raise BadValue("has a NUL character")
-    why = why_not_arg(value)
-    if why is not None:  # the flag alone is quoted: what is behind a `=` may be a key
-        raise BadValue(f"{value.partition('=')[0]} can't be given to an engine: {why}", "remove it")
-    return value
-
-
-ARGUMENT: Kind[str] = Kind("argument", _argument, "--flash-attn", {"type": ["string", "number"]})
-ARGUMENTS: Kind[tuple[str, ...]] = Kind(
-    "arguments",
-    _arguments,
-    "--flash-attn on",
-    {"anyOf": [{"type": "array", "items": dict(ARGUMENT.schema)}, {"type": "string"}]},
-    show=shlex.join,
-    item=ARGUMENT,
-    join=tuple,
-)
+ARGUMENTS = arguments("auto")
 
 PATH = text("path", example="/etc/llorch/file")
 
@@ -426,10 +423,11 @@ def _model_ref(value: str) -> str:
     elif scheme == "hf":
         if not _HF.fullmatch(value) or ".." in value:
             raise BadValue(f"{quote(value)} is not a Hugging Face model", "for example hf:org/repo:Q4_K_M")
-    elif scheme == "http":
-        raise BadValue("a model is not fetched over http://", "use https://")
-    elif scheme == "https":
-        URL.parse(value.partition("?")[0])
+    elif scheme in ("http", "https"):
+        if any(ord(char) <= 32 or ord(char) == 127 for char in value):
+            raise BadValue("a URL has no spaces or control characters", "write them as %20")
+        if plain_http_abroad(URL.parse(value.partition("?")[0])):
+            raise BadValue("a model is not fetched over http://", "use https://")
     elif value.startswith(("/", "./", "../", "~")):
         raise BadValue(f"{quote(value)} is not a model reference", f"did you mean file:{value}? (absolute)")
     elif not re.fullmatch(MODEL_ID_PATTERN, value) or ".." in value:
@@ -441,7 +439,7 @@ def _model_ref(value: str) -> str:
 
 def _show_model_ref(ref: str) -> str:
     """Without the query of a URL, which may be a signature that opens it."""
-    return ref.partition("?")[0] if ref.startswith("https:") else ref
+    return ref.partition("?")[0] if ref.startswith(("https:", "http:")) else ref
 
 
 MODEL_REF: Kind[str] = Kind("model", _model_ref, "hf:org/repo:Q4_K_M", _string(), show=_show_model_ref)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llorch.config_engine_args import why_not_env
+from llorch.config_engine_args import PLACEHOLDERS, placeholders, why_not_env
+from llorch.config_hours import HOURS, Hours
 from llorch.config_kinds import (
     ARGUMENTS,
     BOOL,
@@ -20,6 +21,7 @@ from llorch.config_kinds import (
     URL,
     BadValue,
     Kind,
+    arguments,
     choice,
     closest,
     integer,
@@ -36,7 +38,8 @@ DEFAULT_CTX = 4096
 ENGINE = choice("auto", "llamacpp", "llama-server", "vllm", "sglang", "command", "external", "simulated")
 SLOTS = integer(1, 1024, example=DEFAULT_SLOTS)
 CTX = integer(128, 16 * 1024 * 1024, example=DEFAULT_CTX)
-HOURS = text("hours", r"\d\d:\d\d-\d\d:\d\d", allowed="from-to", example="18:00-08:00")
+COMMAND = arguments(None, "/opt/engine/serve --port {port}")
+ENGINE_MODEL = text("model name", r"[\x21-\x7e]{1,256}", allowed="at most 256 characters, no space", example="qwen3:8b")
 POOL_ID = text("pool id", POOL_ID_PATTERN, allowed="letters, digits, . _ -, at most 64", example="chat")
 
 
@@ -57,12 +60,13 @@ class PoolSpec:
     env: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     replicas: int = 1
     url: str | None = None
+    engine_model: str | None = None
     api_key_file: str | None = None
     models: tuple[str, ...] = ()
     idle_unload_s: float | None = None
     command: tuple[str, ...] = field(default=(), repr=False)
     yield_to_owner: bool = False
-    hours: str | None = None
+    hours: Hours | None = None
 
 
 def _env_value(value: str) -> str:
@@ -121,15 +125,19 @@ FIELDS: Mapping[str, tuple[Kind[Any], str]] = {
     "env": (_ENV, "Further environment for the engine."),
     "replicas": (integer(1, 64), "Engine processes in this pool."),
     "url": (URL, "Where an external engine listens."),
+    "engine_model": (
+        ENGINE_MODEL,
+        "What an external engine, or a command, calls the model; the model's id if not given.",
+    ),
     "api_key_file": (PATH, "A file with the key of an external engine."),
     "models": (listed(MODEL_REF, "demo"), "Models that may be loaded here instead of the first."),
     "idle_unload_s": (number(1, 30 * 86400), "Seconds without a task after which the model is unloaded."),
     "command": (
-        ARGUMENTS,
-        "The program of engine command and its arguments; {port} {model} {gpus} {slots} {ctx} in it.",
+        COMMAND,
+        "The program of engine command and its arguments; {port} {model} {gpus} {slots} {ctx} {key_file} in it.",
     ),
     "yield_to_owner": (BOOL, "Take no tasks and free the memory while others' programs use the pool's GPUs."),
-    "hours": (HOURS, "When the pool serves, by the machine's clock; always if not given."),
+    "hours": (HOURS, "When the pool serves, by the machine's clock, as in mon-fri 18:00-08:00; always if not given."),
 }
 
 MAX_POOLS = 256  # what a registration can carry
@@ -164,6 +172,7 @@ def _read_pool(node: Node, key: str, faults: list[YamlFault]) -> PoolSpec | None
         return None
     before = len(faults)
     values: dict[str, Any] = {}
+    named = [entry.value.text for entry in node.entries if entry.key == "engine" and isinstance(entry.value, Scalar)]
     for entry in node.entries:
         if entry.key not in FIELDS:
             near = closest(entry.key, FIELDS)
@@ -171,7 +180,8 @@ def _read_pool(node: Node, key: str, faults: list[YamlFault]) -> PoolSpec | None
             hint = f"did you mean {near}?" if near else f"a pool has {', '.join(FIELDS)}"
             faults.append(YamlFault(entry.line, f"{quote(entry.key)} is not a field of a pool", hint, key))
             continue
-        values[entry.key] = read_node(FIELDS[entry.key][0], entry.value, faults, f"{key}.{entry.key}")
+        kind = arguments(named[0]) if named and entry.key == "args" else FIELDS[entry.key][0]
+        values[entry.key] = read_node(kind, entry.value, faults, f"{key}.{entry.key}")
     _check_pool(values, node.line, key, faults)
     return PoolSpec(**values) if len(faults) == before else None
 
@@ -184,6 +194,40 @@ def _check_pool(values: Mapping[str, Any], line: int, key: str, faults: list[Yam
         faults.append(YamlFault(line, "an external engine needs a url", "url: http://127.0.0.1:8000", f"{key}.url"))
     if values.get("url") and engine not in ("external", None):
         faults.append(YamlFault(line, "only an external engine has a url", "engine: external", f"{key}.url"))
+    if values.get("engine_model") and engine not in ("external", "command", None):
+        what = "only an external engine, or a command, has an engine_model"
+        faults.append(YamlFault(line, what, "remove it: llorch names the model", f"{key}.engine_model"))
+    _check_command(values, engine, line, key, faults)
+
+
+def _check_command(values: Mapping[str, Any], engine: str | None, line: int, key: str, faults: list[YamlFault]) -> None:
+    def fault(message: str, hint: str, field: str = "command") -> None:
+        faults.append(YamlFault(line, message, hint, f"{key}.{field}"))
+
+    words = values.get("command")
+    if engine != "command":
+        if words and engine is not None:
+            fault("only engine command has a command", "engine: command")
+        return
+    if values.get("args"):
+        fault("engine command has no args", "write them in the command", "args")
+    if words is None and "command" in values:
+        return  # it has a fault of its own
+    if not words or not words[0].strip():
+        fault("engine command needs a command", f"command: {COMMAND.example}")
+        return
+    named = placeholders(words)
+    for name in named:
+        if name not in PLACEHOLDERS:
+            near = closest(name, PLACEHOLDERS)
+            fault(
+                f"{{{name}}} stands for nothing",
+                f"did you mean {{{near}}}?" if near else f"there are {' '.join(f'{{{one}}}' for one in PLACEHOLDERS)}",
+            )
+    if "port" not in named:
+        fault("the command does not say where to listen", "write {port} where the program takes its port")
+    if "model" in named and "model" not in values:
+        fault("the command has {model}, and the pool no model", "model: file:/abs/path.gguf", "model")
 
 
 POOLS: Kind[tuple[PoolSpec, ...]] = Kind(

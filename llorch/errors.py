@@ -47,6 +47,7 @@ class Code(StrEnum):
     UNSUPPORTED_MEDIA = "UNSUPPORTED_MEDIA"
     UNTRUSTED_ADDRESS = "UNTRUSTED_ADDRESS"
     IDEMPOTENCY_MISMATCH = "IDEMPOTENCY_MISMATCH"
+    DIGEST_MISMATCH = "DIGEST_MISMATCH"
     UPGRADE_REQUIRED = "UPGRADE_REQUIRED"
     RATE_LIMITED = "RATE_LIMITED"
     QUEUE_FULL = "QUEUE_FULL"
@@ -114,6 +115,9 @@ MEANINGS: Mapping[Code, Meaning] = {
     Code.UNTRUSTED_ADDRESS: Meaning(422, _BAD, False, "advertise the address this node is reached from (--address)"),
     Code.IDEMPOTENCY_MISMATCH: Meaning(
         422, _BAD, False, "this Idempotency-Key was sent with another body; make a new key for a new request"
+    ),
+    Code.DIGEST_MISMATCH: Meaning(
+        422, _BAD, False, "the bytes are not those that were meant: look at where they came from, then stage it again"
     ),
     Code.UPGRADE_REQUIRED: Meaning(426, _BAD, False, "send `Connection: Upgrade` and `Upgrade: llorch-records/1`"),
     Code.RATE_LIMITED: Meaning(429, _BUSY, True),

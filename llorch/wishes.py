@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from llorch.messages import Count, Digest, ModelId, NodeId, ShortText, Wire
+from llorch.messages import Count, Digest, Figure, ModelId, NodeId, ShortText, Wire
 
 
 class DrainWish(Wire):
@@ -52,8 +52,34 @@ class StageOrder(Wire):
     sources: list[StageSource] = Field(default_factory=list, max_length=64)
 
 
+class StageAnswer(Wire):
+    """What a node answers to a StageOrder: the id that it has the model under, and how far it is."""
+
+    model: ModelId
+    state: Literal["staged", "staging", "failed", "retired"] = "staging"
+    progress: Figure | None = None
+    error: Annotated[str, StringConstraints(max_length=1_000)] | None = None
+
+
 class VerifyWish(Wire):
     """POST /v2/catalog/verify of a control: read the files again and compare digests. None: every model, every node."""
 
     model: Annotated[str, StringConstraints(max_length=4_096)] | None = None
     nodes: Literal["all"] | Annotated[list[NodeId], Field(max_length=1_000)] = "all"
+
+
+class LogLine(Wire):
+    """One line that an engine wrote; a node cuts what is longer."""
+
+    replica: ShortText
+    text: Annotated[str, StringConstraints(max_length=16_384)]
+
+
+class PoolLogs(Wire):
+    """GET /v2/pools/{pool}/logs: the newest lines, the oldest of them first, or those after a cursor.
+
+    `cursor` is where to go on: what is asked for `after` it has not been sent.
+    """
+
+    lines: list[LogLine] = Field(max_length=2_000)
+    cursor: ShortText

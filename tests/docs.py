@@ -11,7 +11,7 @@ import typer
 import llorch
 from llorch.cli.main import app
 from llorch.config import settings_markdown
-from llorch.control import routes_health, routes_nodes, routes_tasks
+from llorch.control import routes_catalog, routes_health, routes_nodes, routes_pools, routes_tasks
 from llorch.control.admission import Admission
 from llorch.control.metrics import ControlMetrics, registry_metrics, trust_metrics
 from llorch.control.registry import Registry
@@ -26,7 +26,9 @@ MAP = ROOT / "llorch" / "README.md"
 
 
 def control_routes() -> tuple[Route, ...]:
-    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES))
+    return routes_health.routes(
+        (*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_pools.ROUTES, *routes_catalog.ROUTES)
+    )
 
 
 def node_route_table() -> tuple[Route, ...]:

@@ -57,18 +57,19 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def look_at_driver() -> Driver:
-    cards = nvidia_cards()
+    from llorch.node.gpu import GpuInventory
+
+    why = None
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception as error:  # NVMLError of many kinds, or whatever a broken driver's library does
-        return Driver(cards, type(error).__name__)
-    from llorch.node.gpu import GpuInventory
-
-    gpus = GpuInventory(pynvml).read()
+        why = type(error).__name__
+    gpus = GpuInventory().read()
     version = next((gpu.driver for gpu in gpus), None)
-    return Driver(cards, None, version, tuple(f"{gpu.name} ({gpu.vram_total_bytes >> 30} GiB)" for gpu in gpus))
+    named = tuple(f"{gpu.name} ({gpu.vram_total_bytes >> 30} GiB)" for gpu in gpus)
+    return Driver(nvidia_cards(), why, version, named)
 
 
 def look_at_engines(settings: NodeSettings, gpu_count: int) -> Engines:

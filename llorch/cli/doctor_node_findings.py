@@ -142,7 +142,9 @@ def address(facts: Address) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """`cards`: NVIDIA display devices on the PCI bus. `nvml`: why NVML can't be asked; None: it can."""
+    """`cards`: NVIDIA display devices on the PCI bus. `nvml`: why NVML can't be asked; None: it can. `gpus` are those
+    of all makers, `version` that of the first one's driver.
+    """
 
     cards: int = 0
     nvml: str | None = None
@@ -151,10 +153,11 @@ class Driver:
 
 
 def driver(facts: Driver) -> Finding:
-    if facts.gpus:
+    if facts.gpus and not (facts.cards and facts.nvml):
+        maker = "" if (facts.version or "").startswith("amdgpu") else "NVIDIA "
         count = "1 GPU" if len(facts.gpus) == 1 else f"{len(facts.gpus)} GPUs"
         some = ", ".join(map(shown, facts.gpus[:_NAMED]))
-        return ok("driver", f"NVIDIA {shown(facts.version)}, {count}: {some}")
+        return ok("driver", f"{maker}{shown(facts.version)}, {count}: {some}")
     if facts.cards:
         why = facts.nvml or "it lists no GPU"
         again = "; after an update of the driver, restart the machine" if "Version" in why else ""

@@ -25,6 +25,8 @@ from llorch.cli import (
     dev,
     doctor,
     explain,
+    logs,
+    model,
     node,
     pool,
     status,
@@ -70,7 +72,9 @@ submit.register(app)
 chat.register(app)
 status.register(app)
 app.add_typer(pool.app, name="pool")
+app.add_typer(model.app, name="model")
 app.add_typer(task.app, name="task")
+logs.register(app)
 explain.register(app)
 app.add_typer(doctor.app, name="doctor")
 app.add_typer(token.app, name="token")

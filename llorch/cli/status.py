@@ -10,8 +10,10 @@ import typer
 from llorch.cli.connection import connected
 from llorch.cli.exits import Exit
 from llorch.cli.flags import Call, client_command
+from llorch.cli.model import conflict_notes
 from llorch.cli.node import NODE_COLUMNS, quarantined_for
 from llorch.cli.output import Format, write_out
+from llorch.cli.pool_words import drain_words, name_of, note_of
 
 
 def problems(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -38,10 +40,19 @@ def problems(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, An
     return found
 
 
+def notes(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is nobody's fault and still keeps tasks away: wishes, loads, operations. One line each."""
+    words = [(f"node {node.get('node_id')}", drain_words(node)) for node in nodes]
+    drained = {node.get("node_id") for node in nodes if node.get("draining")}
+    words += [(f"pool {name_of(pool)}", note_of(pool)) for pool in pools if pool.get("node_id") not in drained]
+    return [f"{name}: {note}" for name, note in words if note is not None]
+
+
 async def status(call: Call) -> int:
     """Show the control, its nodes and their slots; exit 1 if anything is wrong."""
     async with connected(call.target) as client:
         control, nodes, pools = await client.ready(), await client.nodes(), await client.pools()
+        conflicts = conflict_notes(await client.call("GET", "/v2/catalog"))
     found = problems(nodes, pools)
     if control.get("status") != "ok":
         found.insert(0, f"the control is {control.get('status')}")
@@ -50,10 +61,20 @@ async def status(call: Call) -> int:
         found.insert(0, f"the control blames itself, and keeps what it knew of its nodes: {reason}")
     if call.output.format is Format.TABLE:
         _print(call.target.url, control, nodes, pools, found)
+        _print_notes([*notes(nodes, pools), *conflicts])
         if nodes:
+            write_out("\n")
             call.output.rows(nodes, NODE_COLUMNS, name=str)
     else:
-        document = {"url": call.target.url, "control": control, "problems": found, "nodes": nodes, "pools": pools}
+        document = {
+            "url": call.target.url,
+            "control": control,
+            "problems": found,
+            "notes": notes(nodes, pools),
+            "nodes": nodes,
+            "pools": pools,
+            "conflicts": conflicts,
+        }
         call.output.one(document, name="ok" if not found else "degraded")
     return Exit.FAILED if found else Exit.OK
 
@@ -75,7 +96,13 @@ def _print(
         f"nodes    {sum(node.get('state') == 'online' for node in nodes)} of {len(nodes)} online\n"
         f"pools    {ready} of {len(pools)} ready, {free} of {total} slots free\n"
     )
-    write_out("".join(f"problem  {one_line(problem)}\n" for problem in found) + ("\n" if nodes else ""))
+    write_out("".join(f"problem  {one_line(problem)}\n" for problem in found))
+
+
+def _print_notes(words: Sequence[str]) -> None:
+    from llorch.client.text import one_line
+
+    write_out("".join(f"note     {one_line(word)}\n" for word in words))
 
 
 def register(app: typer.Typer) -> None:

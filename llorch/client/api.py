@@ -22,6 +22,7 @@ from llorch import __version__, sse, tls, web
 from llorch.client import resume
 from llorch.client.events import TERMINAL, Event, ServerError, read_event, server_error
 from llorch.client.faults import ClientFault, StreamBroken, TimedOut, Unreachable, unreachable
+from llorch.client.operations import Operations
 from llorch.client.resume import Looking, Place, Tell, tell_nobody
 from llorch.client.submission import Submission, to_json
 from llorch.errors import Code, LlorchError
@@ -69,7 +70,7 @@ class _Lost(Exception):
         self.taken = taken
 
 
-class LlorchClient:
+class LlorchClient(Operations):
     """An async context manager. `url` is a control's base URL; `tls_ca` names a file with further authorities, or, if
     it is `pinned`, with the only ones.
     """
@@ -232,6 +233,23 @@ class LlorchClient:
             raise _stranger(self.url)
         return [entry for entry in found if isinstance(entry, dict)]
 
+    async def raw_events(self, path: str) -> AsyncGenerator[sse.Event, None]:
+        """The events of a stream that is no task's, over one connection, as they came. Raises ServerError, or
+        Unreachable for a silent one too."""
+        try:
+            async with self._request("GET", path, None, _SSE, within_s=SILENCE_S) as response:
+                if response.status != 200:
+                    raise await _refusal(response, self.url)
+                if response.content_type != "text/event-stream":
+                    raise _stranger(self.url)
+                async with contextlib.aclosing(_raw_events(response)) as events:
+                    async for event in events:
+                        yield event
+        except _Lost as lost:
+            raise lost.fault from None
+        except _FAILURES as error:
+            raise unreachable(self.url, error) from None
+
     # ------------------------------------------------------------ underneath
 
     async def _stream(self, place: Place, ask: Callable[[], Answer], tell: Tell) -> AsyncGenerator[Event, None]:
@@ -372,21 +390,26 @@ def _cut_short(url: str) -> _Lost:
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[Event, None]:
+    """The events of one connection that this client knows."""
+    async with contextlib.aclosing(_raw_events(response)) as events:
+        async for raw in events:
+            event = _read_event(raw)
+            if event is not None:
+                yield event
+
+
+async def _raw_events(response: aiohttp.ClientResponse) -> AsyncGenerator[sse.Event, None]:
     """The events of one connection. Ends where it ends; a silent one raises TimeoutError."""
     decoder = sse.Decoder()
     while True:
         async with asyncio.timeout(SILENCE_S):
             data = await response.content.readany()
         if not data:
-            last = decoder.finish()
-            event = _read_event(last) if last is not None else None
-            if event is not None:
-                yield event
+            if (last := decoder.finish()) is not None:
+                yield last
             return
-        for raw in decoder.feed(data):
-            event = _read_event(raw)
-            if event is not None:
-                yield event
+        for event in decoder.feed(data):
+            yield event
 
 
 def _read_event(raw: sse.Event) -> Event | None:

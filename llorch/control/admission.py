@@ -7,13 +7,13 @@ wishes can't be met yet is passed by those that can. Never chooses a pool or tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from llorch.control.fairness import Shares
 from llorch.control.line import SURE_DEPARTURES, Limits, Line, Waiter
-from llorch.control.placement import PoolFacts
+from llorch.control.placement import LOADING_STATES, PoolFacts
 from llorch.errors import Code, LlorchError
 from llorch.messages import Tail
 
@@ -29,23 +29,21 @@ MAX_HOPELESS = 32  # different limits that are tried in vain at once: each costs
 MIN_RETRY_AFTER_MS = 1_000
 MAX_RETRY_AFTER_MS = 30_000
 
-LOADING_STATES = frozenset({"starting", "loading"})
-
 C = TypeVar("C")
 
 
 def serving_slots(model: str, pools: Iterable[PoolFacts]) -> int:
-    """How many slots the pools have that serve `model` now."""
-    return sum(pool.slots_total for pool in pools if pool.model == model and pool.ready and pool.online)
+    """How many slots the pools have that serve `model` now, are loading it, or would at once."""
+    return sum(pool.slots_total for pool in pools if pool.online and (pool.takes == model or pool.may_load(model)))
 
 
 def being_loaded(model: str, pools: Iterable[PoolFacts]) -> bool:
     """Whether no pool is ready with `model`, and one that has or can load it is on its way. `pools`: those that can."""
     loading = False
     for pool in pools:
-        if pool.online and pool.ready and pool.model == model:
+        if pool.online and pool.ready and pool.model == model and pool.loading is None:
             return False
-        loading = loading or (pool.online and pool.state in LOADING_STATES)
+        loading = loading or (pool.online and (pool.loading is not None or pool.state in LOADING_STATES))
     return loading
 
 
@@ -103,6 +101,15 @@ class Admission:
         """The wait at the end of each model's line: a guess, where anybody waits and one has left before."""
         found = {model: line.pace.eta_ms(len(line) + 1, now) for model, line in self._lines.items() if len(line)}
         return {model: eta_ms for model, eta_ms in found.items() if eta_ms is not None}
+
+    def by_age(self) -> list[tuple[str, Iterator[Waiter]]]:
+        """The models that anybody waits for, each with who does, those first who have waited longest."""
+        return [(model, line.by_age()) for model, line in self._lines.items() if len(line)]
+
+    def oldest(self, model: str) -> Waiter | None:
+        """Who has waited longest for a model."""
+        line = self._lines.get(model)
+        return None if line is None else next(line.by_age(), None)
 
     def order(self, model: str, now: float) -> list[str]:
         """The tasks that wait for a model, in the order in which slots would go to them now."""
@@ -168,7 +175,7 @@ class Admission:
         model: str | None = None,
         *,
         any_free: Callable[[str], bool] = lambda _: True,
-        may_go: Callable[[str], bool] = lambda _: True,
+        may_go: Callable[[Waiter], bool] = lambda _: True,
     ) -> list[tuple[Waiter, C]]:
         """Offer the free slots to the waiters in order, or to those of one model; who was placed has left the queue.
 
@@ -187,7 +194,7 @@ class Admission:
         return placed
 
     def _match_line(
-        self, line: Line, try_place: Callable[[Waiter], C | None], now: float, may_go: Callable[[str], bool]
+        self, line: Line, try_place: Callable[[Waiter], C | None], now: float, may_go: Callable[[Waiter], bool]
     ) -> list[tuple[Waiter, C]]:
         claims: dict[str, C] = {}
         hopeless: set[Limits] = set()
@@ -196,7 +203,7 @@ class Admission:
             limits = waiter.limits
             if limits is not None and (limits in hopeless or limits in line.asked):
                 continue
-            if not may_go(waiter.task_id):
+            if not may_go(waiter):
                 continue
             if limits is not None and len(hopeless) >= MAX_HOPELESS:
                 unasked = True

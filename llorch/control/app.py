@@ -17,7 +17,15 @@ from functools import partial
 
 from llorch import listen, logs, systemd, tls, web
 from llorch.config import ControlSettings
-from llorch.control import on_record, routes_health, routes_nodes, routes_tasks, routes_trust
+from llorch.control import (
+    on_record,
+    routes_catalog,
+    routes_health,
+    routes_nodes,
+    routes_pools,
+    routes_tasks,
+    routes_trust,
+)
 from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
@@ -31,7 +39,8 @@ from llorch.control.registry import Registry
 from llorch.control.replay import Replays
 from llorch.control.resolver import NodeResolver
 from llorch.control.roster import Roster
-from llorch.control.state import CONTROL, Control
+from llorch.control.stager import Stager
+from llorch.control.state import CONTROL, Control, wall_time
 from llorch.control.sweep import expire_step, probe_step, roster_step
 from llorch.doors import Limits
 from llorch.quotas import Quotas, Rates
@@ -103,6 +112,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             queue_timeout_batch_s=settings.queue_timeout_batch,
             ttft_timeout_s=settings.ttft_timeout,
             recovering=lambda: recovery.on(time.monotonic()),
+            reread=lambda node_id, pool_id: routes_nodes.read_pool(control, node_id, pool_id),
         )
         distrust = Distrust(
             registry,
@@ -124,6 +134,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             quotas=quotas,
             doors=doors,
             distrust=distrust,
+            stager=Stager(registry, nodes, access, guard, wall_time),
             replays=Replays(dispatcher.tasks, registry, nodes, recovery),
             access=access,
             admission=admission,
@@ -144,6 +155,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
         gate = access.gate(lambda code: metrics.auth_failed(code.value), doorkeeper.denied, quotas)
         app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
         app[CONTROL] = control
+        app[routes_pools.FOLLOWED] = routes_pools.Followed()
         server = await listen.serve(
             app,
             settings.bind.host,
@@ -171,6 +183,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             guard.loop(doorkeeper.step, "doorkeeper")
             guard.loop(partial(expire_step, control), "expire")
             guard.loop(partial(roster_step, control), "roster")
+            guard.loop(control.stager.step, "stager")
             guard.loop(partial(probe_step, control, settings.probe_interval), "probe")
             yield control, server
         finally:
@@ -187,7 +200,9 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
 
 def routes() -> tuple[web.Route, ...]:
     """Every route of a control."""
-    return routes_health.routes((*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_trust.ROUTES))
+    return routes_health.routes(
+        (*routes_tasks.ROUTES, *routes_nodes.ROUTES, *routes_pools.ROUTES, *routes_catalog.ROUTES, *routes_trust.ROUTES)
+    )
 
 
 def settle(control: Control, settings: ControlSettings) -> None:

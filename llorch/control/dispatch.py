@@ -15,15 +15,17 @@ from llorch.breaker import TRIAL_TIMEOUT_S
 from llorch.control import placement
 from llorch.control.admission import Admission
 from llorch.control.audience import Audience, Client, ShuttingDown, SlowReader
+from llorch.control.decision import Decision
 from llorch.control.ejection import blames
 from llorch.control.feed import Accepted, Feed, Lost, Refused, Stopped
 from llorch.control.log_reader import LogReader, LogReaders, Opener
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
+from llorch.control.rereads import Read, Rereads
 from llorch.control.retries import Retries
 from llorch.control.surplus import Surplus
 from llorch.control.tasks import State, Task, TaskStore
-from llorch.control.verdicts import GoElsewhere, early_tail, verdict
+from llorch.control.verdicts import GoElsewhere, early_tail, serves_another, verdict
 from llorch.control.waiting import WaitingRoom
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
@@ -31,6 +33,7 @@ from llorch.messages import Head, Tail
 from llorch.quotas import Quotas
 from llorch.tasks import Guard
 
+MOST_LOADING_S = 3_600.0  # of a load, in which no first byte is missed: a node gives its largest model half of that
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
 ACCEPT_AT_LAST_S = 10.0  # the same where no other pool could take the task
 DOUBT_S = 5.0  # for a silent link to answer a PING: as long as TCP is given to notice a black hole
@@ -61,8 +64,10 @@ class Dispatcher:
         queue_timeout_batch_s: float,
         ttft_timeout_s: float,
         recovering: Callable[[], bool] = lambda: False,
+        reread: Read | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`reread`: ask a node for the report of one of its pools, and take it over."""
         self.tasks = TaskStore()
         self.readers = LogReaders(registry, opener, metrics)
         self.surplus = Surplus(self.tasks, registry, self.readers)
@@ -86,6 +91,7 @@ class Dispatcher:
         self._retries = Retries(lambda: self.tasks.running)
         self._clock = clock
         self._guard = Guard("control.dispatch")
+        self._rereads = Rereads(self._guard, reread)
         self._audiences: dict[str, Audience] = {}  # of the tasks that run
         self._reading: dict[str, LogReader] = {}  # of the tasks that are on a node
         self.draining = False
@@ -94,7 +100,7 @@ class Dispatcher:
 
     # ---- what routes call
 
-    def explain(self, wish: placement.Wish) -> placement.Decision:
+    def explain(self, wish: placement.Wish) -> Decision:
         """A dry run: where this would go now, and why."""
         return self._room.snapshot(wish).decision()
 
@@ -275,8 +281,11 @@ class Dispatcher:
             self._registry.failed(claim, now)
         if gone.error.code is Code.NODE_LOST:
             self._registry.probed(claim.node_id, False, now)  # without a link, nothing goes there before it answers
+        another = serves_another(gone.error, task.wish.model)
+        if another or gone.error.code is Code.MODEL_NOT_AVAILABLE:
+            self._rereads.ask(claim.node_id, claim.pool_id, now)
         if gone.busy:
-            self._registry.busy(claim, now, full=gone.error.code is Code.ALL_SLOTS_BUSY)
+            self._registry.busy(claim, now, full=gone.error.code is Code.ALL_SLOTS_BUSY, another=another)
         else:
             task.waited_s = 0.0
             if gone.lost:
@@ -381,6 +390,8 @@ class Dispatcher:
             item = await reader.next(max(0.0, min(ping_at, until) - self._clock()))
             if item is None:
                 now = self._clock()
+                if accepted and now - sent_at < MOST_LOADING_S and self._registry.loading(claim):
+                    until = now + self._patience_s(task, claim)
                 if now >= until:
                     task.check_deadline(now)
                     if accepted:
@@ -401,8 +412,8 @@ class Dispatcher:
                 accepted = True
                 self._registry.accepted(claim)
                 until = self._clock() + self._patience_s(task, claim)
-                if not task.stream:
-                    self._tried(task)  # it shows nothing before it is done: others are not to wait as long
+                if not task.stream or self._registry.loading(claim):
+                    self._tried(task)  # it shows nothing before that is done: others are not to wait as long
                 await audience.accepted()
             elif isinstance(item, Head):
                 return item

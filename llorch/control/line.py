@@ -207,6 +207,11 @@ class Line:
                 if following is not None:
                     heappush(heap, (counters[owner], following.turn_at, owner, following, waiters))
 
+    def by_age(self) -> Iterator[Waiter]:
+        """Everybody, those first who have waited longest; what is batch has waited that much less."""
+        queues = [queue.values() for mine in self.mine.values() for queue in (mine.interactive, mine.batch) if queue]
+        return merge(self.front, *queues, key=lambda waiter: waiter.turn_at)
+
     def order(self, now: float) -> list[Waiter]:
         return list(self.in_turn(now, lambda _: True))
 

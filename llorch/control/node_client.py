@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -328,7 +328,8 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-def _error_of(status: int, answer: bytes) -> LlorchError:
+def _error_of(status: int, answer: bytes, by_status: Mapping[int, Code] | None = None) -> LlorchError:
+    """`by_status`: what an answer means that is no error of ours."""
     if status in (401, 403):
         # The control's own token is wrong there: nothing that the client sent, or could mend.
         return LlorchError(Code.INTERNAL, "the node refused this control's service token")
@@ -337,14 +338,18 @@ def _error_of(status: int, answer: bytes) -> LlorchError:
     except LlorchError:
         wire = None
     return LlorchError.from_wire(
-        wire.get("error") if isinstance(wire, dict) else None, fallback=_BY_STATUS.get(status, Code.NODE_LOST)
+        wire.get("error") if isinstance(wire, dict) else None,
+        fallback=(by_status or _BY_STATUS).get(status, Code.NODE_LOST),
     )
 
 
 def _answer(status: int, answer: bytes) -> Any:
     if status >= 300:  # a node sends nobody elsewhere
-        raise _error_of(status, answer)
-    return decode_json(answer) if answer else None
+        raise _error_of(status, answer, _CALL_BY_STATUS)
+    try:
+        return decode_json(answer) if answer else None
+    except LlorchError:
+        raise LlorchError(Code.NODE_LOST, "its answer can't be read") from None
 
 
 _BY_STATUS = {
@@ -354,3 +359,4 @@ _BY_STATUS = {
     429: Code.ALL_SLOTS_BUSY,
     503: Code.MODEL_NOT_AVAILABLE,
 }
+_CALL_BY_STATUS = _BY_STATUS | {405: Code.METHOD_NOT_ALLOWED, 501: Code.METHOD_NOT_ALLOWED}

@@ -13,9 +13,10 @@ from typing import Any
 from llorch.breaker import Breaker, Phase
 from llorch.control.addresses import host_of
 from llorch.control.lies import SlotWord
-from llorch.control.placement import FAILED_STATES, Known, PoolFacts
+from llorch.control.placement import FAILED_STATES, LOADING_STATES, Known, PoolFacts
 from llorch.control.strikes import Quarantine
-from llorch.messages import Gpu, ModelReport, PoolReport, Register, TaskReport
+from llorch.control.swapping import MODEL_KEPT_S, Pledge
+from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
 
 SUSPECT_AFTER_BEATS = 2.5  # two were due and did not come, and the second had half an interval to be late in
 REFUSAL_HOLDS_S = 1.0  # a full pool is tried again then, should the report of a freed slot have been lost
@@ -56,7 +57,8 @@ class Event:
 class Claim:
     """A slot taken at this control, for one attempt of a task. `trial`: its pool is tried with it, and with no other.
 
-    `breaker` is its pool's, so that what becomes of it is never laid at the door of another process.
+    `breaker` is its pool's, so that what becomes of it is never laid at the door of another process. `model`: what the
+    task is for; None where nobody asked, and then it pledges its pool to nothing.
     """
 
     node_id: str
@@ -65,6 +67,11 @@ class Claim:
     attempt: int
     trial: bool
     breaker: Breaker
+    model: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.task_id, self.attempt
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +101,12 @@ class Pool:
     refused_until: float = 0.0
     bound_model: str | None = None
     bound_since: str | None = None  # wall time
+    loads: bool = False  # it would load a model for a task, or is loading one, as far as it and its node's wishes go
+    resident: str | None = None  # ready, as of the last report
+    resident_since: float = 0.0  # when this control first heard so
+    pledge: Pledge | None = None
+    no_swap_until: float = 0.0
+    used: int = 0  # the number of the claim that was taken here last
     breaker: Breaker = field(default_factory=Breaker)
     slot_word: SlotWord = field(default_factory=SlotWord)
     facts: PoolFacts | None = None
@@ -102,7 +115,7 @@ class Pool:
     @property
     def bound(self) -> bool:
         """Whether the control may place on it, as far as the pool and its node's own wishes go."""
-        return self.bound_model is not None
+        return self.bound_model is not None or self.loads
 
     @property
     def slots_total(self) -> int:
@@ -119,17 +132,58 @@ class Pool:
         if merge:
             report = self.report.model_copy(update={name: getattr(report, name) for name in report.model_fields_set})
         self.report, self.reported_at, self.facts = report, now, None
+        resident = report.model if report.ready else None
+        if resident != self.resident:
+            self.resident, self.resident_since = resident, now
+        if self.pledge is not None and not self.pledge.stands(swappable=bool(report.swappable), model=resident):
+            self.pledge = None
         if counted:
             taken = 0 if report.slots_free is None else max(0, self.slots_total - report.slots_free)
             self.others = max(0, taken - self.claimed - max(0, self.ended_since_report))
             self.ended_since_report = 0
-            self.refused_until = 0.0
+            self.refused_until = self.no_swap_until = 0.0
+
+    def begin(self, claim: Claim, number: int) -> None:
+        """A claim is taken here. For a model that has to be loaded first, it pledges the pool to that."""
+        if claim.model != self.resident and claim.model is not None:
+            if self.facts_of_load()[1]:
+                self.pledge = Pledge(claim.model)
+            if self.pledge is not None and self.pledge.model == claim.model:
+                self.pledge.claims.add(claim.key)
+        self.claimed += 1
+        self.used = number
+        self.facts = None
+
+    def end(self, claim: Claim, *, used: bool) -> None:
+        self.claimed -= 1
+        self.ended_since_report += used
+        if self.pledge is not None and self.pledge.ended(claim.key):
+            self.pledge = None
+        self.facts = None
+
+    def facts_of_load(self) -> tuple[str | None, bool]:
+        """(the model that is on its way, whether a task for another one than is resident may be sent)."""
+        loading = self.report.loading if self.pledge is None else self.pledge.model
+        return loading, bool(self.report.swappable) and loading is None and self.claimed == 0
+
+    def loading(self, model: str | None) -> bool:
+        """Whether what is to serve a task for `model` is on its way, as far as reports tell."""
+        loading, _ = self.facts_of_load()
+        if loading is not None:
+            return loading == model
+        return self.resident is None and self.report.state in LOADING_STATES
 
     def refuse(self, now: float) -> None:
         """The node said ALL_SLOTS_BUSY to one of our claims, which is still held: all that isn't ours is taken."""
         self.others_refused = self.slots_total - max(0, self.claimed - 1)
         self.refused_until = now + REFUSAL_HOLDS_S
         self.ended_since_report -= 1  # that claim never took a slot of the node: its end must not count as one
+        self.facts = None
+
+    def refuse_swap(self, now: float) -> None:
+        """The node said to one of our claims, still held, that it serves another model: it is not swappable now."""
+        self.no_swap_until = now + REFUSAL_HOLDS_S
+        self.ended_since_report -= 1  # as in `refuse`
         self.facts = None
 
     def event(self, word: str, **more: Any) -> Event:
@@ -144,9 +198,29 @@ class Pool:
 
     def bindable(self, node: Node) -> str | None:
         """The model that a task could be placed here for, slots aside; None if none could."""
-        report = self.report
-        staying = not report.draining and not node.draining and report.state not in FAILED_STATES
-        return report.model if node.online and report.ready and staying else None
+        return self.resident if self._stays(node) else None
+
+    def _stays(self, node: Node) -> bool:
+        return not (self.report.draining or node.draining or self.report.state in FAILED_STATES) and node.online
+
+    def settle(self, node: Node, wall: str) -> list[Event]:
+        """After any change of its node: whether it is bound, and to what."""
+        self.loads = self._stays(node) and (bool(self.report.swappable) or self.report.loading is not None)
+        model = self.bindable(node)
+        if model == self.bound_model:
+            return []
+        events = self.unbind()
+        if model is not None:
+            self.bound_model, self.bound_since = model, wall
+            events.append(self.event("pool.bound", model=model))
+        return events
+
+    def unbind(self) -> list[Event]:
+        if self.bound_model is None:
+            return []
+        event = self.event("pool.unbound", model=self.bound_model)
+        self.bound_model = self.bound_since = None
+        return [event]
 
     def make_facts(self, node: Node, now: float) -> PoolFacts:
         """What placement looks at. Kept in `facts`, and good until something changes or `facts_until` comes."""
@@ -157,10 +231,13 @@ class Pool:
             self.facts_until = min(self.facts_until, node.last_beat + node.suspect_after_s)
         if now < self.refused_until:
             self.facts_until = min(self.facts_until, self.refused_until)
+        loading, swappable = self.facts_of_load()
+        if now < self.no_swap_until:
+            self.facts_until, swappable = min(self.facts_until, self.no_swap_until), False
         self.facts = PoolFacts(
             node.node_id,
             self.pool_id,
-            report.model,
+            report.model if loading is None or loading == report.model else None,
             frozenset(report.models or ()),
             node.online,
             node.reachable,
@@ -177,6 +254,11 @@ class Pool:
             report.last_error,
             self._why_out(),
             node.quarantine.reason if node.quarantine is not None else None,
+            loading,
+            swappable,
+            self.resident_since + MODEL_KEPT_S,
+            report.load_s,
+            self.used,
         )
         return self.facts
 
@@ -278,6 +360,21 @@ class Node:
                 if model.gone:
                     self.catalog.pop(model.id, None)
 
+    def beat(self, message: Heartbeat, now: float, wall: str) -> None:
+        """It lives, and this is how."""
+        self.seq = self.seq if message.seq is None else message.seq
+        self.online, self.offline_since = True, None
+        self.last_beat, self.last_beat_wall = now, wall
+        self.beats += 1
+        self.rtt_ms = self.rtt_ms if message.rtt_ms is None else message.rtt_ms
+        self.draining = self.draining if message.draining is None else message.draining
+
+    def inherit(self, old: Node) -> None:
+        """It is the process that it was: what was taken on its pools stays there, and so does its standing."""
+        self.linked, self.probe_ok, self.beats, self.held = old.linked, old.probe_ok, old.beats, old.held
+        self.registered_wall = old.registered_wall
+        self.pools = old.pools
+
     def gives_way(self, message: Register, peer: str | None) -> bool:
         """Whether another process may take its id over."""
         if not self.online or (peer is not None and peer == self.peer):
@@ -302,14 +399,24 @@ class Node:
 # ---------------------------------------------------------------- all of them
 
 
-def index(nodes: Iterable[Node]) -> tuple[dict[str, list[Pool]], Known]:
-    """The pools that have a model loaded or can load it, by model; and what there is anywhere."""
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The pools that have a model loaded or can load it, by model; the models for which a pool may have to let another
+    one go; and what there is anywhere."""
+
+    by_model: Mapping[str, list[Pool]]
+    swapped: frozenset[str]
+    known: Known
+
+
+def index(nodes: Iterable[Node], departed: frozenset[str]) -> Index:
     by_model: dict[str, list[Pool]] = {}
     resident: set[str] = set()
     loadable: set[str] = set()
     catalogued: set[str] = set()
     names: set[str] = set()
     pools: set[str] = set()
+    swapped: set[str] = set()
     for node in nodes:
         names.add(node.node_id)
         catalogued.update(model.id for model in node.catalog.values() if model.state != "retired")
@@ -318,7 +425,10 @@ def index(nodes: Iterable[Node]) -> tuple[dict[str, list[Pool]], Known]:
             loadable.update(pool.report.models or ())
             if pool.report.model is not None:
                 resident.add(pool.report.model)
-            for model in pool.serves():
+            models = pool.serves()
+            for model in models:
                 by_model.setdefault(model, []).append(pool)
-    known = Known(*(frozenset(each) for each in (resident, loadable, catalogued, names, pools)))
-    return by_model, known
+            if len(models) > 1:
+                swapped |= models
+    held = (frozenset(each) for each in (resident, loadable, catalogued, names, pools, departed))
+    return Index(by_model, frozenset(swapped), Known(*held))

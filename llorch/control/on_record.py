@@ -22,6 +22,7 @@ from llorch.errors import Code, LlorchError
 from llorch.settings import ControlSettings
 from llorch.tokens import Record
 from llorch.web import PRINCIPAL, REQUEST_ID
+from llorch.wishes import DrainWish, PoolWish
 
 ALLOWED, REFUSED = "allowed", "refused"
 LOCAL = "local"  # whoever may write the data directory
@@ -175,6 +176,72 @@ def link_lost(control: Control, node_id: str, reason: str) -> None:
 
 def node_expired(control: Control, node_id: str) -> None:
     control.audit.record("node.expired", node_id=node_id)
+
+
+# ---------------------------------------------------------------- operations on nodes and pools
+
+
+async def node_operation(request: web.Request, node_id: str, kind: str, wish: DrainWish) -> None:
+    """By an admin, and only if that is on disk. `why` is what was given as a reason."""
+    await request.app[CONTROL].audit.require(
+        "node.operation", **_by_admin(request, node_id, None, kind), **_wished(wish), decision=ALLOWED
+    )
+
+
+async def pool_operation(request: web.Request, node_id: str, pool_id: str, kind: str, wish: PoolWish) -> None:
+    named = None if wish.model is None else without_secrets(wish.model)
+    await request.app[CONTROL].audit.require(
+        "pool.operation", **_by_admin(request, node_id, pool_id, kind), **_wished(wish), model=named, decision=ALLOWED
+    )
+
+
+def operation_refused(request: web.Request, node_id: str, pool_id: str | None, kind: str, error: LlorchError) -> None:
+    """It was to be done, and then the node did not take it, or could not be asked."""
+    request.app[CONTROL].audit.record(
+        "node.operation_refused" if pool_id is None else "pool.operation_refused",
+        **_by_admin(request, node_id, pool_id, kind),
+        decision=REFUSED,
+        reason=error.code.value,
+    )
+
+
+def logs_read(request: web.Request, node_id: str, pool_id: str, *, follow: bool) -> None:
+    """What an engine writes may quote what it was asked."""
+    request.app[CONTROL].audit.record(
+        "pool.logs", **_by_admin(request, node_id, pool_id, "follow" if follow else "read"), decision=ALLOWED
+    )
+
+
+def _by_admin(request: web.Request, node_id: str, pool_id: str | None, kind: str) -> dict[str, Value]:
+    place = {"node_id": node_id} | ({} if pool_id is None else {"pool_id": pool_id})
+    return _by(request) | {"scope": Scope.ADMIN.value, **place, "kind": kind}
+
+
+def _wished(wish: DrainWish) -> dict[str, Value]:
+    deadline_ms = None if wish.deadline_s is None else round(wish.deadline_s * 1_000)
+    return {"deadline_ms": deadline_ms, "why": None if wish.reason is None else masked(wish.reason)}
+
+
+def without_secrets(ref: str) -> str:
+    """A model's reference as it may be on record: of a URL no user, no password, no query, and none of our tokens."""
+    scheme, separator, rest = ref.partition("://")
+    if separator:
+        place, slash, path = rest.partition("/")
+        path = path.partition("?")[0].partition("#")[0]
+        ref = f"{scheme}://{place.rpartition('@')[2].partition('?')[0].partition('#')[0]}{slash}{path}"
+    return masked(ref)
+
+
+# ---------------------------------------------------------------- models
+
+
+async def models_changed(
+    request: web.Request, event: str, *, model: str | None, nodes: str, source: str | None = None
+) -> None:
+    """By an admin: only if that is on disk. `nodes`: their ids, or "all"; `model`: None is every one."""
+    await request.app[CONTROL].audit.require(
+        event, **_by(request), scope=Scope.ADMIN.value, model=model, nodes=nodes, source=source, decision=ALLOWED
+    )
 
 
 # ---------------------------------------------------------------- trust

@@ -2,23 +2,33 @@
 
 Owns what a task may ask for (`Wish`), what is known of a pool when it is chosen (`PoolFacts`), the ordered table of
 filters, the score, and the rule that decides between placing, waiting and refusing. `pick` is the fast path of every
-arrival; `decide` gives the same answer with every pool's verdict, for people. Never takes a claim, reads no clock, and
-gives the same answer whatever the order in which the pools come.
+arrival; `decision.decide` gives the same answer with every pool's verdict, for people. Never takes a claim, reads no
+clock, and gives the same answer whatever the order in which the pools come.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from llorch.errors import Code, LlorchError
 
 RETRY_AFTER_MS = 5_000  # half a heartbeat: sooner, the facts behind a refusal can hardly have changed
 FAILED_STATES = frozenset({"failed"})
+LOADING_STATES = frozenset({"starting", "loading"})
+
+
+class Warmth(IntEnum):
+    """How soon a task could begin at a pool that may be sent it. Nothing that a task prefers outweighs it."""
+
+    RESIDENT = 0  # at once
+    LOADING = 1  # when its model has been loaded, which is under way
+    EMPTY = 2  # its model is loaded for it
+    EVICTING = 3  # the same, and another model goes for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +61,18 @@ def excluding(wish: Wish, tried: Iterable[tuple[str, str]]) -> Wish:
     return replace(wish, exclude=wish.exclude | frozenset(tried))
 
 
+OwnOrder: TypeAlias = tuple[Warmth, float, int, tuple[str, str]]
+
+
 @dataclass(frozen=True, slots=True)
 class PoolFacts:
-    """A pool as control sees it at one moment. `reported_at` is monotonic seconds, None before any report."""
+    """A pool as control sees it at one moment. `reported_at` is monotonic seconds, None before any report.
+
+    `model` is resident; with `loading`, that one is on its way and tasks for it may be sent already; with `swappable`,
+    a task for any of `models` may be, and is held while the node loads it (`load_s`: how long that took last).
+    `kept_until`: what is resident is not to go for another before that. `used`: when the pool was last given a task, as
+    a count of all claims. `barred`: why the one task that these facts were made for may not go there just now.
+    """
 
     node_id: str
     pool_id: str
@@ -74,19 +93,31 @@ class PoolFacts:
     last_error: str | None = None
     ejected: str | None = None  # why no task may go there: too many failed, or one that tries it runs
     quarantined: str | None = None  # what its node did that it may not; it is offline meanwhile
+    loading: str | None = None
+    swappable: bool = False
+    kept_until: float = 0.0
+    load_s: float | None = None
+    used: int = 0
+    barred: str | None = None
     # What does not depend on the wish, worked out once for `pick`: whether it may be placed on, and its place in the
     # order of those that may. Facts are read far more often than they change.
+    takes: str | None = field(init=False)  # the model that tasks may be sent for without anything being swapped
+    available: bool = field(init=False)  # it takes tasks, if perhaps none more just now
     placeable: bool = field(init=False)
     key: tuple[str, str] = field(init=False)
-    order: tuple[float, int, tuple[str, str]] = field(init=False)
+    order: OwnOrder = field(init=False)
 
     def __post_init__(self) -> None:
         up = self.online and self.reachable and not self.suspect
         staying = not self.node_draining and not self.pool_draining and self.state not in FAILED_STATES
-        fit = up and staying and self.ready and self.ejected is None
-        object.__setattr__(self, "placeable", fit and self.slots_free > 0)
+        serves = self.ready or self.swappable or self.loading is not None
+        available = up and staying and serves and self.ejected is None
+        warmth = Warmth.RESIDENT if self.loading is None else Warmth.LOADING
+        object.__setattr__(self, "takes", self.loading or (self.model if self.ready else None))
+        object.__setattr__(self, "available", available)
+        object.__setattr__(self, "placeable", available and self.slots_free > 0 and self.barred is None)
         object.__setattr__(self, "key", (self.node_id, self.pool_id))
-        object.__setattr__(self, "order", (self.load, -self.vram_free_bytes, self.key))
+        object.__setattr__(self, "order", (warmth, self.load, -self.vram_free_bytes, self.key))
 
     @property
     def name(self) -> str:
@@ -97,6 +128,10 @@ class PoolFacts:
         """The part of its slots that is taken, 0 to 1; a pool without slots is full."""
         return (self.slots_total - self.slots_free) / self.slots_total if self.slots_total > 0 else 1.0
 
+    def may_load(self, model: str) -> bool:
+        """Whether a task for `model` may be sent for which something has to be loaded first."""
+        return self.swappable and model in self.models and self.takes != model
+
     def age_ms(self, now: float) -> int | None:
         return None if self.reported_at is None else max(0, round((now - self.reported_at) * 1000))
 
@@ -105,8 +140,8 @@ class PoolFacts:
 class Known:
     """What there is anywhere, so that a refusal can tell "not there" from "not now".
 
-    Models that are resident in a pool, that a pool says it can load, or that a node's catalog holds; the ids of nodes,
-    and pools as "node/pool".
+    Models that are resident in a pool, that a pool says it can load, or that a node's catalog holds; those that were
+    there a moment ago (`departed`); the ids of nodes, and pools as "node/pool".
     """
 
     resident: frozenset[str] = frozenset()
@@ -114,6 +149,7 @@ class Known:
     catalogued: frozenset[str] = frozenset()
     nodes: frozenset[str] = frozenset()
     pools: frozenset[str] = frozenset()
+    departed: frozenset[str] = frozenset()
 
     def has_model(self, model: str) -> bool:
         return model in self.resident or model in self.loadable or model in self.catalogued
@@ -141,15 +177,33 @@ class Filter:
     name: str
     fate: Fate
     passes: Callable[[Wish, PoolFacts], bool]
-    reason: Callable[[Wish, PoolFacts], str]
+    reason: Callable[[Wish, PoolFacts, float], str]  # the last is now
 
 
-def _why_unreachable(_: Wish, pool: PoolFacts) -> str:
+def _why_unreachable(_: Wish, pool: PoolFacts, __: float) -> str:
     return "its node does not answer" if not pool.reachable else "its node has missed two heartbeats"
 
 
-def _why_draining(_: Wish, pool: PoolFacts) -> str:
+def _why_draining(_: Wish, pool: PoolFacts, __: float) -> str:
     return "its node is draining" if pool.node_draining else "the pool is draining"
+
+
+def _loaded(wish: Wish, pool: PoolFacts) -> bool:
+    """Its model is there, or on its way, or will be for this very task."""
+    resident = pool.model == wish.model and pool.loading is None
+    return resident or pool.loading == wish.model or pool.may_load(wish.model)
+
+
+def _why_not_loaded(wish: Wish, pool: PoolFacts, now: float) -> str:
+    if pool.loading is not None:
+        return f"{pool.loading} is being loaded now, and kept for a while then; swapped when idle"
+    if pool.model is None:
+        return "no model is loaded yet"
+    if len(pool.models) < 2:
+        return f"{pool.model} is loaded now"
+    left_s = pool.kept_until - now
+    when = f"in about {left_s:.0f} s at the earliest" if left_s >= 0.5 else "as it has had its time"
+    return f"{pool.model} is loaded now; swapped when idle, {when}"
 
 
 # Ordered: the first one that a pool fails is the reason given, so what can't change comes before what passes.
@@ -157,106 +211,115 @@ FILTERS: tuple[Filter, ...] = (
     Filter(
         "model",
         Fate.ABSENT,
-        lambda w, p: p.model == w.model or w.model in p.models,
-        lambda w, p: f"it serves {p.model}" if p.model else "it does not have the model",
+        lambda w, p: p.model == w.model or w.model in p.models or p.loading == w.model,
+        lambda w, p, now: f"it serves {p.model}" if p.model else "it does not have the model",
     ),
     Filter(
         "pin",
         Fate.UNWANTED,
         lambda w, p: w.pin is None or named(p, (w.pin,)),
-        lambda w, p: f"the task is pinned to {w.pin}",
+        lambda w, p, now: f"the task is pinned to {w.pin}",
     ),
     Filter(
         "prefer",
         Fate.UNWANTED,
         lambda w, p: w.allow_fallback or not w.prefer or named(p, w.prefer),
-        lambda w, p: "it is not preferred, and the task allows no fallback",
+        lambda w, p, now: "it is not preferred, and the task allows no fallback",
     ),
     Filter(
         "avoid",
         Fate.UNWANTED,
         lambda w, p: w.allow_fallback or not named(p, w.avoid),
-        lambda w, p: "the task avoids it, and allows no fallback",
+        lambda w, p, now: "the task avoids it, and allows no fallback",
     ),
     Filter(
         "zone",
         Fate.UNWANTED,
         lambda w, p: w.zone is None or p.zone == w.zone,
-        lambda w, p: f"it is in zone {p.zone}, not {w.zone}" if p.zone else f"it is in no zone, not in {w.zone}",
+        lambda w, p, now: f"it is in zone {p.zone}, not {w.zone}" if p.zone else f"it is in no zone, not in {w.zone}",
     ),
     Filter(
         "quarantined",
         Fate.GONE,
         lambda w, p: p.quarantined is None,
-        lambda w, p: f"its node is quarantined for {p.quarantined}",
+        lambda w, p, now: f"its node is quarantined for {p.quarantined}",
     ),
-    Filter("online", Fate.GONE, lambda w, p: p.online, lambda w, p: "its node is offline"),
+    Filter("online", Fate.GONE, lambda w, p: p.online, lambda w, p, now: "its node is offline"),
     Filter("reachable", Fate.PASSING, lambda w, p: p.reachable and not p.suspect, _why_unreachable),
     Filter("draining", Fate.GONE, lambda w, p: not (p.node_draining or p.pool_draining), _why_draining),
     Filter(
         "failed",
         Fate.GONE,
         lambda w, p: p.state not in FAILED_STATES,
-        lambda w, p: "its engine failed" + (f": {p.last_error}" if p.last_error else ""),
+        lambda w, p, now: "its engine failed" + (f": {p.last_error}" if p.last_error else ""),
     ),
     Filter(
         "excluded",
         Fate.GONE,
         lambda w, p: p.key not in w.exclude,
-        lambda w, p: "an earlier attempt of this task failed there",
+        lambda w, p, now: "an earlier attempt of this task failed there",
     ),
     Filter(
         "loaded",
         Fate.PASSING,
-        lambda w, p: p.model == w.model,
-        lambda w, p: f"{p.model} is loaded now" if p.model else "no model is loaded yet",
+        _loaded,
+        _why_not_loaded,
     ),
     Filter(
         "ready",
         Fate.PASSING,
-        lambda w, p: p.ready,
-        lambda w, p: f"it is not ready ({p.state})" if p.state else "it is not ready",
+        lambda w, p: p.ready or p.loading is not None or p.may_load(w.model),
+        lambda w, p, now: f"it is not ready ({p.state})" if p.state else "it is not ready",
     ),
     Filter(
         "ejected",
         Fate.PASSING,
         lambda w, p: p.ejected is None,
-        lambda w, p: f"it is ejected for a while: {p.ejected}",
+        lambda w, p, now: f"it is ejected for a while: {p.ejected}",
     ),
     Filter(
         "slot",
         Fate.PASSING,
         lambda w, p: p.slots_free > 0,
-        lambda w, p: f"all its {p.slots_total} slots are taken",
+        lambda w, p, now: f"all its {p.slots_total} slots are taken",
     ),
+    Filter("turn", Fate.PASSING, lambda w, p: p.barred is None, lambda w, p, now: p.barred or ""),
 )
 
 
 # ---------------------------------------------------------------- score and pick
 
-Order: TypeAlias = tuple[bool, bool, tuple[float, int, tuple[str, str]]]
+Order: TypeAlias = tuple[Warmth, bool, bool, int, float, int, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """The terms that order the pools which passed every filter, the most important first."""
 
+    warmth: Warmth
     avoided: bool
     preferred: bool
+    used: int  # of those that have to load it first, the one goes first that was not used for longest
     load: float
     vram_free_bytes: int
 
     def order(self, key: tuple[str, str]) -> Order:
         """Least is best. The ids come last, so that two pools never tie."""
-        return (self.avoided, not self.preferred, (self.load, -self.vram_free_bytes, key))
+        return (self.warmth, self.avoided, not self.preferred, self.used, self.load, -self.vram_free_bytes, key)
 
 
 def score(wish: Wish, pool: PoolFacts) -> Score:
-    return Score(named(pool, wish.avoid), named(pool, wish.prefer), pool.load, pool.vram_free_bytes)
+    warmth, used = (loading_cost(pool), pool.used) if pool.may_load(wish.model) else (pool.order[0], 0)
+    return Score(warmth, named(pool, wish.avoid), named(pool, wish.prefer), used, pool.load, pool.vram_free_bytes)
 
 
-def _wanted(wish: Wish, pool: PoolFacts) -> bool:
-    """The filters of a constrained wish, in one function for `pick`."""
+def loading_cost(pool: PoolFacts) -> Warmth:
+    """What it takes to load another model there."""
+    return Warmth.EMPTY if pool.takes is None else Warmth.EVICTING
+
+
+def wanted(wish: Wish, pool: PoolFacts) -> bool:
+    """The filters of a constrained wish, in one function."""
     if pool.key in wish.exclude or (wish.zone is not None and pool.zone != wish.zone):
         return False
     if wish.pin is not None and wish.pin != pool.node_id and wish.pin != pool.name:
@@ -269,15 +332,28 @@ def _wanted(wish: Wish, pool: PoolFacts) -> bool:
 _own_order = attrgetter("order")
 
 
-def pick(wish: Wish, pools: Iterable[PoolFacts]) -> tuple[str, str] | None:
+def pick(wish: Wish, pools: Sequence[PoolFacts]) -> tuple[str, str] | None:
     """The (node, pool) that `decide` would pick, without its explanations: the hot path."""
+    return pick_serving(wish, pools) or pick_to_load(wish, pools)
+
+
+def pick_serving(wish: Wish, pools: Sequence[PoolFacts]) -> tuple[str, str] | None:
+    """Of those that have the model, or are loading it."""
     model, constrained = wish.model, wish.constrained
-    fit = [p for p in pools if p.placeable and p.model == model and (not constrained or _wanted(wish, p))]
+    fit = [p for p in pools if p.placeable and p.takes == model and (not constrained or wanted(wish, p))]
     if not fit:
         return None
     if wish.prefer or wish.avoid:
-        return min(fit, key=lambda p: (named(p, wish.avoid), not named(p, wish.prefer), p.order)).key
+        return min(fit, key=lambda p: (p.order[0], named(p, wish.avoid), not named(p, wish.prefer), p.order)).key
     return min(fit, key=_own_order).key
+
+
+def pick_to_load(wish: Wish, pools: Sequence[PoolFacts]) -> tuple[str, str] | None:
+    """Of those that would load it first: an empty one, else the one that was not used for longest."""
+    fit = [p for p in pools if p.swappable and p.placeable and p.may_load(wish.model) and wanted(wish, p)]
+    if not fit:
+        return None
+    return min(fit, key=lambda p: score(wish, p).order(p.key)).key
 
 
 # ---------------------------------------------------------------- wait or refuse
@@ -292,7 +368,7 @@ def refusal(wish: Wish, pools: Iterable[PoolFacts], known: Known) -> LlorchError
     if wish.pin is not None and wish.pin not in known.nodes and wish.pin not in known.pools:
         return _unknown_pin(wish.pin, known)
     reasons: Counter[str] = Counter()
-    serving = wanted = False
+    serving = allowed = False
     for pool in pools:
         failed = [check for check in FILTERS if not check.passes(wish, pool)]
         fates = {check.fate for check in failed}
@@ -300,15 +376,17 @@ def refusal(wish: Wish, pools: Iterable[PoolFacts], known: Known) -> LlorchError
             continue
         serving = True
         if Fate.UNWANTED not in fates:
-            wanted = True
+            allowed = True
             if Fate.GONE not in fates:
                 return None
         reasons[failed[0].name] += 1
     if not serving:
+        if wish.model in known.departed:
+            return _unavailable(f"the last node that had {wish.model} has just left; it may be restarting", {})
         if wish.model in known.catalogued:
             return _unavailable(f"{wish.model} is in a catalog, but no pool can load it", {})
         return LlorchError(Code.MODEL_NOT_FOUND, f"no node has the model {wish.model}", param="model")
-    if not wanted:
+    if not allowed:
         return _unavailable(
             f"pools have {wish.model}, but none that this task's placement allows",
             dict(reasons),
@@ -338,154 +416,3 @@ def _unavailable(message: str, reasons: dict[str, int], *, hint: str | None = No
         retry_after_ms=RETRY_AFTER_MS,
         details={"pools": reasons} if reasons else None,
     )
-
-
-# ---------------------------------------------------------------- the explained decision
-
-
-class Outcome(StrEnum):
-    PLACED = "placed"
-    WAIT = "wait"
-    REFUSE = "refuse"
-
-
-@dataclass(frozen=True, slots=True)
-class FilterVerdict:
-    name: str
-    passed: bool
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PoolVerdict:
-    """What every filter says of one pool. `code` is the first filter it failed; `rank` 1 is the one to take."""
-
-    node_id: str
-    pool_id: str
-    filters: tuple[FilterVerdict, ...]
-    score: Score
-    facts_age_ms: int | None
-    code: str | None
-    reason: str | None
-    rank: int | None
-
-    @property
-    def passed(self) -> bool:
-        return self.code is None
-
-    def to_wire(self) -> dict[str, Any]:
-        return {
-            "node_id": self.node_id,
-            "pool_id": self.pool_id,
-            "passed": self.passed,
-            "rank": self.rank,
-            "code": self.code,
-            "reason": self.reason,
-            "filters": [
-                {"name": f.name, "passed": f.passed} | ({"reason": f.reason} if f.reason else {}) for f in self.filters
-            ],
-            "score": {
-                "avoided": self.score.avoided,
-                "preferred": self.score.preferred,
-                "load": round(self.score.load, 4),
-                "vram_free_bytes": self.score.vram_free_bytes,
-            },
-            "facts_age_ms": self.facts_age_ms,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The whole answer: what happens to the task, and what each pool had to do with it."""
-
-    wish: Wish
-    outcome: Outcome
-    picked: tuple[str, str] | None
-    reason: str
-    error: LlorchError | None
-    verdicts: tuple[PoolVerdict, ...]
-
-    def to_wire(self) -> dict[str, Any]:
-        return {
-            "outcome": self.outcome.value,
-            "model": self.wish.model,
-            "node_id": self.picked[0] if self.picked else None,
-            "pool_id": self.picked[1] if self.picked else None,
-            "reason": self.reason,
-            "error": self.error.to_wire() if self.error else None,
-            "pools": [verdict.to_wire() for verdict in self.verdicts],
-        }
-
-
-def decide(wish: Wish, pools: Iterable[PoolFacts], now: float, known: Known | None = None) -> Decision:
-    """As `pick` and `refusal`, with every filter's verdict on every pool, failed or not.
-
-    Without `known`, the nodes and pools named in `pools` are all there are, and no catalog holds anything.
-    """
-    facts = sorted(pools, key=lambda pool: pool.key)
-    results = {pool.key: _judge(wish, pool) for pool in facts}
-    scores = {pool.key: score(wish, pool) for pool in facts}
-    passed = [key for key, result in results.items() if all(verdict.passed for verdict in result)]
-    ranks = {key: rank for rank, key in enumerate(sorted(passed, key=lambda key: scores[key].order(key)), 1)}
-    verdicts = tuple(_verdict(pool, results[pool.key], scores[pool.key], ranks, now) for pool in facts)
-    if ranks:
-        best = next(iter(ranks))
-        return Decision(wish, Outcome.PLACED, best, _why_picked(scores[best], len(ranks)), None, verdicts)
-    if known is None:
-        known = Known(nodes=frozenset(p.node_id for p in facts), pools=frozenset(p.name for p in facts))
-    error = refusal(wish, facts, known)
-    if error is not None:
-        return Decision(wish, Outcome.REFUSE, None, error.message, error, verdicts)
-    return Decision(
-        wish, Outcome.WAIT, None, "it waits for a pool that is busy, loading, ejected or suspect", None, verdicts
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a decision is made from. Kept instead of the decision, which is large and which few ask for."""
-
-    wish: Wish
-    pools: tuple[PoolFacts, ...]
-    now: float
-    known: Known
-
-    def decision(self) -> Decision:
-        return decide(self.wish, self.pools, self.now, self.known)
-
-
-def _judge(wish: Wish, pool: PoolFacts) -> tuple[FilterVerdict, ...]:
-    return tuple(
-        FilterVerdict(check.name, True)
-        if check.passes(wish, pool)
-        else FilterVerdict(check.name, False, check.reason(wish, pool))
-        for check in FILTERS
-    )
-
-
-def _verdict(
-    pool: PoolFacts,
-    results: tuple[FilterVerdict, ...],
-    terms: Score,
-    ranks: dict[tuple[str, str], int],
-    now: float,
-) -> PoolVerdict:
-    first = next((result for result in results if not result.passed), None)
-    return PoolVerdict(
-        pool.node_id,
-        pool.pool_id,
-        results,
-        terms,
-        pool.age_ms(now),
-        first.name if first else None,
-        first.reason if first else None,
-        ranks.get(pool.key),
-    )
-
-
-def _why_picked(terms: Score, candidates: int) -> str:
-    if terms.avoided:
-        return "only pools that the task avoids could take it"
-    if candidates == 1:
-        return "the only pool that could take it"
-    return f"{'preferred, ' if terms.preferred else ''}the least loaded of {candidates} that could take it"

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from llorch.control.addresses import Network, check_address
+from llorch.control.departed import Departed
 from llorch.control.ejection import Ejections
-from llorch.control.nodes import SUSPECT_AFTER_BEATS, BeatResult, Claim, Event, Node, Pool, Registration, index
+from llorch.control.nodes import SUSPECT_AFTER_BEATS, BeatResult, Claim, Event, Index, Node, Pool, Registration, index
 from llorch.control.placement import Known, PoolFacts
 from llorch.control.report_limits import ReportLimits, one_too_many, reports_of
 from llorch.control.storms import Storm, Storms
@@ -50,8 +51,9 @@ class Registry:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._ejections = Ejections(self._nodes, self._events.append)
         self._storms = Storms(offline_after_s)
-        self._by_model: dict[str, list[Pool]] | None = None  # None: to be rebuilt
-        self._known: Known | None = None
+        self._departed = Departed()
+        self._index: Index | None = None  # None: to be rebuilt
+        self._taken = 0  # claims, ever
 
     @property
     def nodes(self) -> Mapping[str, Node]:
@@ -98,25 +100,18 @@ class Registry:
         suspect_after_s = SUSPECT_AFTER_BEATS * self.heartbeat_interval_s
         node = Node.of(message, lease_id=lease_id, peer=peer, suspect_after_s=suspect_after_s, now=now, wall=wall)
         if old is not None:
-            self._inherit(node, old, same_process)
+            if same_process:
+                node.inherit(old)
+            else:
+                self._leave(old.pools.values(), now)
+            self._tasks.forget(old.node_id)
+            self._index = None
         self._nodes[node.node_id] = node
         self._take_pools(node, message.pools, now, whole=True, merge=False)
         self._take_rest(node, message.capabilities.gpus, message.catalog, message.tasks, whole=True)
         self._settle(node, wall)
         self._ejections.settle(now)
         return Registration(node, replaced=old is not None and not same_process)
-
-    def _inherit(self, node: Node, old: Node, same_process: bool) -> None:
-        """Claims stay with the pools they were taken on; a process that is still the same keeps its standing too."""
-        if same_process:
-            node.linked, node.probe_ok, node.beats, node.held = old.linked, old.probe_ok, old.beats, old.held
-            node.registered_wall = old.registered_wall
-            node.pools = old.pools
-        else:
-            for pool in old.pools.values():
-                self._unbind(pool)
-        self._tasks.forget(old.node_id)
-        self._by_model = self._known = None
 
     def heartbeat(self, node_id: str, message: Heartbeat, *, now: float, wall: str) -> BeatResult:
         """Apply a beat, or change nothing: raises NODE_UNKNOWN (register again), LEASE_STALE, NODE_ID_CONFLICT, or
@@ -134,14 +129,7 @@ class Registry:
                 return BeatResult(applied=False)
         whole = not message.delta and not node.leaseless
         self._limits.admit(node_id, node.peer, reports_of(message), whole=whole, merge=node.leaseless)
-        node.seq = node.seq if message.seq is None else message.seq
-        node.online, node.offline_since = True, None
-        node.last_beat, node.last_beat_wall = now, wall
-        node.beats += 1
-        if message.rtt_ms is not None:
-            node.rtt_ms = message.rtt_ms
-        if message.draining is not None:
-            node.draining = message.draining
+        node.beat(message, now, wall)
         changed = frozenset[str]()
         if message.pools is not None:
             changed = self._take_pools(node, message.pools, now, whole=whole, merge=node.leaseless)
@@ -162,6 +150,8 @@ class Registry:
 
     def expire(self, now: float) -> list[Node]:
         """Nodes that are offline from now on. Those that have been for a day are dropped."""
+        if self._departed.forget(now):
+            self._index = None
         lost: list[Node] = []
         for node in list(self._nodes.values()):
             if node.offline_since is not None:
@@ -178,12 +168,11 @@ class Registry:
         """Forget a node at once; None if there was none. Claims on its pools are still released one by one."""
         node = self._nodes.pop(node_id, None)
         if node is not None:
+            self._leave(node.pools.values(), now, lately=node.online)
             node.online, node.offline_since = False, now
-            for pool in node.pools.values():
-                self._unbind(pool)
             self._tasks.forget(node_id)
             self._limits.forget(node_id)
-            self._by_model = self._known = None
+            self._index = None
             self._ejections.settle(now)
         return node
 
@@ -277,10 +266,7 @@ class Registry:
         if model is None:
             pools: Iterable[Pool] = (pool for node in self._nodes.values() for pool in node.pools.values())
         else:
-            if self._by_model is None:
-                self._index()
-            assert self._by_model is not None
-            pools = self._by_model.get(model, ())
+            pools = self._indexed().by_model.get(model, ())
         return [
             pool.facts
             if pool.facts is not None and now < pool.facts_until
@@ -290,10 +276,11 @@ class Registry:
 
     def models(self) -> Known:
         """Which models and which pools there are anywhere, on offline nodes too."""
-        if self._known is None:
-            self._index()
-        assert self._known is not None
-        return self._known
+        return self._indexed().known
+
+    def swapped(self) -> frozenset[str]:
+        """The models that share a pool with others, of which it can serve one at a time."""
+        return self._indexed().swapped
 
     def events(self) -> list[Event]:
         """What was bound, ejected and the like since the last call."""
@@ -326,9 +313,9 @@ class Registry:
 
     # ---- claims
 
-    def claim(self, node_id: str, pool_id: str, task_id: str, attempt: int) -> Claim:
-        """Take a slot. Placement has seen that one is free; the hard bounds are kept here: the pool's slots, and one
-        trial at a time.
+    def claim(self, node_id: str, pool_id: str, task_id: str, attempt: int, model: str | None = None) -> Claim:
+        """Take a slot. Placement has seen that one is free, and that the pool serves `model` or would load it; the hard
+        bounds are kept here: the pool's slots, and one trial at a time.
 
         Raises ALL_SLOTS_BUSY beyond them, CONFLICT if this attempt holds a slot, NODE_ or POOL_NOT_FOUND.
         """
@@ -346,9 +333,9 @@ class Registry:
             raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of {node_id}/{pool_id} are claimed")
         key = (task_id, attempt)
         trial = pool.breaker.begin(key)
-        claim = self._claims[key] = Claim(node_id, pool_id, task_id, attempt, trial, pool.breaker)
-        pool.claimed += 1
-        pool.facts = None
+        claim = self._claims[key] = Claim(node_id, pool_id, task_id, attempt, trial, pool.breaker, model)
+        self._taken += 1
+        pool.begin(claim, self._taken)
         return claim
 
     def release(self, claim: Claim, *, used: bool = True) -> None:
@@ -363,26 +350,36 @@ class Registry:
         claim.breaker.end(key)
         pool = self._pool(claim.node_id, claim.pool_id)
         if pool is not None:
-            pool.claimed -= 1
-            pool.ended_since_report += used
-            pool.facts = None
+            pool.end(claim, used=used)
 
     def accepted(self, claim: Claim) -> None:
         """The node has taken its task."""
         pool = self._pool(claim.node_id, claim.pool_id)
         if pool is not None:
             pool.slot_word.accepted()
+            if pool.pledge is not None and claim.key in pool.pledge.claims:
+                pool.pledge.accepted = True
 
-    def busy(self, claim: Claim, now: float, *, full: bool = True) -> None:
-        """The node has no room for a claim of ours, which is not released yet; `full`: it said that no slot is free.
+    def loading(self, claim: Claim) -> bool:
+        """Whether its node, as far as one knows here, still loads the model that its task is for."""
+        pool = self._pool(claim.node_id, claim.pool_id)
+        return pool is not None and pool.loading(claim.model)
 
-        No slot is free there until a report says so, one of our other claims ends, or REFUSAL_HOLDS_S is over.
+    def busy(self, claim: Claim, now: float, *, full: bool = True, another: bool = False) -> None:
+        """The node has no room for a claim of ours, which is not released yet; `full`: it said that no slot is free;
+        `another`: that it serves another model, and does not swap it just now.
+
+        That holds until a report says otherwise, one of our other claims ends, or REFUSAL_HOLDS_S is over.
         """
         pool = self._pool(claim.node_id, claim.pool_id)
-        if pool is not None:
-            pool.refuse(now)
-            if full:
-                pool.slot_word.refused(now)
+        if pool is None:
+            return
+        if another and pool.pledge is not None and pool.pledge.model == claim.model:
+            pool.refuse_swap(now)
+            return
+        pool.refuse(now)
+        if full and not another:
+            pool.slot_word.refused(now)
 
     def succeeded(self, claim: Claim, now: float) -> None:
         """Its attempt ended well: said before the release, of every attempt that was answered to its end."""
@@ -425,18 +422,18 @@ class Registry:
                 pool.claimed = sum(1 for claim in self._claims.values() if (claim.node_id, claim.pool_id) == key)
                 pool.take(report, now)
                 changed.add(report.pool_id)
-                self._by_model = self._known = None
+                self._index = None
                 continue
             before, served = pool.report, pool.serves()
             pool.take(report, now, merge=merge)
             if pool.report != before:
                 changed.add(report.pool_id)
                 if pool.serves() != served or pool.report.model != before.model:
-                    self._by_model = self._known = None
+                    self._index = None
         for pool_id in gone & set(node.pools):
-            self._unbind(node.pools.pop(pool_id))
+            self._leave([node.pools.pop(pool_id)], now, lately=False)  # its node is here, and says so
             changed.add(pool_id)
-            self._by_model = self._known = None
+            self._index = None
         return frozenset(changed)
 
     def _take_rest(
@@ -451,24 +448,21 @@ class Registry:
         """What a report says beside pools; None is unchanged. Returns the tasks that are newly known as sealed."""
         node.take(gpus, catalog, whole=whole)
         if catalog is not None:
-            self._known = None
+            self._index = None
         return () if tasks is None else self._tasks.take(node.node_id, tasks, whole=whole)
 
     def _settle(self, node: Node, wall: str) -> None:
         """After any change of a node: bind and unbind its pools, and let go of facts made before."""
         for pool in node.pools.values():
-            model = pool.bindable(node)
-            if model != pool.bound_model:
-                self._unbind(pool)
-                if model is not None:
-                    pool.bound_model, pool.bound_since = model, wall
-                    self._events.append(pool.event("pool.bound", model=model))
+            self._events += pool.settle(node, wall)
         self._forget_facts(node)
 
-    def _unbind(self, pool: Pool) -> None:
-        if pool.bound_model is not None:
-            self._events.append(pool.event("pool.unbound", model=pool.bound_model))
-            pool.bound_model = pool.bound_since = None
+    def _leave(self, pools: Iterable[Pool], now: float, *, lately: bool = True) -> None:
+        """They are gone, and what they had with them; `lately`: until now it could be had."""
+        for pool in pools:
+            self._events += pool.unbind()
+            if lately:
+                self._departed.left(pool.serves(), now)
 
     def _reached(self, node: Node, now: float) -> None:
         """After a change of what reaches `node`."""
@@ -495,5 +489,7 @@ class Registry:
         for pool in node.pools.values():
             pool.facts = None
 
-    def _index(self) -> None:
-        self._by_model, self._known = index(self._nodes.values())
+    def _indexed(self) -> Index:
+        if self._index is None:
+            self._index = index(self._nodes.values(), self._departed.models)
+        return self._index

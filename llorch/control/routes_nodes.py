@@ -213,16 +213,13 @@ async def show_node(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     node = control.registry.nodes.get(request.match_info["node_id"])
     if node is None:
+        control.recovery.check(time.monotonic(), "this node may still come back")
         raise LlorchError(Code.NODE_NOT_FOUND, "no such node")
     return json_response(views.node_view(control.registry, node, time.monotonic()))
 
 
 async def list_pools(request: web.Request) -> web.StreamResponse:
     return json_response(views.pools_view(request.app[CONTROL].registry, time.monotonic()))
-
-
-async def catalog(request: web.Request) -> web.StreamResponse:
-    return json_response(views.catalog_view(request.app[CONTROL].registry))
 
 
 ROUTES = (
@@ -235,5 +232,4 @@ ROUTES = (
     Route("GET", "/v2/nodes", Scope.READ, list_nodes, "Every node: state, GPUs, pools, slots"),
     Route("GET", "/v2/nodes/{node_id}", Scope.READ, show_node, "One node"),
     Route("GET", "/v2/pools", Scope.READ, list_pools, "Every pool, and whether it is bound"),
-    Route("GET", "/v2/catalog", Scope.READ, catalog, "Models per node"),
 )

@@ -20,6 +20,7 @@ from llorch.control.recovery import Recovery
 from llorch.control.registry import Registry
 from llorch.control.replay import Replays
 from llorch.control.roster import Roster
+from llorch.control.stager import Stager
 from llorch.doors import Doors
 from llorch.quotas import Quotas
 from llorch.tasks import Guard
@@ -42,6 +43,7 @@ class Control:
     admission: Admission
     audit: Audit
     distrust: Distrust
+    stager: Stager
     max_body_bytes: int
     slow_reader_timeout_s: float
     heartbeat_interval_s: float

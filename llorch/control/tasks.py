@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from llorch.control.placement import Snapshot, Wish
+from llorch.control.decision import Snapshot
+from llorch.control.placement import Wish
 from llorch.errors import Code, LlorchError, without_frames
 from llorch.messages import Tail, TaskReport
 

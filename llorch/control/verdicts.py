@@ -23,6 +23,12 @@ class GoElsewhere(Exception):
         self.error, self.lost, self.busy, self.blamed = error, lost, busy, blamed
 
 
+def serves_another(error: LlorchError, model: str) -> bool:
+    """Whether a node refused a task because its pool serves another model, and can't swap it just now."""
+    served = (error.details or {}).get("serves")
+    return error.code is Code.ALL_SLOTS_BUSY and isinstance(served, str) and served != model
+
+
 def verdict(error: LlorchError, *, refused: bool = False) -> Exception:
     """What an error before the first byte means: the client's answer, or that another pool may do better."""
     if error.code is Code.ALL_SLOTS_BUSY or (refused and error.code in _NOT_A_FAILURE):

@@ -11,8 +11,11 @@ from datetime import datetime
 from typing import Any
 
 from llorch.breaker import Breaker, Phase
+from llorch.control.digest_conflicts import by_digest, staged_digest
 from llorch.control.nodes import Node, Pool
 from llorch.control.registry import Registry
+from llorch.control.stage_sources import shown
+from llorch.messages import ModelReport
 
 
 def node_state(node: Node) -> str:
@@ -42,7 +45,7 @@ def storm_view(registry: Registry, now: float, *, missing: bool = False) -> dict
 
 
 def node_view(registry: Registry, node: Node, now: float) -> dict[str, Any]:
-    pools = [_pool_view(node, pool, now) for _, pool in sorted(node.pools.items())]
+    pools = [pool_view(node, pool, now) for _, pool in sorted(node.pools.items())]
     return {
         "node_id": node.node_id,
         "state": node_state(node),
@@ -84,20 +87,22 @@ def _quarantine_view(node: Node, now: float) -> dict[str, Any] | None:
 def pools_view(registry: Registry, now: float) -> dict[str, Any]:
     return {
         "pools": [
-            {"node_id": node.node_id, "node_state": node_state(node), **_pool_view(node, pool, now)}
+            {"node_id": node.node_id, "node_state": node_state(node), **pool_view(node, pool, now)}
             for node in _sorted(registry)
             for _, pool in sorted(node.pools.items())
         ]
     }
 
 
-def _pool_view(node: Node, pool: Pool, now: float) -> dict[str, Any]:
+def pool_view(node: Node, pool: Pool, now: float) -> dict[str, Any]:
     """The pool's last report, with the slots as this control counts them."""
     view = pool.report.model_dump(exclude={"gone"})
     view |= {
         "models": view["models"] or [],
         "ready": bool(pool.report.ready),
         "draining": bool(pool.report.draining),
+        "swappable": bool(pool.report.swappable),
+        "held": pool.report.held or [],
         "slots_total": pool.slots_total,
         "slots_free": pool.slots_free(now) if node.online else 0,
         "in_flight": pool.claimed,
@@ -126,35 +131,39 @@ def _breaker_view(breaker: Breaker, now: float) -> dict[str, Any]:
 
 
 def catalog_view(registry: Registry) -> dict[str, Any]:
-    """Models by id and by node. `sha256` is null where nodes differ: `sha256_differs` says so."""
+    """Models by id and by node. `sha256` is null where nodes differ: `conflict` says so, `digests` which has which."""
     models: dict[str, dict[str, Any]] = {}
-    digests: dict[str, set[str]] = {}
+    digests: dict[str, list[tuple[str, str]]] = {}
     for node in _sorted(registry):
         for report in node.catalog.values():
             entry = models.setdefault(report.id, {"nodes": [], "ready_pools": 0, "size_bytes": 0, "sha256": None})
             entry["nodes"].append(node.node_id)
             entry["size_bytes"] = max(entry["size_bytes"], report.size_bytes)
-            if report.sha256 is not None:
-                digests.setdefault(report.id, set()).add(report.sha256)
+            if (digest := staged_digest(report)) is not None:
+                digests.setdefault(report.id, []).append((node.node_id, digest))
         for pool in node.pools.values():
             model = pool.report.model
             if model is not None:
                 entry = models.setdefault(model, {"nodes": [], "ready_pools": 0, "size_bytes": 0, "sha256": None})
                 entry["ready_pools"] += pool.bound
-    for model, found in digests.items():
-        models[model]["sha256"] = next(iter(found)) if len(found) == 1 else None
-        models[model]["sha256_differs"] = len(found) > 1
+    for model, entry in models.items():
+        found = by_digest(digests.get(model, ()))
+        entry["sha256"] = next(iter(found)) if len(found) == 1 else None
+        entry["conflict"] = len(found) > 1
+        entry["digests"] = found
     nodes = {
         node.node_id: {
             "state": node_state(node),
-            "models": [
-                report.model_dump(exclude={"gone"})
-                for report in sorted(node.catalog.values(), key=lambda report: report.id)
-            ],
+            "models": [_model_view(report) for _, report in sorted(node.catalog.items())],
         }
         for node in _sorted(registry)
     }
     return {"models": dict(sorted(models.items())), "nodes": nodes}
+
+
+def _model_view(report: ModelReport) -> dict[str, Any]:
+    view = report.model_dump(exclude={"gone"})
+    return view | {"ref": None if report.ref is None else shown(report.ref)}
 
 
 def openai_models(registry: Registry) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Who waits for a slot, and how the slots are given out.
 
 Owns the step from a task to a claim: at once, after waiting, or a refusal where waiting can't help. Choosing a pool and
-taking its claim is one synchronous step, with no await between the two. Never opens anything on a node.
+taking its claim is one synchronous step, with no await between the two. Where pools are shared by models, asks
+`swapping` which are set aside for whom. Never opens anything on a node.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from llorch.control import placement
+from llorch.control import placement, swapping
 from llorch.control.admission import Admission, being_loaded, serving_slots
+from llorch.control.decision import Snapshot
 from llorch.control.line import BATCH, Waiter
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
@@ -62,11 +64,14 @@ class WaitingRoom:
         self._goes = goes
         self._clock = clock
         self._waiting: dict[str, asyncio.Future[Claim]] = {}
+        self._aside = swapping.NOTHING  # which pools are set aside for a model that waits
 
-    def snapshot(self, wish: placement.Wish) -> placement.Snapshot:
-        """What a decision about `wish` is made from, at this moment."""
+    def snapshot(self, wish: placement.Wish, waiter: Waiter | None = None) -> Snapshot:
+        """What a decision about `wish` is made from, at this moment: for one who waits, or who comes now."""
         now = self._clock()
-        return placement.Snapshot(wish, tuple(self._registry.pool_facts(now)), now, self._registry.models())
+        pools = self._registry.pool_facts(now)
+        told = swapping.explained(waiter or Waiter("", wish, "", now), pools, self._aside, now)
+        return Snapshot(wish, told, now, self._registry.models())
 
     def refusal(self, wish: placement.Wish) -> LlorchError | None:
         """Why waiting would not help; None if a pool can take it, or may soon."""
@@ -147,7 +152,10 @@ class WaitingRoom:
         for report in self._registry.ended():
             self._reported(report)
         if not self._waiting:
+            self._aside = swapping.NOTHING
             return
+        now = self._clock()
+        self._aside = self._set_aside(now)
         free: dict[str, list[placement.PoolFacts]] = {}  # by model: looked up once, and again after each claim
 
         def free_pools(model: str) -> list[placement.PoolFacts]:
@@ -158,14 +166,27 @@ class WaitingRoom:
         def place(waiter: Waiter) -> Claim | None:
             claim = self._take(waiter, free_pools(waiter.wish.model))
             if claim is not None:
-                del free[waiter.wish.model]
+                if self._registry.swapped():
+                    free.clear()  # for the other models, too, a pool may be another than before
+                else:
+                    del free[waiter.wish.model]
                 self._goes(waiter.task_id)
             return claim
 
-        def any_free(model: str) -> bool:
-            return bool(free_pools(model))
+        def came_in_time(waiter: Waiter) -> bool:
+            model = waiter.wish.model
+            return not self._aside or waiter.turn_at <= swapping.latest(free_pools(model), model, self._aside)
 
-        for waiter, claim in self._admission.match(place, self._clock(), model, any_free=any_free, may_go=self._may_go):
+        def any_free(model: str) -> bool:
+            if not free_pools(model):
+                return False
+            oldest = self._admission.oldest(model) if self._aside else None
+            return oldest is None or came_in_time(oldest)
+
+        def may_go(waiter: Waiter) -> bool:
+            return came_in_time(waiter) and self._may_go(waiter.task_id)
+
+        for waiter, claim in self._admission.match(place, now, model, any_free=any_free, may_go=may_go):
             future = self._waiting.get(waiter.task_id)
             if future is None or future.done():
                 self._registry.release(claim, used=False)
@@ -231,18 +252,33 @@ class WaitingRoom:
 
     def _free_pools(self, model: str) -> list[placement.PoolFacts]:
         pools = self._registry.pool_facts(self._clock(), model=model)
-        return [pool for pool in pools if pool.placeable and pool.model == model]
+        return [pool for pool in pools if pool.placeable and (pool.takes == model or pool.swappable)]
+
+    def _set_aside(self, now: float) -> swapping.Plan:
+        """Of the pools that several models share; most clusters have none."""
+        swapped = self._registry.swapped()
+        if not swapped:
+            return swapping.NOTHING
+        lines = [
+            (model, (waiter for waiter in waiters if self._may_go(waiter.task_id)))
+            for model, waiters in self._admission.by_age()
+            if model in swapped
+        ]
+        return swapping.plan(lines, lambda model: self._registry.pool_facts(now, model=model), now)
 
     def _take(self, waiter: Waiter, pools: list[placement.PoolFacts]) -> Claim | None:
         """Choose among `pools` and take, in one step."""
+        model, now = waiter.wish.model, self._clock()
         with self._metrics.placing():
-            picked = placement.pick(waiter.wish, pools)
+            picked = swapping.choose(
+                waiter, pools, self._aside, now, lambda: self._registry.pool_facts(now, model=model)
+            )
         if picked is None:
             return None
         task = self._tasks.get(waiter.task_id)
         if task is not None:
-            task.placement = self.snapshot(waiter.wish)  # of the moment before the claim, for the facts move on
-        claim = self._registry.claim(*picked, waiter.task_id, task.attempt + 1 if task else 1)
+            task.placement = self.snapshot(waiter.wish, waiter)  # of the moment before the claim, for the facts move on
+        claim = self._registry.claim(*picked, waiter.task_id, task.attempt + 1 if task else 1, model)
         self._metrics.placed("placed", "")
         log.info("placement.decided", task_id=waiter.task_id, node_id=claim.node_id, pool_id=claim.pool_id)
         return claim

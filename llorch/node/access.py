@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from llorch import tls
+from llorch import tickets, tls
 from llorch.auth import MIN_TOKEN_CHARS, Principal, Scope, TokenRing, parse_tokens
 from llorch.config import NodeSettings
 from llorch.errors import Code, LlorchError
 from llorch.node.credentials import CertificateCredentials, Credentials, TokenCredentials
+from llorch.node.peers import Peers
 from llorch.quotas import Quotas
 from llorch.sessions import Sessions
 from llorch.web import Gate
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 LOOK_EVERY_S = 1.0
 _CONTROL_SCOPES = frozenset({Scope.CONTROL, Scope.METRICS})
+_NODE_SCOPES = frozenset({Scope.NODE})  # to ask for a model's bytes, with a ticket
 
 
 class Access:
@@ -77,11 +79,21 @@ class Access:
         )
 
     def certified(self, peer: tls.Peer) -> Principal:
-        """Whom a certificate stands for: a node obeys controls, and nobody else."""
+        """Whom a certificate stands for: a node obeys controls, and nobody else. Other nodes may bring a ticket."""
         if time.time() >= peer.ends:
             raise LlorchError(Code.UNAUTHENTICATED, "the certificate has expired")
-        scopes = _CONTROL_SCOPES if peer.role is tls.Role.CONTROL else frozenset[Scope]()
-        return Principal(f"{peer.role}:{peer.name}", scopes, peer.serial[:8].lower(), expires=peer.ends)
+        node = peer.role is tls.Role.NODE
+        return Principal(
+            f"{peer.role}:{peer.name}",
+            _NODE_SCOPES if node else _CONTROL_SCOPES,
+            peer.serial[:8].lower(),
+            node_id=peer.name if node else None,
+            expires=peer.ends,
+        )
+
+    def peers(self) -> Peers:
+        """What this node shows to other nodes, and by what it knows their tickets."""
+        return Peers(self.certificate, lambda: service_tokens(self._settings), lambda: self._outgoing)
 
     async def step(self) -> float:
         """What a credential that is no longer good had opened ends. Returns the seconds until the next look."""
@@ -110,9 +122,14 @@ class Access:
 
 
 def token_ring(settings: NodeSettings) -> TokenRing:
-    """The controls that may call this node with a token."""
+    """The controls that may call this node with a token; and nodes, for models, with what follows from it."""
     pairs = parse_tokens(settings.service_token or "", min_chars=1 if settings.dev else MIN_TOKEN_CHARS)
-    return TokenRing((name, token, _CONTROL_SCOPES) for name, token in pairs)
+    knocks = [("node", tickets.knock_of(token), _NODE_SCOPES) for _, token in pairs]
+    return TokenRing([*knocks, *((name, token, _CONTROL_SCOPES) for name, token in pairs)])
+
+
+def service_tokens(settings: NodeSettings) -> list[str]:
+    return [token for _, token in parse_tokens(settings.service_token or "", min_chars=1)]
 
 
 def _node_token(settings: NodeSettings) -> str:

@@ -1,7 +1,7 @@
 """A node, wired: settings in, a serving node out, and its end in order.
 
 Wiring only. start: directories, plans, listener, engines, controls, ready line. stop: take no more, let tasks end, end
-the rest with a word, stop the engines, leave the controls.
+the rest with a word, stop the engines or leave them to the next agent, leave the controls.
 """
 
 from __future__ import annotations
@@ -15,43 +15,47 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+
+import aiohttp
 
 from llorch import __version__, listen, logs, systemd, web
 from llorch.config import NodeSettings
-from llorch.config_pools import PoolSpec
 from llorch.doors import Limits as DoorLimits
-from llorch.errors import ConfigError
+from llorch.errors import Code, ConfigError, LlorchError
 from llorch.node import pool_events as ev
+from llorch.node import pool_logs, standing
 from llorch.node.access import Access
 from llorch.node.calls import LinkCalls
 from llorch.node.catalog import Catalog
 from llorch.node.engine_answer import engine_session
-from llorch.node.engines.auto import EngineFacts
-from llorch.node.engines.detect import detect
-from llorch.node.gpu import GpuInventory
+from llorch.node.engine_start import Starts
 from llorch.node.heartbeat import Membership
+from llorch.node.machine import Machine
 from llorch.node.metrics import NodeMetrics
-from llorch.node.plans import MODELLESS, Plan, plan_pool
+from llorch.node.planner import Planner
 from llorch.node.pools import Pools
 from llorch.node.reports import Identity
 from llorch.node.routes import routes
 from llorch.node.runner import Runner
+from llorch.node.signals import Stop
+from llorch.node.staging import Stager, StagingLimits
 from llorch.node.state import NODE, Node
-from llorch.node.supervisor import Supervisor
+from llorch.node.supervisor import Supervisor, Told
 from llorch.node.tasklog import Limits, TaskLogs
 from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
+WISHES = "wishes.json"
 
-LIVE = ("service_token", "node_token", "tls_cert", "tls_key", "tls_ca", "log_level")
-T = TypeVar("T")
+LIVE = (
+    "service_token", "node_token", "tls_cert", "tls_key", "tls_ca", "log_level", "pools", "stage_rate",
+    "stage_headroom",
+)  # fmt: skip
 
 log = logs.Log("node")
 
@@ -76,223 +80,270 @@ def directories(settings: NodeSettings) -> tuple[Path, Path]:
     return data, runtime
 
 
-def make_plans(settings: NodeSettings, catalog: Catalog, gpu_count: int) -> list[Plan]:
-    """What each pool of the settings will run. Blocking. Raises ConfigError."""
-    specs: Sequence[PoolSpec] = settings.effective_pools()
-    if any(spec.engine not in MODELLESS for spec in specs):
-        facts = detect(settings.llama_server, env=os.environ, look_for_gpus=gpu_count > 0)
-    else:
-        facts = EngineFacts(python=sys.executable)
-    return [
-        plan_pool(spec, facts, catalog.find, gpu_count=gpu_count, allow_cpu=settings.allow_cpu or settings.dev)
-        for spec in specs
-    ]
-
-
-def on_note(metrics: NodeMetrics, note: ev.Note) -> None:
-    if note.event == "handoff.invalid":
-        metrics.handed_off(note.pool_id or "", "invalid")
-    elif note.event == "pool.ready":
-        metrics.handed_off(note.pool_id or "", "ready")
-    elif note.event == "engine.ended" and note.reason != "stopped":
-        metrics.restarted(note.pool_id or "", "ended")
-
-
-@dataclass(slots=True)
-class Stop:
-    """What signals ask for: the first to drain, the next not to wait."""
-
-    wanted: asyncio.Event
-    at_once: asyncio.Event
-
-    def watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
-
-    async def unless(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """What `work` gives; None if a signal came first. Its exceptions are its own."""
-        doing, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self.wanted.wait())
-        try:
-            await asyncio.wait([doing, stopped], return_when=asyncio.FIRST_COMPLETED)
-            return await doing if doing.done() else None
-        finally:
-            for task in (doing, stopped):
-                task.cancel()
-            await asyncio.gather(doing, stopped, return_exceptions=True)
-
-    def _signalled(self) -> None:
-        if self.wanted.is_set():
-            self.at_once.set()
-        self.wanted.set()
-
-
 async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
-    stop = Stop(asyncio.Event(), asyncio.Event())
+    stop = Stop()
     stop.watch()
-    _, runtime_dir = directories(settings)
+    directories(settings)
     node_id = settings.node_id or default_node_id()
-    inventory, catalog = GpuInventory(), Catalog()
     async with contextlib.AsyncExitStack() as exits:
-        exits.callback(inventory.close)
-        exits.callback(catalog.close)
         controls = await exits.enter_async_context(web.client_session())
         access = await stop.unless(Access.open(settings, node_id, controls))
         if access is None:
             return 0
-        gpus = await asyncio.to_thread(inventory.read)
-        plans = await asyncio.to_thread(make_plans, settings, catalog, len(gpus))
-        pools = Pools([plan.spec for plan in plans], {plan.spec.id: plan.model_id for plan in plans})
-        metrics = NodeMetrics(node_id)
-        supervisor = Supervisor(
-            pools,
-            plans,
-            runtime_dir=runtime_dir,
-            node_id=node_id,
-            stop_grace_s=settings.stop_grace,
-            load_timeout_s=settings.load_timeout,
-            engine_cidrs=settings.engine_cidr,
-            poll_handoffs=settings.poll_handoffs,
-            on_note=lambda note: on_note(metrics, note),
-        )
         engines = await exits.enter_async_context(engine_session())
-        memberships: list[Membership] = []
-
-        def changed(_pool_id: str = "") -> None:
-            for membership in memberships:
-                membership.notify()
-
-        runner = Runner(
-            node_id,
-            pools,
-            TaskLogs(
-                Limits(
-                    kept_bytes=settings.log_limit,
-                    all_kept_bytes=settings.logs_limit,
-                    sealed_native_s=settings.log_retention,
-                    reconnect_grace_s=settings.reconnect_grace,
-                )
-            ),
-            engines,
-            metrics,
-            max_body_bytes=settings.max_body,
-            changed=changed,
-        )
-        pools.subscribe(changed)
-        node = Node(
-            node_id=node_id,
-            pools=pools,
-            runner=runner,
-            metrics=metrics,
-            max_body_bytes=settings.max_body,
-            slow_reader_timeout_s=settings.slow_reader_timeout,
-            read_gpus=inventory.read,
-            engine_pids=lambda: _engine_pids(pools),
-            read_models=catalog.report,
-            gpus=gpus,
-            stopping=stop.wanted,
-        )
-        metrics.scrape(node.pool_reports, node.gpu_reports, node.model_reports)
-        identity = Identity(
-            node_id=node_id,
-            boot_id=secrets.token_hex(8),
-            version=__version__,
-            cpu_cores=os.cpu_count() or 1,
-            ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            address=settings.address,
-            zone=settings.zone,
-            cost_weight=settings.cost_weight,
-        )
-        quotas = Quotas(Rates(failures_per_min=settings.rate_failures or None), metrics.limits.limited)
-        gate = access.gate(lambda code: metrics.auth_failed(code.value), quotas)
-        app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
-        app[NODE] = node
-        await node.refresh()
-        doors = listen.watched_doors(
-            DoorLimits(
-                settings.max_connections,
-                settings.max_connections_per_ip,
-                trusted=settings.trusted_proxies,
-                for_nodes=False,
-            ),
-            refused=metrics.limits.refused,
-        )
-        metrics.limits.watch(doors)
-        server = await listen.serve(
-            app,
-            settings.bind.host,
-            settings.bind.port,
-            tls=access.identities,
-            refused=lambda _peer, _why: metrics.auth_failed("tls"),
-            doors=doors,
-        )
-        exits.push_async_callback(server.close)
+        parts = await _Parts.of(settings, node_id, access, engines, stop, exits)
+        server_url = await _listen(settings, access, parts, exits)
         guard = Guard("node")
         exits.push_async_callback(guard.close)
-        guard.loop(runner.sweep, "sweep")
-        guard.loop(lambda: _refresh(node, changed), "refresh")
-        guard.spawn(_digest(catalog, node, changed), "digests")
-        guard.loop(access.step, "access")
-        reloader = Reloader(settings, source, LIVE, partial(_settle, access))
-        guard.loop(reloader.step, "reload")
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
-        calls = LinkCalls(node)
-        memberships += [
-            Membership(node, identity, url, access.credentials(url), controls, calls, early_beat_s=settings.early_beat)
-            for url in settings.join
-        ]
-        if access.certificate is not None:
-            from llorch.node.join import Renewal
-
-            urls = [url for url in settings.join if url.startswith("https:")]
-
-            def renewed() -> None:
-                access.renewed()
-                for membership in memberships:
-                    membership.beat_now()
-
-            guard.spawn(Renewal(access.certificate, controls, urls, renewed).run(), "renewal")
+        _loops(guard, settings, source, access, parts)
+        memberships = _memberships(settings, node_id, access, parts, controls, guard)
+        parts.listeners += [membership.notify for membership in memberships]
         members = Guard("node.members")
         try:
-            await supervisor.start()
+            await parts.supervisor.start()
             for membership in memberships:
                 members.spawn(membership.run(), membership.url)
             _freeze()
-            print(f"ready url={server.url}", file=sys.stderr, flush=True)
+            print(f"ready url={server_url}", file=sys.stderr, flush=True)
             systemd.notify("READY=1")
             await stop.wanted.wait()
             systemd.notify("STOPPING=1")
-            supervisor.post(ev.Drain())
-            await _drain(runner, settings.shutdown_grace, stop)
+            parts.supervisor.post(ev.Leave())
+            await _drain(parts.runner, settings.shutdown_grace, stop)
         finally:
-            await runner.close()
-            await supervisor.close()
+            await parts.runner.close()
+            await parts.supervisor.close()
             await members.close()
             await asyncio.gather(*(membership.leave() for membership in memberships))
     return 0
 
 
-def _engine_pids(pools: Pools) -> list[int]:
-    return [handoff.pid for *_, handoff in pools.replicas() if handoff is not None and handoff.pid is not None]
+class _Parts:
+    """What a node is made of, put together once. `listeners` are told of every change that controls are to hear of."""
+
+    node: Node
+    pools: Pools
+    runner: Runner
+    supervisor: Supervisor
+    machine: Machine
+    planner: Planner
+    catalog: Catalog
+    stager: Stager
+    metrics: NodeMetrics
+
+    def __init__(self) -> None:
+        self.listeners: list[Callable[[], None]] = []
+
+    @classmethod
+    async def of(
+        cls,
+        settings: NodeSettings,
+        node_id: str,
+        access: Access,
+        engines: aiohttp.ClientSession,
+        stop: Stop,
+        exits: contextlib.AsyncExitStack,
+    ) -> _Parts:
+        self = cls()
+        data_dir, runtime_dir = directories(settings)
+        self.metrics = metrics = NodeMetrics(node_id)
+        self.catalog = await asyncio.to_thread(Catalog, data_dir, in_use=lambda: self.pools.models())
+        exits.callback(self.catalog.close)
+        self.machine = Machine(data_dir)
+        exits.callback(self.machine.close)
+        gpus = await asyncio.to_thread(self.machine.read)
+        self.planner = Planner(settings, self.catalog, len(gpus))
+        plans = await asyncio.to_thread(self.planner.plans, settings)
+        self.pools = pools = Pools(plan.wanted for plan in plans)
+        pools.restore(await asyncio.to_thread(standing.read, data_dir / WISHES))
+        pools.subscribe(lambda _pool_id: self.changed())
+        self.runner = Runner(
+            node_id,
+            pools,
+            TaskLogs(_log_limits(settings)),
+            engines,
+            metrics,
+            max_body_bytes=settings.max_body,
+            changed=self.changed,
+        )
+        self.stager = await exits.enter_async_context(
+            Stager(self.catalog, node_id, _staging_limits(settings), access.peers(), self.changed)
+        )
+        self.supervisor = Supervisor(
+            pools,
+            plans,
+            runtime_dir=runtime_dir,
+            starts=Starts(self.catalog.ensure, self.machine.room, self.machine.beside, self.planner.again),
+            node_id=node_id,
+            stop_grace_s=settings.stop_grace,
+            load_timeout_s=settings.load_timeout,
+            stall_timeout_s=settings.stall_timeout,
+            orphan_grace_s=settings.orphan_grace,
+            keep_engines=settings.keep_engines,
+            engine_cidrs=settings.engine_cidr,
+            poll_handoffs=settings.poll_handoffs,
+            told=_told(metrics, self.runner, data_dir / WISHES),
+        )
+        self.node = Node(
+            node_id=node_id,
+            pools=pools,
+            runner=self.runner,
+            metrics=metrics,
+            max_body_bytes=settings.max_body,
+            slow_reader_timeout_s=settings.slow_reader_timeout,
+            read_gpus=self.machine.read,
+            engine_pids=pools.pids,
+            read_models=self.catalog.report,
+            gpus=gpus,
+            stager=self.stager,
+            post=self.supervisor.post,
+            read_log=partial(pool_logs.read, self.supervisor.files.logs),
+            stopping=stop.wanted,
+        )
+        metrics.scrape(self.node.pool_reports, self.node.gpu_reports, self.node.model_reports)
+        await self.node.refresh()
+        return self
+
+    def changed(self) -> None:
+        for listener in self.listeners:
+            listener()
+
+    async def refresh(self) -> float:
+        """What the machine says now, and what follows from it for pools that yield or have hours."""
+        await self.node.refresh()
+        self.machine.learn(self.supervisor.running())
+        for hold in self.machine.holds(self.pools.specs()):
+            self.supervisor.post(hold)
+        self.changed()
+        return REFRESH_S
+
+    async def digest(self) -> None:
+        """Digests of the models, in the background: large files take minutes."""
+        if await asyncio.to_thread(self.catalog.digest_all):
+            await self.node.refresh()
+            self.changed()
+
+    def settle(self, access: Access, settings: NodeSettings) -> None:
+        """Settings that were read anew. Raises ConfigError with nothing changed."""
+        plans = self.planner.other(settings)
+        access.settled(settings)
+        logs.configure(settings.log_level)
+        self.stager.settle(_staging_limits(settings))
+        if plans is not None:
+            self.supervisor.configure(plans)
 
 
-async def _refresh(node: Node, changed: Callable[[], None]) -> float:
-    await node.refresh()
-    changed()
-    return REFRESH_S
+def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
+    def seated(seat: ev.Seated) -> None:
+        runner.seated(seat.task_id, seat.replica_id, seat.url, seat.api_key_file, trial=seat.trial)
+
+    return Told(
+        note=lambda note: _note(metrics, note),
+        seated=seated,
+        end_tasks=lambda ended: runner.end(ended.task_ids, LlorchError(ended.code, ended.reason)),
+        wishes=partial(standing.write, wishes),
+        heard_at=runner.heard_at,
+    )
 
 
-async def _digest(catalog: Catalog, node: Node, changed: Callable[[], None]) -> None:
-    """Digests of the models, in the background: large files take minutes."""
-    if await asyncio.to_thread(catalog.digest_all):
-        await node.refresh()
-        changed()
+def _note(metrics: NodeMetrics, note: ev.Note) -> None:
+    if note.event == "handoff.invalid":
+        metrics.handed_off(note.pool_id or "", "invalid")
+    elif note.event == "pool.ready":
+        metrics.handed_off(note.pool_id or "", "ready")
+    elif note.event == "engine.stalled":
+        metrics.restarted(note.pool_id or "", "stalled")
+        metrics.failed(Code.ENGINE_STALLED.value)
+    elif note.event == "engine.ended" and note.reason != "stopped":
+        metrics.restarted(note.pool_id or "", "ended")
 
 
-def _settle(access: Access, settings: NodeSettings) -> None:
-    access.settled(settings)
-    logs.configure(settings.log_level)
+def _log_limits(settings: NodeSettings) -> Limits:
+    return Limits(
+        kept_bytes=settings.log_limit,
+        all_kept_bytes=settings.logs_limit,
+        sealed_native_s=settings.log_retention,
+        reconnect_grace_s=settings.reconnect_grace,
+    )
+
+
+def _staging_limits(settings: NodeSettings) -> StagingLimits:
+    return StagingLimits(settings.stage_rate, settings.stage_headroom)
+
+
+async def _listen(settings: NodeSettings, access: Access, parts: _Parts, exits: contextlib.AsyncExitStack) -> str:
+    metrics = parts.metrics
+    quotas = Quotas(Rates(failures_per_min=settings.rate_failures or None), metrics.limits.limited)
+    gate = access.gate(lambda code: metrics.auth_failed(code.value), quotas)
+    app = web.make_app(routes(), gate, max_body_bytes=settings.max_body)
+    app[NODE] = parts.node
+    limits = DoorLimits(
+        settings.max_connections,
+        settings.max_connections_per_ip,
+        trusted=settings.trusted_proxies,
+        for_nodes=False,
+    )
+    doors = listen.watched_doors(limits, refused=metrics.limits.refused)
+    metrics.limits.watch(doors)
+    server = await listen.serve(
+        app,
+        settings.bind.host,
+        settings.bind.port,
+        tls=access.identities,
+        refused=lambda _peer, _why: metrics.auth_failed("tls"),
+        doors=doors,
+    )
+    exits.push_async_callback(server.close)
+    return server.url
+
+
+def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts) -> None:
+    guard.loop(parts.runner.sweep, "sweep")
+    guard.loop(parts.refresh, "refresh")
+    guard.spawn(parts.digest(), "digests")
+    guard.loop(access.step, "access")
+    reloader = Reloader(settings, source, LIVE, partial(parts.settle, access))
+    guard.loop(reloader.step, "reload")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
+
+
+def _memberships(
+    settings: NodeSettings,
+    node_id: str,
+    access: Access,
+    parts: _Parts,
+    controls: aiohttp.ClientSession,
+    guard: Guard,
+) -> list[Membership]:
+    identity = Identity(
+        node_id=node_id,
+        boot_id=secrets.token_hex(8),
+        version=__version__,
+        cpu_cores=os.cpu_count() or 1,
+        ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        address=settings.address,
+        zone=settings.zone,
+        cost_weight=settings.cost_weight,
+    )
+    calls = LinkCalls(parts.node)
+    memberships = [
+        Membership(
+            parts.node, identity, url, access.credentials(url), controls, calls, early_beat_s=settings.early_beat
+        )
+        for url in settings.join
+    ]
+    if access.certificate is not None:
+        from llorch.node.join import Renewal
+
+        def renewed() -> None:
+            access.renewed()
+            for membership in memberships:
+                membership.beat_now()
+
+        urls = [url for url in settings.join if url.startswith("https:")]
+        guard.spawn(Renewal(access.certificate, controls, urls, renewed).run(), "renewal")
+    return memberships
 
 
 async def _drain(runner: Runner, grace_s: float, stop: Stop) -> None:

@@ -7,57 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from aiohttp import web
-from pydantic import BaseModel
 
 from llorch import __version__
 from llorch.auth import Scope
 from llorch.errors import Code, LlorchError
 from llorch.logs import Log
-from llorch.messages import M, NodeCall, decode_object, parse
+from llorch.messages import NodeCall
+from llorch.node import calls_pools, routes_catalog
 from llorch.node.link import Answer
+from llorch.node.route_call import Ask, Call, Reply
 from llorch.node.state import NODE, Node
 from llorch.node.tasklog import State
 from llorch.web import MAX_SMALL_BODY_BYTES, Route, json_response, read_body
 
 log = Log("node.calls")
-
-Reply = tuple[int, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request of one route: the parameters of its path, its query, its body."""
-
-    params: Mapping[str, str]
-    query: Mapping[str, str]
-    body: bytes
-
-    def read(self, model: type[M]) -> M:
-        """The body as `model`; an empty one is an empty object. Raises INVALID_REQUEST."""
-        return parse(model, decode_object(self.body) if self.body.strip() else {})
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One route: `serve` is given the node and what is asked, and returns a status and JSON, at once or later."""
-
-    method: str
-    path: str
-    scope: Scope
-    summary: str
-    serve: Callable[[Node, Ask], Reply | Awaitable[Reply]]
-    status: int = 200
-    body: type[BaseModel] | None = None
-
-    async def answer(self, node: Node, ask: Ask) -> Reply:
-        reply = self.serve(node, ask)
-        return reply if isinstance(reply, tuple) else await reply
 
 
 def _live(node: Node, _ask: Ask) -> Reply:
@@ -105,10 +73,6 @@ def _cancel(node: Node, ask: Ask) -> Reply:
     return 202, {"task_id": entry.task_id, "state": State.SEALED if entry.log.sealed else "canceling"}
 
 
-def _catalog(node: Node, _ask: Ask) -> Reply:
-    return 200, {"models": node.model_reports()}
-
-
 CALLS = (
     Call("GET", "/livez", Scope.OPEN, "The process lives", _live),
     Call("GET", "/readyz", Scope.OPEN, "It takes tasks; 503 while it drains or its first engine loads", _ready),
@@ -119,7 +83,8 @@ CALLS = (
     Call("GET", "/v2/tasks", Scope.CONTROL, "The tasks that run here or are remembered", _tasks),
     Call("GET", "/v2/tasks/{task}", Scope.CONTROL, "One task", _task),
     Call("DELETE", "/v2/tasks/{task}", Scope.CONTROL, "Cancel a task; idempotent", _cancel, status=202),
-    Call("GET", "/v2/catalog", Scope.CONTROL, "The models on this machine", _catalog),
+    *calls_pools.CALLS,
+    *routes_catalog.CALLS,
 )
 
 

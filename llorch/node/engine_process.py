@@ -99,11 +99,14 @@ class EngineProcess:
         with contextlib.suppress(FileNotFoundError):
             self.log_file.replace(self.log_file.with_suffix(".log.1"))
         argv = [sys.executable, "-m", LAUNCHER, "--parent", str(os.getpid()), "--log", str(self.log_file), "--"]
+        given = for_engine(env) | dict(launch.env)
+        if launch.key_env is not None:
+            given[launch.key_env] = self.key_file.read_text().strip()
         output = os.open(self.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *argv, *launch.argv, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                env=for_engine(env) | dict(launch.env),
+                env=given,
             )  # fmt: skip
         finally:
             os.close(output)

@@ -29,7 +29,10 @@ MAX_PID = 2**22  # the most that Linux gives out
 
 @dataclass(frozen=True, slots=True)
 class Handoff:
-    """An engine that serves `model` at `url`. `slots` and `ctx` (of one slot) may be left for the engine to say."""
+    """An engine that serves `model` at `url`. `slots` and `ctx` (of one slot) may be left for the engine to say.
+
+    `engine_model`: what the engine calls the model, if not `model`, which is what clients name.
+    """
 
     pool_id: str
     engine: str
@@ -42,6 +45,12 @@ class Handoff:
     pid: int | None = None
     device_mask: str | None = None
     api_key_file: str | None = None
+    engine_model: str | None = None
+
+    @property
+    def served_as(self) -> str:
+        """The model's name in what the engine is asked."""
+        return self.engine_model or self.model
 
     @property
     def file_name(self) -> str:
@@ -130,6 +139,7 @@ _FIELDS: dict[str, Callable[[str, Any], None]] = {
     "ctx": _whole(1, MAX_CTX),
     "pid": _whole(1, MAX_PID),
     "device_mask": _matching(r"[A-Za-z0-9,:/._-]{0,256}", "a list of devices"),
+    "engine_model": _matching(r"[\x21-\x7e]{1,256}", "the name of a model: at most 256 characters, no space"),
     "api_key_file": _matching(r"/[^\x00-\x1f\x7f]{1,4095}", "an absolute path"),
 }
 

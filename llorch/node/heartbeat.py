@@ -143,7 +143,7 @@ class Membership:
         if not (isinstance(lease_id, str) and isinstance(epoch, str) and isinstance(interval_ms, int)):
             raise LlorchError(Code.NODE_LOST, "the control's answer to the registration can't be read")
         self._sent, self._changed_at = now, None
-        self._credentials.heard(answer.get("authorities"))
+        self._heard(answer)
         log.info("node.registered", node_id=self._node.node_id, url=self.url, epoch=epoch)
         return Lease(lease_id, epoch, max(interval_ms / 1_000, 0.01))
 
@@ -216,8 +216,14 @@ class Membership:
         answer = await self._call("POST", f"{self._path()}/heartbeat", message)
         self._rtt_ms = round((time.monotonic() - started) * 1_000, 3)
         self._node.metrics.beat(self._rtt_ms)
-        self._credentials.heard(answer.get("authorities"))
+        self._heard(answer)
         return answer
+
+    def _heard(self, answer: dict[str, Any]) -> None:
+        """What a control tells with its answers: which authorities there are, and what tickets are signed with."""
+        self._credentials.heard(answer.get("authorities"))
+        if self._node.stager is not None:
+            self._node.stager.peers.heard(self.url, answer.get("ticket_key"))
 
     def _next(self, lease: Lease) -> reports.Beat:
         lease.seq += 1

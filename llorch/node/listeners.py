@@ -1,7 +1,7 @@
 """Where an engine listens, as the kernel knows it: whatever its flags say, its own sockets tell the truth.
 
 Surface:
-    exposed(pid)        the addresses beyond loopback at which a process, or one of its session, listens for TCP
+    exposed(pid, port)  the addresses beyond loopback at which a process, or one of its session, listens for TCP
     listening(table)    the listening sockets of a /proc/net/tcp or tcp6
 
 Owns the reading of /proc (Linux; elsewhere nothing is found, nor of a program that may not be looked into: its flags
@@ -24,14 +24,16 @@ PROC = Path("/proc")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def exposed(pid: int) -> list[str]:
-    """`address:port` of each, sorted. An engine leads a session of its own, so its helpers are found by that."""
+def exposed(pid: int, only_port: int | None = None) -> list[str]:
+    """`address:port` of each, sorted; of one port alone where an engine can't help having others (PyTorch's store).
+    An engine leads a session of its own, so its helpers are found by that.
+    """
     inodes = {inode for member in _session(pid) for inode in _sockets(member)}
     found = set()
     for name in ("tcp", "tcp6"):  # of the engine's own network namespace
         with contextlib.suppress(OSError):
             for inode, address, port in listening((PROC / str(pid) / "net" / name).read_text()):
-                if inode in inodes and not _loopback(address):
+                if inode in inodes and not _loopback(address) and only_port in (None, port):
                     found.add(f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}")
     return sorted(found)
 

@@ -109,7 +109,8 @@ def _state(
         slots.add_metric([node, pool["pool_id"], "free"], free)
         slots.add_metric([node, pool["pool_id"], "busy"], max(0, total - free))
         for model in pool.get("models") or ():
-            models[model] = max(models.get(model, 0), int(bool(pool.get("ready"))))
+            serves = bool(pool.get("ready")) and pool.get("model") == model
+            models[model] = max(models.get(model, 0), int(serves))
     for model, value in models.items():
         ready.add_metric([node, model], value)
     for entry in catalog:

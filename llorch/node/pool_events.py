@@ -89,10 +89,13 @@ def step(state: ReplicaState, what: Step) -> ReplicaState:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A pool of the settings. `choices`: the ids of the models it may load → their references, the first one first."""
+    """A pool of the settings. `choices`: the ids of the models it may load → their references, the first one first.
+    `refusal`: why it can't be started as things are; it is tried again when somebody asks for it.
+    """
 
     spec: PoolSpec
     choices: Mapping[str, str]
+    refusal: str | None = None
 
 
 # ---------------------------------------------------------------- events

@@ -25,7 +25,7 @@ from llorch.errors import Code, LlorchError
 from llorch.messages import model_id_ok
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
-from llorch.node.pool_events import Action, Event, ReplicaState, Wanted
+from llorch.node.pool_events import Action, Event, ReplicaState, Step, Wanted, step
 from llorch.node.pool_handoffs import Handoffs
 from llorch.node.pool_models import EXTERNAL, Models, first_model
 from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations, outfit
@@ -85,8 +85,8 @@ class Pools:
         return {"drained": self.drained, "pools": pools}
 
     def restore(self, wishes: Any) -> None:
-        """Before Start: what `wishes` said once, as it was read. What is about pools that are gone or were changed since,
-        or is not what `wishes` says, says nothing."""
+        """Before Start: what `wishes` said once, as it was read. Pools that are gone or were changed since are left
+        out, and so is whatever `wishes` does not say."""
         wishes = wishes if isinstance(wishes, Mapping) else {}
         drained, pools = wishes.get("drained"), wishes.get("pools")
         self.drained = drained[:MAX_WHY_CHARS] if isinstance(drained, str) else None
@@ -373,9 +373,17 @@ class Pools:
         """The pools of the settings, for whoever judges their GPUs and hours."""
         return [(pool, pool.spec) for pool in self._pools.values() if pool.spec is not None]
 
-    def model_refs(self) -> set[str]:
-        """The references of all models that some pool runs or may load."""
-        return {ref for pool in self._pools.values() for ref in pool.choices.values()}
+    def ref_of(self, pool_id: str, model: str) -> str | None:
+        """The reference of one of a pool's models; None if it is not one of its. Raises POOL_NOT_FOUND."""
+        return self._pool(pool_id).choices.get(model)
+
+    def models(self) -> set[str]:
+        """The ids of all models that some pool runs or may load."""
+        return {model for pool in self._pools.values() for model in pool.choices}
+
+    def pids(self) -> list[int]:
+        """Of the engines that said theirs."""
+        return [replica.handoff.pid for _, replica in self._each() if replica.handoff and replica.handoff.pid]
 
     def replicas(self) -> list[tuple[str, str, ReplicaState, Handoff | None]]:
         """(pool id, replica id, state, accepted handoff) of every replica, for whoever watches engines."""
@@ -404,6 +412,13 @@ class Pools:
 def _made(wanted: Wanted) -> Pool:
     pool = Pool(wanted.spec.id, wanted.spec.engine, first_model(wanted), wanted.spec)
     outfit(pool, wanted)
+    if wanted.refusal is not None:
+        pool.last_error = wanted.refusal
+        if pool.on_demand:
+            pool.model = None  # a task that asks for it has it tried again, as has an operator's load
+        else:
+            for replica in pool.own:
+                replica.state = step(replica.state, Step.GAVE_UP)
     return pool
 
 

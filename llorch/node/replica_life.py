@@ -249,4 +249,5 @@ def _external(pool: Pool, replica: Replica, model: str) -> Handoff:
         ctx=spec.ctx,
         device_mask=pool.device_mask,
         api_key_file=spec.api_key_file,
+        engine_model=spec.engine_model,
     )

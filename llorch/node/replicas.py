@@ -34,7 +34,8 @@ OPERATOR = "operator"  # who holds a pool back, beside its GPUs' owner and its h
 class Lease:
     """A slot, held by one task. Requests go to `url`, with the key in `api_key_file` if there is one.
 
-    `replica_id` None: its model is on its way, and the slot is that of whichever replica gets it; it has no `url` yet.
+    `served_as`: the model's name at the engine. `replica_id` None: the model is on its way, and the slot is that of
+    whichever replica gets it; it has no `url` yet.
     """
 
     task_id: str
@@ -44,6 +45,7 @@ class Lease:
     url: str
     model: str
     api_key_file: str | None
+    served_as: str
     trial: bool = False  # its replica was ejected, and is tried with it
 
 
@@ -182,6 +184,11 @@ class Pool:
     @property
     def draining(self) -> bool:
         return bool(self.holds) or self.leaves
+
+    @property
+    def served_as(self) -> str:
+        """What the pool's engine calls its model."""
+        return (self.spec.engine_model if self.spec is not None else None) or self.model or ""
 
     @property
     def parked(self) -> bool:

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from llorch import __version__
 from llorch.auth import Scope
-from llorch.node import calls, routes_tasks
+from llorch.node import calls, routes_catalog, routes_tasks
 from llorch.node.state import NODE
 from llorch.openapi import Description
 from llorch.web import Route, json_response
@@ -44,6 +44,7 @@ def routes() -> tuple[Route, ...]:
             "A task's log from ?offset=, as infer answers",
             returns="text/event-stream",
         ),
+        routes_catalog.BLOB,
         Route("GET", "/metrics", Scope.METRICS, metrics, "Prometheus text", returns="text/plain"),
         Route("GET", "/openapi.json", Scope.OPEN, describe, "This document"),
     )

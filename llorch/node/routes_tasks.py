@@ -19,7 +19,8 @@ from llorch.errors import LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import Head, Open, parse
 from llorch.node.answer_wire import tail_wire
-from llorch.node.runner import FORWARDED_HEADERS, Runner
+from llorch.node.execution import FORWARDED_HEADERS
+from llorch.node.runner import Runner
 from llorch.node.state import NODE, Node
 from llorch.node.tasklog import NATIVE, Gone, TaskEntry
 from llorch.records import Type

@@ -44,7 +44,7 @@ class Slots:
         pool.waiting[task_id] = pool.model
         self._waiting[task_id] = pool
         self._changed(pool)
-        return Lease(task_id, pool.id, None, pool.engine, "", pool.model, None)
+        return Lease(task_id, pool.id, None, pool.engine, "", pool.model, None, pool.served_as)
 
     def seat(self, pool: Pool) -> list[Lease]:
         """Slots of the ready replicas for those that waited for their model, as far as there are any."""
@@ -80,6 +80,7 @@ class Slots:
             replica.handoff.url,
             replica.handoff.model,
             replica.handoff.api_key_file,
+            replica.handoff.served_as,
             trial=replica.breaker.begin(task_id),
         )
         self._held[task_id] = (pool, replica, lease, replica.breaker)

@@ -8,14 +8,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 
 from llorch.messages import Gpu, ModelReport
+from llorch.node import pool_events as ev
 from llorch.node.gpu import pool_vram
 from llorch.node.metrics import NodeMetrics
 from llorch.node.runner import Runner
+
+if TYPE_CHECKING:
+    from llorch.node.staging import Stager
 
 
 class PoolReports(Protocol):
@@ -26,6 +30,7 @@ class PoolReports(Protocol):
     def report(self) -> list[dict[str, Any]]: ...
     def pool_report(self, pool_id: str) -> dict[str, Any]: ...
     def health(self, pool_id: str) -> dict[str, Any]: ...
+    def ref_of(self, pool_id: str, model: str) -> str | None: ...
 
 
 @dataclass(slots=True)
@@ -43,6 +48,9 @@ class Node:
     read_models: Callable[[], Sequence[ModelReport]] = tuple
     gpus: Sequence[Gpu] = ()
     models: Sequence[ModelReport] = ()
+    stager: Stager | None = None
+    post: Callable[[ev.Event], None] = lambda _event: None  # what operators ask of the pools
+    read_log: Callable[[str, Sequence[str], int, str | None], dict[str, Any]] = lambda *_asked: {}
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

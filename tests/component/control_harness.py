@@ -383,11 +383,15 @@ class DialledNode:
         server.router.add_get("/v2/pools/{pool}", self._report_one)
         server.router.add_post("/v2/pools/{pool}/infer", self._infer)
         server.router.add_delete("/v2/tasks/{task}", self._delete)
+        self.routes(server)
         self._runner = aioweb.AppRunner(server, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
         await self._runner.setup()
         await aioweb.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.address = f"127.0.0.1:{self._runner.addresses[0][1]}"
         return self
+
+    def routes(self, server: aioweb.Application) -> None:
+        """Further ones, of a node that can do more."""
 
     async def close(self) -> None:
         if self._runner is not None:

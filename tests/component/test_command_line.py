@@ -71,7 +71,11 @@ async def control() -> AsyncIterator[ScriptedControl]:
         running.on("GET /v2/nodes", answer({"nodes": [NODE]}))
         running.on("GET /v2/nodes/n1", answer(NODE))
         running.on("POST /v2/nodes/n1/pardon", answer({"success": True, "node_id": "n1", "was_quarantined": True}))
+        running.on("POST /v2/nodes/n1/drain", answer({"node_id": "n1", "draining": True}, 202))
+        running.on("POST /v2/nodes/n1/pools/p0/drain", answer({"node_id": "n1", "pool": POOL}, 202))
+        running.on("DELETE /v2/nodes/n1", answer({"success": True}))
         running.on("GET /v2/pools", answer({"pools": [POOL]}))
+        running.on("GET /v2/catalog", answer({"models": {}, "nodes": {}}))
         running.on("GET /v1/models", answer({"data": [{"id": "m"}]}))
         running.on("GET /v2/tasks", answer({"tasks": [VIEW]}))
         running.on(f"GET /v2/tasks/{TASK}", answer(VIEW))
@@ -437,7 +441,13 @@ CLIENT_COMMANDS = [
     (("node", "ls"), "GET /v2/nodes"),
     (("node", "show", "n1"), "GET /v2/nodes/n1"),
     (("node", "pardon", "n1"), "POST /v2/nodes/n1/pardon"),
+    (("node", "drain", "n1", "--no-wait"), "POST /v2/nodes/n1/drain"),
+    (("node", "rm", "n1"), "DELETE /v2/nodes/n1"),
     (("pool", "ls"), "GET /v2/pools"),
+    (("pool", "show", "n1/p0"), "GET /v2/nodes/n1"),
+    (("pool", "drain", "n1/p0"), "POST /v2/nodes/n1/pools/p0/drain"),
+    (("logs", "n1/p0"), "GET /v2/nodes/n1/pools/p0/logs"),
+    (("logs", "n1/p0", "-f"), "GET /v2/nodes/n1/pools/p0/logs"),
     (("task", "ls"), "GET /v2/tasks"),
     (("task", "show", TASK), f"GET /v2/tasks/{TASK}"),
     (("task", "cancel", TASK), f"POST /v2/tasks/{TASK}/cancel"),

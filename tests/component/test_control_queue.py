@@ -6,11 +6,11 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
-from llorch.control import admission, intake, placement, waiting
+from llorch.control import admission, intake, placement, swapping, waiting
 from llorch.control.registry import Claim
 from llorch.errors import Code
 from tests.component.control_harness import MODEL, Attempt, ControlUnderTest, LinkedNode, a_control, eventually, pool
@@ -535,21 +535,25 @@ async def test_the_pools_are_looked_up_once_however_many_wishes_they_do_not_meet
             await control.waiting(number + 1)
         await control.join("b")  # it has a free slot, and none of them wants it
         looked, picked = 0, 0
-        room, pool_facts, pick = control.control.dispatcher._room, control.control.registry.pool_facts, placement.pick
+        room, pool_facts, choose = (
+            control.control.dispatcher._room,
+            control.control.registry.pool_facts,
+            swapping.choose,
+        )
 
         def looking(now: float, model: str | None = None) -> list[placement.PoolFacts]:
             nonlocal looked
             looked += 1
             return pool_facts(now, model)
 
-        def picking(wish: placement.Wish, pools: Iterable[placement.PoolFacts]) -> tuple[str, str] | None:
+        def choosing(*asked: Any) -> tuple[str, str] | None:
             nonlocal picked
             picked += 1
-            return pick(wish, pools)
+            return choose(*asked)
 
         with monkeypatch.context() as patch:
             patch.setattr(control.control.registry, "pool_facts", looking)
-            patch.setattr(placement, "pick", picking)
+            patch.setattr(swapping, "choose", choosing)
             room.pump()
         assert (looked, picked) == (1, 5)
 

@@ -78,6 +78,41 @@ def test_a_path_that_was_given_must_exist(tmp_path: Path) -> None:
     assert facts.llama_server is None and facts.llama_server_problem is None
 
 
+def environment(folder: Path, package: str, version: str, script: str = "#!{python}\n") -> Path:
+    """A Python environment with an engine in it, and its program. Nothing of it is run."""
+    site = folder / "lib/python3.12/site-packages" / f"{package}-{version}.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    python = folder / "bin/python3"
+    python.parent.mkdir(exist_ok=True)
+    for path, text in ((python, "#!/bin/false\n"), (folder / "bin" / package, script.format(python=python))):
+        path.write_text(text)
+        path.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize("script", ["#!{python}\n", "#!/bin/sh\nexec x\n", "#!/usr/bin/env python3\n"])
+def test_engines_with_an_environment_of_their_own_are_found_by_their_files(tmp_path: Path, script: str) -> None:
+    environment(tmp_path / "v", "vllm", "0.33.0", script)
+    python = environment(tmp_path / "s", "sglang", "0.5.23", script)
+    facts = detect(None, env={"PATH": f"{tmp_path}/v/bin:{tmp_path}/s/bin"}, look_for_gpus=False)
+    assert (facts.vllm, facts.vllm_version) == ((f"{tmp_path}/v/bin/vllm",), "0.33.0")
+    assert (facts.sglang_python, facts.sglang_version) == (str(python), "0.5.23")
+
+
+def test_one_that_is_linked_into_the_path_is_followed_to_its_environment(tmp_path: Path) -> None:
+    python = environment(tmp_path / "s", "sglang", "0.5.23", "#!/bin/sh\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sglang").symlink_to(tmp_path / "s/bin/sglang")
+    facts = detect(None, env={"PATH": f"{tmp_path}/bin"}, look_for_gpus=False)
+    assert (facts.sglang_python, facts.sglang_version) == (str(python), "0.5.23")
+
+
+def test_an_engine_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    facts = detect(None, env={"PATH": str(tmp_path)}, look_for_gpus=False)
+    assert (facts.vllm, facts.vllm_version, facts.sglang_python, facts.sglang_version) == ((), None, None, None)
+
+
 @pytest.mark.llama
 def test_the_wheel_is_found_and_asked_for_gpus_in_a_process_of_its_own() -> None:
     before = "xllamacpp" in sys.modules

@@ -17,7 +17,7 @@ import pytest
 
 from llorch import records
 from llorch.node.link import NodeLink
-from llorch.node.runner import Execution
+from llorch.node.execution import Execution
 from llorch.node.tasklog import Limits
 from llorch.records import INITIAL_CREDIT_BYTES, Type
 from tests.component.node_harness import ENGINE_KEY, MODEL, POOL, Stream, eventually, node_between
@@ -422,7 +422,7 @@ async def test_a_cancel_after_its_deadline_is_no_cancel(tmp_path: Path) -> None:
 
 
 async def test_body_that_does_not_come_frees_the_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llorch.node.runner.BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("llorch.node.execution.BODY_TIMEOUT_S", 0.05)
     async with node_between(tmp_path, slots=1) as setup:
         link = await setup.link()
         tail = await ended(link.open(b"x" * 1_000, send_body=False))
@@ -469,7 +469,7 @@ async def test_node_that_drains_waits_until_what_has_ended_was_read(tmp_path: Pa
 
 
 async def test_engine_that_falls_silent_ends_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llorch.node.runner.STALL_AFTER_S", 0.3)
+    monkeypatch.setattr("llorch.node.execution.STALL_AFTER_S", 0.3)
     async with node_between(tmp_path) as setup:
         link = await setup.link()
         slow = link.prompt()
@@ -707,7 +707,7 @@ async def test_body_that_can_not_come_any_more_frees_the_slot(how: str, tmp_path
 
 
 async def test_overtaken_reader_is_told_of_the_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llorch.node.runner.ROOM_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("llorch.node.execution.ROOM_TIMEOUT_S", 0.05)
     async with node_between(tmp_path, limits=Limits(kept_bytes=150_000)) as setup:
         link = await setup.link()
         stream = link.prompt()

@@ -28,13 +28,32 @@ BREAKS = re.compile(r"[\t\n\u2028\u2029\u200b\ufeff\U000e0041]")
 FORGED = re.compile(r"^(error: forged|hint: forged|ready url=)", re.MULTILINE)
 
 POOL: dict[str, Any] = {
-    "node_id": HOSTILE, "pool_id": HOSTILE, "model": HOSTILE, "engine": HOSTILE, "engine_version": HOSTILE,
-    "state": HOSTILE, "ready": True, "bound": True, "slots_free": 3, "slots_total": 4, "node_state": HOSTILE,
-    "facts_age_ms": 350, "last_error": HOSTILE, "breaker": {"state": "ejected", "ejected_ms": 1, "reason": HOSTILE},
-}  # fmt: skip
+    "node_id": HOSTILE,
+    "pool_id": HOSTILE,
+    "model": HOSTILE,
+    "engine": HOSTILE,
+    "engine_version": HOSTILE,
+    "state": HOSTILE,
+    "ready": True,
+    "bound": True,
+    "slots_free": 3,
+    "slots_total": 4,
+    "node_state": HOSTILE,
+    "facts_age_ms": 350,
+    "last_error": HOSTILE,
+    "breaker": {"state": "ejected", "ejected_ms": 1, "reason": HOSTILE},
+    "loading": HOSTILE,
+    "held": [HOSTILE],
+    "draining": True,
+    "in_flight": 1,
+    "operation": {"kind": HOSTILE, "state": "failed", "model": HOSTILE, "message": HOSTILE, "started_at": HOSTILE},
+    "replicas": [{"id": HOSTILE, "state": HOSTILE, "breaker": HOSTILE}],
+}
+FAILED: dict[str, Any] = POOL | {"pool_id": "p0", "operation": POOL["operation"] | {"kind": "drain"}}  # fmt: skip
 NODE: dict[str, Any] = {
     "node_id": HOSTILE, "state": HOSTILE, "online": True, "suspect": True, "heartbeat_age_ms": 4200, "zone": HOSTILE,
-    "slots_free": 3, "slots_total": 4, "models": [HOSTILE], "pools": [POOL], HOSTILE: {HOSTILE: HOSTILE},
+    "slots_free": 3, "slots_total": 4, "draining": True, "models": [HOSTILE], "pools": [FAILED, POOL],
+    HOSTILE: {HOSTILE: HOSTILE},
     "gpus": [{"index": 0, "uuid": HOSTILE, "name": HOSTILE, "driver": HOSTILE}],
 }  # fmt: skip
 VIEW: dict[str, Any] = {
@@ -52,6 +71,7 @@ DECISION: dict[str, Any] = {
 COMMANDS = (
     ("status",), ("node", "ls"), ("node", "show", "n1"), ("pool", "ls"), ("task", "ls"), ("task", "show", TASK),
     ("explain", TASK), ("explain", "--dry-run", "-m", "m"), ("task", "cancel", TASK),
+    ("pool", "show", "n1/p0"), ("pool", "drain", "n1/p0"), ("node", "drain", "n1"), ("node", "rm", "n1"),
 )  # fmt: skip
 IDS = [" ".join(part for part in command if part != TASK) for command in COMMANDS]
 
@@ -69,6 +89,9 @@ async def control() -> AsyncIterator[ScriptedControl]:
         running.on(f"GET /v2/tasks/{TASK}/placement", answer(DECISION))
         running.on("POST /v2/placement", answer(DECISION))
         running.on(f"POST /v2/tasks/{TASK}/cancel", answer({"task_id": HOSTILE, "state": HOSTILE}, 202))
+        running.on("POST /v2/nodes/n1/pools/p0/drain", answer({"node_id": HOSTILE, "pool": FAILED}, 202))
+        running.on("POST /v2/nodes/n1/drain", answer({"node_id": HOSTILE, "draining": True}, 202))
+        running.on("DELETE /v2/nodes/n1", answer({"success": True, "x": HOSTILE}))
         yield running
 
 

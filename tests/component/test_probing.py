@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from llorch.node import probing
+from llorch.node.engines.progress import Progress
 from llorch.node.handoff import Handoff
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -22,7 +23,7 @@ PROPS = {"total_slots": 3, "default_generation_settings": {"n_ctx": 512}}
 
 @contextlib.asynccontextmanager
 async def an_engine(
-    *, embeds: bool = False, cut: bool = True, hangs: str = "", asked: list[str] | None = None
+    *, embeds: bool = False, chats: bool = False, cut: bool = True, hangs: str = "", asked: list[str] | None = None
 ) -> AsyncIterator[Handoff]:
     """Each of its answers comes in two pieces, the second when the first must have been read.
 
@@ -50,7 +51,13 @@ async def an_engine(
         return response
 
     async def complete(request: web.Request) -> web.StreamResponse:
-        return web.Response(status=501) if embeds else await pieces(request, COMPLETION)
+        return web.Response(status=501) if embeds or chats else await pieces(request, COMPLETION)
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        return await pieces(request, COMPLETION) if chats else web.Response(status=404)
+
+    async def metrics(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text='vllm:generation_tokens_total{model_name="m"} 7.0\n' + "# x\n" * 500_000)
 
     async def embed(request: web.Request) -> web.StreamResponse:
         return await pieces(request, {"data": [{"embedding": [0.25] * 30_000}]})
@@ -64,6 +71,8 @@ async def an_engine(
     app = web.Application(middlewares=[seen])
     app.router.add_get("/health", health)
     app.router.add_post("/v1/completions", complete)
+    app.router.add_post("/v1/chat/completions", chat)
+    app.router.add_get("/metrics", metrics)
     app.router.add_post("/v1/embeddings", embed)
     app.router.add_get("/props", props)
     runner = web.AppRunner(app, handler_cancellation=True)
@@ -81,6 +90,25 @@ async def an_engine(
 async def test_an_answer_that_comes_in_pieces_is_read_whole(embeds: bool) -> None:
     async with an_engine(embeds=embeds, cut=False) as handoff, aiohttp.ClientSession() as http:
         assert await probing.generates(http, handoff) == probing.Answer(slots=3, ctx=512)
+
+
+async def test_an_engine_that_only_chats_is_ready_by_a_chat() -> None:
+    asked: list[str] = []
+    async with an_engine(chats=True, cut=False, asked=asked) as handoff, aiohttp.ClientSession() as http:
+        await probing.generates(http, handoff)
+    assert asked == ["/health", "/v1/completions", "/v1/chat/completions", "/props"]
+
+
+async def test_counters_are_read_from_a_long_page_and_none_where_nothing_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with an_engine(cut=False) as handoff, aiohttp.ClientSession() as http:
+        assert await probing.progress(http, handoff) == Progress((0.0, 7.0, 0.0))
+    monkeypatch.setattr(probing, "HEALTH_TIMEOUT_S", 0.05)
+    async with an_engine(hangs="/metrics") as handoff, aiohttp.ClientSession() as http:
+        assert await probing.progress(http, handoff) is None
+    async with aiohttp.ClientSession() as http:
+        assert await probing.progress(http, handoff) is None
 
 
 async def test_an_answer_that_breaks_off_is_none() -> None:

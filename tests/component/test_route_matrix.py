@@ -37,6 +37,8 @@ DAY = 86_400.0
 OPEN, SUBMIT, READ, METRICS, ADMIN = Scope.OPEN, Scope.SUBMIT, Scope.READ, Scope.METRICS, Scope.ADMIN
 NODE, JOIN, CONTROL = Scope.NODE, Scope.JOIN, Scope.CONTROL
 
+POOL_OPERATIONS = ("drain", "undrain", "load", "unload", "reload", "restart", "purge")
+
 SCOPES: dict[str, dict[str, set[Scope]]] = {
     "control": {
         "POST /v2/tasks": {SUBMIT}, "GET /v2/tasks": {SUBMIT}, "GET /v2/tasks/{task_id}": {SUBMIT},
@@ -49,6 +51,12 @@ SCOPES: dict[str, dict[str, set[Scope]]] = {
         "POST /callbacks/pool-ready": {NODE}, "POST /v2/nodes/csr": {JOIN, NODE},
         "POST /v2/nodes/{node_id}/pardon": {ADMIN},
         "GET /v2/nodes": {READ}, "GET /v2/nodes/{node_id}": {READ}, "GET /v2/pools": {READ}, "GET /v2/catalog": {READ},
+        "POST /v2/nodes/{node_id}/drain": {ADMIN}, "POST /v2/nodes/{node_id}/undrain": {ADMIN},
+        **{f"POST /v2/nodes/{{node_id}}/pools/{{pool_id}}/{kind}": {ADMIN} for kind in POOL_OPERATIONS},
+        "GET /v2/nodes/{node_id}/pools/{pool_id}/logs": {ADMIN},
+        "POST /v2/catalog/stage": {ADMIN}, "GET /v2/catalog/stage": {READ}, "GET /v2/catalog/stage/{job}": {READ},
+        "POST /v2/catalog/verify": {ADMIN}, "GET /v2/catalog/verify/{job}": {READ},
+        "DELETE /v2/catalog/{node_id}/{model:.+}": {ADMIN},
         "GET /v2/tokens": {ADMIN}, "POST /v2/tokens": {ADMIN}, "DELETE /v2/tokens/{token}": {ADMIN},
         "GET /cacerts": {OPEN}, "GET /livez": {OPEN}, "GET /readyz": {OPEN}, "GET /health": {OPEN},
         "GET /openapi.json": {OPEN}, "GET /metrics": {METRICS},

@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from llorch.node.engines import simulated_script, simulated_server
+from llorch.node.engines.progress import Progress, read
 from tests.cluster import eventually, expected_text
 
 KEY = "a-key-for-this-test-only-0123456789"
@@ -549,3 +550,49 @@ async def test_a_port_that_is_taken_ends_it_with_one_line(engine: Engine, tmp_pa
     assert process.returncode == 1
     [line] = said.decode().splitlines()
     assert port in line
+
+
+# ---------------------------------------------------------------- what it counts, and an engine that stands still
+
+
+async def counters(engine: Engine) -> Progress:
+    async with engine.session.get(engine.url + "/metrics") as answer:
+        found = read("simulated", await answer.text())
+    assert found is not None
+    return found
+
+
+async def test_its_counters_stand_still_while_a_request_hangs(tmp_path: Path) -> None:
+    async with simulated(tmp_path, "--hang-after", "3") as engine:
+        await engine.whole(COMPLETIONS, max_tokens=2)
+        assert (await counters(engine)).counters[1] == 2
+        hanging = asyncio.ensure_future(engine.events(COMPLETIONS, max_tokens=9))
+        await eventually(lambda: engine.state(hung=1))
+        stuck = await counters(engine)
+        assert stuck.busy == 1 and stuck.counters[1] == 5
+        await engine.whole(COMPLETIONS, max_tokens=2)
+        assert (await counters(engine)).counters == stuck.counters
+        hanging.cancel()
+        await eventually(lambda: engine.state(hung=0))
+        assert (await counters(engine)).counters[1] == 7
+
+
+async def test_a_deaf_one_takes_connections_and_answers_nothing_any_more(tmp_path: Path) -> None:
+    async with simulated(tmp_path, "--deaf-after", "3", "--delay-ms", "5") as engine:
+        await engine.whole(COMPLETIONS, max_tokens=3)
+        others = [asyncio.ensure_future(engine.events(path, max_tokens=200)) for path in (COMPLETIONS, CHAT)]
+        await asyncio.sleep(0)
+        for path in ("/health", "/metrics", "/v1/models"):
+
+            async def silent(path: str = path) -> bool:
+                try:
+                    async with asyncio.timeout(0.1):
+                        await engine.get(path)
+                except TimeoutError:
+                    return True
+                return False
+
+            await eventually(silent, what=path)
+        assert not any(other.done() for other in others)
+        for other in others:
+            other.cancel()

@@ -24,6 +24,7 @@ from llorch.config_pools import PoolSpec
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.messages import TaskBody
 from llorch.node import pool_events as ev
+from llorch.node import probing
 from llorch.node.engine_keys import read_key
 from llorch.node.engine_process import start_time
 from llorch.node.engines.external import External
@@ -133,6 +134,8 @@ class Everywhere:
     name: str = "everywhere"
     version: str | None = None
     needs_model: bool = False
+    formats: frozenset[str] = frozenset()
+    inner_ports_open: bool = False
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         return Launch((sys.executable, "-c", EVERYWHERE, str(port)))
@@ -295,6 +298,11 @@ async def test_real_llama_cpp_becomes_ready_and_answers_through_its_lease(tmp_pa
             raw = decoder.feed(await response.read(), 1.0) + decoder.finish(2.0)
         assert raw.count(b"event: end\n") == 1 and raw.count(b"event: error\n") == 0
         assert decoder.usage.tokens_out == 3 and decoder.finish_reason == "length"
+        ((_, _, _, handoff),) = supervisor.pools.replicas()
+        assert handoff is not None
+        async with client_session() as http:
+            found = await probing.progress(http, handoff)
+        assert found is not None and found.busy == 0 and all(count > 0 for count in found.counters)
         async with client_session() as http, http.post(lease.url + made.path, data=made.body) as response:
             assert response.status == 401
         for what in ("cmdline", "environ"):

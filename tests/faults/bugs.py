@@ -65,7 +65,7 @@ BUGS = (
     # ---- cancels, readers that go
     bug(
         "a cancel does not reach the engine", "calm", "cancel",
-        ("node/runner.py", "            self._stopped = why\n            self._task.cancel()\n", "            self._stopped = why\n"),
+        ("node/execution.py", "            self._stopped = why\n            self._task.cancel()\n", "            self._stopped = why\n"),
     ),
     bug(
         "a native task has no grace", "leavers", "canceled by nobody, one execution",
@@ -146,7 +146,7 @@ BUGS = (
     # ---- ends
     bug(
         "the error that ends a log is not written to it", "calm", "cut or whole, lost end, unexplained break",
-        ("node/runner.py", "        if last:\n            self._put(last)\n        error =", "        if last and failure is None:\n            self._put(last)\n        error ="),
+        ("node/execution.py", "        if last:\n            self._put(last)\n        error =", "        if last and failure is None:\n            self._put(last)\n        error ="),
     ),
     bug(
         "a second terminal event", "calm", "nothing after the end, one end",

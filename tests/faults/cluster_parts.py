@@ -134,13 +134,14 @@ class SimControl:
         registry = self.state.registry
         take = registry.claim
 
-        def claim(node_id: str, pool_id: str, task_id: str, attempt: int) -> Any:
+        def claim(node_id: str, pool_id: str, task_id: str, attempt: int, model: str) -> Any:
             node = registry.nodes[node_id]
             pool = node.pools[pool_id]
             assert self.state.links.get(node_id) is not None
             assert node.online and node.reachable and not node.suspect(self.loop.time()) and not node.draining
-            assert pool.bound and pool.report.ready and not pool.report.draining and pool.report.model == MODEL
-            taken = take(node_id, pool_id, task_id, attempt)
+            assert pool.bound and pool.report.ready and not pool.report.draining
+            assert pool.report.model == model == MODEL
+            taken = take(node_id, pool_id, task_id, attempt, model)
             assert pool.claimed <= pool.slots_total
             self.could_go.clear()  # should the node refuse it, the slot was none
             return taken

@@ -445,7 +445,7 @@ class LogsWorld(World):
             assert not story.entry.log.sealed, "an end that nobody was told of"
             if reading.told_to_go and story.entry.run is not None:
                 assert self.stopped(story.entry), "a cancel without effect"
-        for execution in self.runner._executions:
+        for execution in self.runner._executions.values():
             if execution._pending:
                 there = self.stories[execution.entry].readers
                 assert any(wire.dead for wire, _ in there), "a writer waits, and nobody is behind"

@@ -31,8 +31,9 @@ from llorch.config_yaml import read_yaml
 from llorch.control import intake, views
 from llorch.control.addresses import check_address
 from llorch.control.admission import Admission
+from llorch.control.decision import decide
 from llorch.control.metrics import registry_metrics
-from llorch.control.placement import Wish, decide
+from llorch.control.placement import Wish
 from llorch.control.registry import Registry
 from llorch.control.roster import FILE_NAME, Roster
 from llorch.errors import ConfigError, LlorchError
@@ -52,8 +53,8 @@ from llorch.messages import (
     model_id_ok,
     parse,
 )
-from llorch.node import dial, handoff
-from llorch.node.engines import gguf, openai_api
+from llorch.node import dial, fit, handoff
+from llorch.node.engines import gguf, openai_api, progress
 from llorch.node.engines.chunks import Meter, normalise_error
 from llorch.node.modelref import model_id
 from llorch.records import RecordError, Type
@@ -156,11 +157,17 @@ def task_body(data: bytes) -> None:
     headers, body = _request(data)
     task = intake.native_task(body, headers, owner="a", request_id="r", task_id=seeds.TASK_ID, now=NOW)
     _plain_task(task)
-    request = openai_api.encode_native(parse(TaskBody, decode_object(body)), "engine-model")
-    wire = decode_object(request.body)
-    known = {"model", "prompt", "messages", "stream", "stream_options", "reasoning_format"}
-    assert set(wire) <= known | set(openai_api.NATIVE_PARAMETERS), "a field that no engine is to see"
-    assert wire["model"] == "engine-model" and wire["stream"] is True
+    for engine in ("llamacpp", "vllm", "sglang", "external"):
+        request = openai_api.encode_native(parse(TaskBody, decode_object(body)), "engine-model", engine)
+        wire = decode_object(request.body)
+        assert set(wire) <= _KNOWN | set(openai_api.NATIVE_PARAMETERS), "a field that no engine is to see"
+        assert wire["model"] == "engine-model" and wire["stream"] is True
+
+
+_KNOWN = {
+    "model", "prompt", "messages", "stream", "stream_options", "reasoning_format", "separate_reasoning",
+    "response_format", "repetition_penalty", "structured_outputs", "ebnf",
+}  # fmt: skip
 
 
 def openai_body(data: bytes) -> None:
@@ -464,6 +471,17 @@ def _whole_answer(data: bytes) -> None:
     assert bool(out) == (decoder.error is None)
 
 
+def engine_counters(data: bytes) -> None:
+    """An engine's `/metrics`, whosever words they are."""
+    text = data.decode("utf-8", "replace")
+    for engine in ("llamacpp", "vllm", "sglang", "external"):
+        found = progress.read(engine, text)
+        if found is not None:
+            assert len(found.counters) == 3 and all(0 <= count < math.inf for count in found.counters)
+            assert found.busy is None or 0 <= found.busy <= progress.MAX_BUSY
+            assert found.kv_usage is None or 0 <= found.kv_usage <= 1
+
+
 def engine_error(data: bytes) -> None:
     """An engine's refusal: two bytes of status, then its body. What goes on is short, printable and in our words."""
     status = 400 + int.from_bytes(data[:2].ljust(2, b"\0"), "big") % 200
@@ -497,6 +515,8 @@ def gguf_header(data: bytes) -> None:
     header = gguf.parse_header(data)
     assert header.architecture and header.version in gguf.VERSIONS
     assert header.tensors * 24 <= len(data), "more tensors than there are bytes for"
+    needed = fit.need(header, len(data), ctx=4096, slots=4)
+    assert 0 <= needed.weights_bytes <= len(data) and needed.kv_bytes >= 0, "an estimate that can't be"
 
 
 @cache
@@ -750,6 +770,14 @@ def targets() -> tuple[Target, ...]:
             (),
             LINES,
             (b"data: ", b"[DONE]", b"\n\n", b"\r\n\r\n"),
+        ),
+        Target(
+            "engine_counters",
+            engine_counters,
+            (seeds.COUNTERS,),
+            (),
+            LINES,
+            (b"vllm:generation_tokens_total", b"sglang:token_usage", b"llamacpp:n_decode_total", b"{", b"} ", b"1e+09"),
         ),
         Target("engine_error", engine_error, tuple(b"\0\0" + chunk for chunk in seeds.CHUNKS), (), BINARY, JSON_WORDS),
         Target(

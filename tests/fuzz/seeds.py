@@ -169,3 +169,10 @@ def greeting(name: str) -> bytes:
     except ssl.SSLWantReadError:
         pass
     return out.read()
+
+
+COUNTERS = (
+    b"# TYPE llamacpp:n_decode_total counter\nllamacpp:n_decode_total 5\nllamacpp:requests_processing 2\n"
+    b'vllm:generation_tokens_total{engine="0",model_name="m"} 40.0\nvllm:kv_cache_usage_perc{model_name="m"} 0.5\n'
+    b'sglang:realtime_tokens_total{mode="decode"} 3.0e+01 1395066363000\nsglang:token_usage{model_name="m"} 0.28\n'
+)

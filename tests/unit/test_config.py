@@ -769,6 +769,7 @@ def test_a_pool_may_say_everything() -> None:
         ("{id: a, engine: external}", "pools[0].url", "needs a url"),
         ("{id: a, url: 'http://127.0.0.1:1'}", "pools[0].url", "only an external engine"),
         ("{id: a, id: b}", "id", "given twice"),
+        ("{id: a, hours: 9-17}", "pools[0].hours", "neither days nor hours"),
         ("{id: a, vram: 3}", "pools[0]", "not a field of a pool"),
     ],
 )
@@ -1098,3 +1099,49 @@ def test_an_environment_name_that_says_the_same_is_refused_too(name: str) -> Non
     fault = only(faults(node, yaml=f"pools:\n  - id: a\n    env:\n      HF_HOME: /x\n      {name}: k3y\n"))
     assert fault.where == "llorch.yaml:5" and fault.message.startswith(f"{name} can't be given to an engine: ")
     assert "k3y" not in fault.message
+
+
+@pytest.mark.parametrize(
+    ("engine", "word"),
+    [("vllm", "--uds"), ("vllm", "--middleware=x"), ("vllm", "--max_num_seqs"), ("vllm", "--enable-log-req"),
+     ("sglang", "--admin-api-key"), ("sglang", "--log-level"), ("sglang", "--context-length")],
+)  # fmt: skip
+def test_each_engine_has_flags_of_its_own_that_a_pool_may_not_give(engine: str, word: str) -> None:
+    text = f"pools:\n  - id: a\n    args:\n      - --dtype\n      - {word}\n    engine: {engine}\n"
+    fault = only(faults(node, yaml=text))
+    assert (fault.where, fault.key) == ("llorch.yaml:5", "pools[0].args")
+    assert fault.message.startswith(f"{word.partition('=')[0]} can't be given to an engine: ")
+    other = {"vllm": "sglang", "sglang": "vllm"}[engine]
+    node(yaml=text.replace(engine, other))  # where it means nothing, or something else
+
+
+def test_what_is_llama_cpps_own_may_mean_something_else_to_another_engine() -> None:
+    assert only(faults(node, yaml="pools: [{id: a, args: [-c, '1']}]\n")).message.startswith("-c can't")
+    node(yaml="pools: [{id: a, engine: vllm, model: 'hf:a/b', args: [-c, '1']}]\n")
+
+
+def test_a_command_may_hold_every_flag_and_knows_its_placeholders() -> None:
+    words = "[/opt/e, --host, 127.0.0.1, --port, '{port}', --api-key-file, '{key_file}', '{\"a\": 1}', '{model}']"
+    pool = f"{{id: a, engine: command, model: demo, command: {words}, engine_model: 'x:1b'}}"
+    (made,) = node(yaml=f"pools: [{pool}]\n").settings.pools
+    assert made.command[4] == "{port}" and made.command[7] == '{"a": 1}' and made.engine_model == "x:1b"
+
+
+@pytest.mark.parametrize(
+    ("pool", "why", "field"),
+    [
+        ("engine: command", "engine command needs a command", "command"),
+        ("engine: command, command: []", "engine command needs a command", "command"),
+        ("engine: command, command: [/opt/e]", "does not say where to listen", "command"),
+        ("engine: command, command: '/opt/e {port} {prot}'", "{prot} stands for nothing", "command"),
+        ("engine: command, command: '/opt/e {port} {model}'", "has {model}, and the pool no model", "model"),
+        ("engine: command, command: '/opt/e {port}', args: [x]", "engine command has no args", "args"),
+        ("engine: vllm, command: '/opt/e {port}'", "only engine command has a command", "command"),
+        ("engine: vllm, engine_model: x", "has an engine_model", "engine_model"),
+        ("engine: external, url: 'http://127.0.0.1:1', engine_model: 'a b'", "", "engine_model"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused_where_it_stands(pool: str, why: str, field: str) -> None:
+    fault = only(faults(node, yaml=f"pools:\n  - {{id: a, {pool}}}\n"))
+    assert (fault.where, fault.key) == ("llorch.yaml:2", f"pools[0].{field}") and why in fault.message
+    assert fault.hint

@@ -1,8 +1,9 @@
 """Which engines this machine has, and which one `engine: auto` means.
 
-Owns the registry and the choice: a llama-server that can use the GPU, else xllamacpp if it can, else the CPU where that
-was asked for or there is no GPU. A GPU that would be left unused is refused with the mend, for the loss is easy not to
-notice and hard to explain later. Facts come in from `detect`.
+Owns the registry and the choice, which falls on llama.cpp alone: others take all of a GPU's memory, and minutes to
+start, so a person has to have named them. A llama-server that can use the GPU, else xllamacpp if it can, else the CPU
+where that was asked for or there is no GPU. A GPU that would be left unused is refused with the mend, for the loss is
+easy not to notice and hard to explain later. Facts come in from `detect`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from llorch.config_pools import PoolSpec
 from llorch.errors import Code, ConfigError, LlorchError
-from llorch.node.engines import external, llama_server, llamacpp, simulated
+from llorch.node.engines import command, external, llama_server, llamacpp, sglang, simulated, vllm
+from llorch.node.engines.command import Command
 from llorch.node.engines.external import External
 from llorch.node.engines.llama_server import LlamaServer
 from llorch.node.engines.llamacpp import LlamaCpp
+from llorch.node.engines.sglang import Sglang
 from llorch.node.engines.simulated import Simulated
 from llorch.node.engines.spec import Engine
+from llorch.node.engines.vllm import Vllm
 
 AUTO = "auto"
 # What the extra [llamacpp] brings, by a name that is good wherever llorch itself came from.
@@ -39,6 +44,10 @@ class EngineFacts:
     llama_server_problem: str | None = None
     xllamacpp_version: str | None = None
     xllamacpp_gpu: bool = False
+    vllm: tuple[str, ...] = ()  # what starts it; empty: it is not here
+    vllm_version: str | None = None
+    sglang_python: str | None = None  # the interpreter that has it
+    sglang_version: str | None = None
 
     @property
     def has_llama_server(self) -> bool:
@@ -63,6 +72,27 @@ def _external(_facts: EngineFacts) -> Engine:
     return External()
 
 
+def _vllm(facts: EngineFacts) -> Engine:
+    if not facts.vllm:
+        raise ConfigError("vllm was not found", hint=elsewhere(vllm.NAME))
+    return Vllm(facts.vllm, facts.vllm_version)
+
+
+def _sglang(facts: EngineFacts) -> Engine:
+    if facts.sglang_python is None:
+        raise ConfigError("sglang was not found", hint=elsewhere(sglang.NAME))
+    return Sglang(facts.sglang_python, facts.sglang_version)
+
+
+def elsewhere(name: str) -> str:
+    """The mend for an engine that has an environment of its own, as these mostly do."""
+    return f"put the program {name} of its environment in the agent's PATH, or start it with engine: command"
+
+
+def _command(_facts: EngineFacts) -> Engine:
+    return Command()
+
+
 def _simulated(facts: EngineFacts) -> Engine:
     return Simulated(facts.python)
 
@@ -70,6 +100,9 @@ def _simulated(facts: EngineFacts) -> Engine:
 ENGINES: Mapping[str, Callable[[EngineFacts], Engine]] = {
     llamacpp.NAME: _llamacpp,
     llama_server.NAME: _llama_server,
+    vllm.NAME: _vllm,
+    sglang.NAME: _sglang,
+    command.NAME: _command,
     external.NAME: _external,
     simulated.NAME: _simulated,
 }
@@ -110,3 +143,8 @@ def choose(facts: EngineFacts, *, gpus: bool, allow_cpu: bool) -> str:
     if gpus and not allow_cpu:
         raise ConfigError("this machine has a GPU, and no engine here can use it", hint=MEND)
     return llamacpp.NAME if facts.xllamacpp_version is not None else llama_server.NAME
+
+
+def wants_model(made: Engine, pool: PoolSpec) -> bool:
+    """The pool's model has to be on this machine before `made` starts."""
+    return made.needs_model or (made.name == command.NAME and command.names_model(pool))

@@ -38,7 +38,11 @@ def _error_object(body: object) -> Mapping[str, Any]:
     return {}
 
 
-_TOO_LONG = re.compile(r"maximum context length|exceeds? the available context|context size", re.IGNORECASE)
+_TOO_LONG = re.compile(
+    r"maximum context length|exceeds? the (?:available )?context|context size|longer than the model's context",
+    re.IGNORECASE,
+)
+_NO_MODEL = re.compile(r"\bmodels?\b.{0,300}(not found|not exist)|not found.{0,40}\bmodel\b", re.IGNORECASE)
 
 
 def normalise_error(status: int, body: bytes) -> LlorchError:
@@ -59,6 +63,9 @@ def _normalised(status: int, wire: Mapping[str, Any]) -> LlorchError:
         if len(sizes) == 2:
             text += f" ({sizes['n_prompt_tokens']} tokens, room for {sizes['n_ctx']})"
         return LlorchError(Code.CONTEXT_LENGTH_EXCEEDED, text, details=sizes or None)
+    if status == 404 and (wire.get("code") == "model_not_found" or _NO_MODEL.search(message)):
+        # Where others may load and unload: the client asked for what we said is here.
+        return LlorchError(Code.MODEL_NOT_AVAILABLE, "the engine does not have the model that its pool says it has")
     if status == 501:
         return invalid(message or "the engine of this model does not support this route")
     if status == 413:
@@ -119,7 +126,8 @@ def _reason(value: object) -> str | None:
     return _clean(value)[:MAX_REASON_CHARS] if isinstance(value, str) else None
 
 
-_TEXT_KEYS = ("content", "reasoning_content", "reasoning")
+_THOUGHT_KEYS = ("reasoning_content", "reasoning")  # old and new name of one thing: some send both
+_GIVEN_UP = frozenset({"abort", "error"})  # of vLLM and SGLang: what came so far is no whole answer
 _OTHER_CONTENT_KEYS = ("tool_calls", "function_call", "refusal", "audio")
 _ENDED_RESPONSES = {"response.completed": "stop", "response.incomplete": "length"}
 
@@ -218,11 +226,14 @@ class Meter:
                 continue
             part = choice.get("delta") or choice.get("message")
             if isinstance(part, Mapping):
-                texts += [text for key in _TEXT_KEYS if isinstance(text := part.get(key), str)]
+                thoughts = (text for key in _THOUGHT_KEYS if isinstance(text := part.get(key), str) and text)
+                texts += [next(thoughts, ""), text if isinstance(text := part.get("content"), str) else ""]
                 chunk.content = chunk.content or any(part.get(key) for key in _OTHER_CONTENT_KEYS)
             elif isinstance(text := choice.get("text"), str):
                 texts.append(text)
             if (reason := _reason(choice.get("finish_reason"))) is not None:
+                if reason in _GIVEN_UP:
+                    return Chunk(error=LlorchError(Code.ENGINE_FAILED, "the engine gave the request up"))
                 self.finish_reason = reason
                 chunk.terminal = True
         chunk.text = "".join(texts)

@@ -16,6 +16,8 @@ class External:
     version: str | None = None
     name: str = NAME
     needs_model: bool = False
+    formats: frozenset[str] = frozenset()
+    inner_ports_open: bool = False
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         raise ConfigError(f"pool {pool.id} is external: llorch does not start it")

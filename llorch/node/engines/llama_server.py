@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llorch.config_engine_args import why_not_arg
 from llorch.config_pools import PoolSpec
-from llorch.errors import ConfigError
-from llorch.node.engines.spec import LOOPBACK, Launch, visible_gpus
+from llorch.node.engines.spec import GGUF, LOOPBACK, Launch, refuse_reserved, visible_gpus
 
 NAME = "llama-server"
 
 # Newer than some builds in use. Without the first a build has no RAM prompt cache at all, so nothing is lost with it.
 # The cache was reported to restore the content of another conversation (llama.cpp#27148).
 # What slots do, with the prompts in some builds, is nobody's to ask; tests may, by the pool's own `--slots`.
-OPTIONAL = (("--cache-ram", "0"), ("--no-cache-idle-slots",), ("--no-webui",), ("--no-slots",))
+# `--metrics` shows counters, behind the key: whether a busy engine moves is told by nothing else.
+OPTIONAL = (("--cache-ram", "0"), ("--no-cache-idle-slots",), ("--no-webui",), ("--no-slots",), ("--metrics",))
 ALL_LAYERS = "999"  # every layer: builds before `auto` left them all on the CPU
 
 
@@ -28,10 +27,7 @@ def server_flags(pool: PoolSpec, *, model_id: str, port: int, key_file: str, mod
 
     Raises ConfigError for an argument that settings would not have let through.
     """
-    for arg in pool.args:
-        why = why_not_arg(arg)
-        if why is not None:
-            raise ConfigError(f"{arg.partition('=')[0]} can't be given to an engine: {why}")
+    refuse_reserved(pool, NAME)
     flags = ["--host", LOOPBACK, "--port", str(port), "--api-key-file", key_file, "--alias", model_id]
     flags += ["--parallel", str(pool.slots), "--ctx-size", str(pool.ctx * pool.slots)]
     flags += ["--model", model_path] if model_path is not None else []
@@ -53,6 +49,8 @@ class LlamaServer:
     flags: frozenset[str] = frozenset(option[0] for option in OPTIONAL)
     name: str = NAME
     needs_model: bool = True
+    formats: frozenset[str] = frozenset({GGUF})
+    inner_ports_open: bool = False
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         argv = [self.program]

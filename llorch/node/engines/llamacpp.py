@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llorch.config_pools import PoolSpec
 from llorch.node.engines.llama_server import OPTIONAL, gpu_flags, server_flags
-from llorch.node.engines.spec import Launch, visible_gpus
+from llorch.node.engines.spec import GGUF, Launch, visible_gpus
 
 NAME = "llamacpp"
 
@@ -22,6 +22,8 @@ class LlamaCpp:
     version: str | None = None
     name: str = NAME
     needs_model: bool = True
+    formats: frozenset[str] = frozenset({GGUF})
+    inner_ports_open: bool = False
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         argv = [self.python, "-m", "llorch.node.engines.llamacpp_server"]

@@ -1,7 +1,7 @@
 """Translation between llorch's tasks and the OpenAI surface that every engine speaks.
 
 Surface:
-    encode_native(body, model) -> EngineRequest         a native task body, from a typed allow-list
+    encode_native(body, model, engine) -> EngineRequest a native task body, from a typed allow-list
     encode_openai(path, body, model) -> EngineRequest   a `/v1/*` body, less what `fields` keeps from engines
     NativeDecoder(facts) -> Decoder                     the answer to a native task: engine bytes in, log bytes out
     openai_decoder(facts, request) -> Decoder           the answer to a `/v1` request, streamed or in one piece
@@ -64,21 +64,51 @@ def _dump(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def encode_native(body: TaskBody, model: str) -> EngineRequest:
-    """A native task for an engine that knows its model as `model`. Always streams, always with usage."""
+def encode_native(body: TaskBody, model: str, engine: str = "") -> EngineRequest:
+    """A native task for an engine that knows its model as `model`. Always streams, always with usage.
+
+    `engine` is the engine's name: for the same thing they have names of their own. Of one that says nothing we know it
+    is taken to speak as llama.cpp and OpenAI do.
+    """
     wire: dict[str, Any] = {"model": model}
     fields.check_media("messages", body.messages)
     if body.messages is not None:
         # A native stream is all that the model says; parsed thoughts would go missing from it.
-        wire |= {"messages": body.messages, "reasoning_format": "none"}
+        wire |= {"messages": body.messages, **_thoughts_as_text(engine)}
     else:
         wire["prompt"] = body.prompt
     for name in NATIVE_PARAMETERS:
         value = getattr(body, name)
         if value is not None:
-            wire[name] = value
+            wire |= _word(engine, name, value, chat=body.messages is not None)
     wire |= {"stream": True, "stream_options": {"include_usage": True}}
     return EngineRequest(COMPLETIONS if body.messages is None else CHAT, _dump(wire), stream=True)
+
+
+_LLAMA_CPP = frozenset({"llamacpp", "llama-server", "simulated"})
+_VLLM, _SGLANG = "vllm", "sglang"
+
+
+def _thoughts_as_text(engine: str) -> dict[str, Any]:
+    """vLLM has no such field: its thoughts come in a field of their own, which is read as text (`chunks`)."""
+    if engine == _SGLANG:
+        return {"separate_reasoning": False}
+    return {} if engine == _VLLM else {"reasoning_format": "none"}
+
+
+def _word(engine: str, name: str, value: Any, *, chat: bool) -> dict[str, Any]:
+    """A native parameter as `engine` calls it. vLLM: docs/features/structured_outputs; SGLang: docs/advanced_features/
+    structured_outputs; others know OpenAI's form of a schema in chats.
+    """
+    if name == "repeat_penalty" and engine in (_VLLM, _SGLANG):
+        return {"repetition_penalty": value}
+    if name == "grammar" and engine == _VLLM:
+        return {"structured_outputs": {"grammar": value}}
+    if name == "grammar" and engine == _SGLANG:
+        return {"ebnf": value}
+    if name == "json_schema" and engine not in _LLAMA_CPP and (chat or engine in (_VLLM, _SGLANG)):
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": value}}}
+    return {name: value}
 
 
 def encode_openai(path: str, body: Mapping[str, Any], model: str) -> EngineRequest:

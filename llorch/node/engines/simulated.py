@@ -19,6 +19,8 @@ class Simulated:
     version: str | None = None
     name: str = NAME
     needs_model: bool = False
+    formats: frozenset[str] = frozenset()
+    inner_ports_open: bool = False
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         argv = [self.python, "-m", "llorch.node.engines.simulated_server"]

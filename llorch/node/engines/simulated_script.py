@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 _LAST_TOKEN = re.compile(r"(?:^|\s)t(\d+) $")
-_MARKER = re.compile(r"(?:^|\s)#([\w-]{1,64})(?:!(die|hang|truncate|garbage)@(\d{1,6}))?(?:\s|$)", re.ASCII)
+_MARKER = re.compile(r"(?:^|\s)#([\w-]{1,64})(?:!(die|hang|truncate|garbage|deaf)@(\d{1,6}))?(?:\s|$)", re.ASCII)
 
 
 class Fault(StrEnum):
@@ -18,6 +18,7 @@ class Fault(StrEnum):
     HANG = "hang"
     TRUNCATE = "truncate"
     GARBAGE = "garbage"
+    DEAF = "deaf"  # the whole engine: it takes connections, and nothing moves or is answered any more
 
 
 class FaultDueError(Exception):
@@ -131,6 +132,7 @@ def parse(argv: list[str]) -> tuple[Script, argparse.Namespace]:
     parser.add_argument("--obey", action="store_true", help="have the faults that prompts name; for tests")
     parser.add_argument("--journal", metavar="FILE", help="a line for what becomes of each request; for tests")
     parser.add_argument("--ignore-sigterm", action="store_true")
+    parser.add_argument("--metrics", action="store_true", help="accepted: they are always there")
     given = parser.parse_args(argv)
     script = Script(
         alias=given.alias,

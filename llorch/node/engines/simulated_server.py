@@ -42,6 +42,7 @@ class Counts:
     aborted: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    hung: int = 0  # requests that hang now: while there are any, /metrics shows what was when the first began to
 
 
 class Journal:
@@ -76,6 +77,13 @@ class Engine:
     began: float = field(default_factory=time.monotonic)
     counts: Counts = field(default_factory=Counts)
     requests: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
+    deaf: bool = False
+    frozen: tuple[int, int] = (0, 0)  # tokens in and out, as /metrics shows them while a request hangs
+
+    async def listen(self) -> None:
+        """Goes on at once, or never: a deaf engine leaves whoever asks without an answer."""
+        if self.deaf:
+            await asyncio.Event().wait()
 
     @property
     def loading(self) -> bool:
@@ -96,6 +104,7 @@ async def generate(engine: Engine, ask: Ask, told: answers.Told) -> AsyncIterato
     for sent in range(ask.count):
         if sent:  # also with no delay: it is the others' turn, and a chance to be cancelled
             await asyncio.sleep(script.delay_ms / 1_000)
+        await engine.listen()
         script.check(sent, ask)
         engine.counts.tokens_out += 1
         told.tokens_out = sent + 1
@@ -161,7 +170,7 @@ async def whole(
             text += token
     except FaultDueError as due:
         fault = due.fault
-    if fault in (Fault.DIE, Fault.HANG):
+    if fault in (Fault.DIE, Fault.HANG, Fault.DEAF):
         await break_off(request, fault)
     body = json.dumps(shape.whole(told, text)).encode()
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
@@ -210,10 +219,24 @@ async def stream(
     return response
 
 
+async def hang(engine: Engine) -> None:
+    counts = engine.counts
+    if counts.hung == 0:
+        engine.frozen = (counts.tokens_in, counts.tokens_out)
+    counts.hung += 1
+    try:
+        await asyncio.Event().wait()
+    finally:
+        counts.hung -= 1
+
+
 async def break_off(request: web.Request, fault: Fault) -> None:
     """End an answer in the middle, after all that was written has left this process."""
+    engine = request.app[ENGINE]
+    engine.deaf = engine.deaf or fault is Fault.DEAF
+    await engine.listen()
     if fault is Fault.HANG:
-        await asyncio.Event().wait()
+        await hang(engine)
     transport = request.transport
     until = time.monotonic() + FLUSH_S
     while transport is not None and transport.get_write_buffer_size() and time.monotonic() < until:  # noqa: ASYNC110
@@ -261,6 +284,7 @@ def refusal(status: int, message: str) -> web.HTTPException:
 @web.middleware
 async def guard(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
     engine = request.app[ENGINE]
+    await engine.listen()
     if engine.loading:  # llama.cpp says so on every path and before it asks for a key
         return failure(503, "Loading model")
     if request.path not in OPEN_PATHS and engine.keys:
@@ -319,8 +343,10 @@ async def slots(request: web.Request) -> web.StreamResponse:
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:
-    counts = request.app[ENGINE].counts
-    text = answers.metrics(counts.active, counts.waiting, counts.tokens_in, counts.tokens_out)
+    engine = request.app[ENGINE]
+    counts = engine.counts
+    told = engine.frozen if counts.hung else (counts.tokens_in, counts.tokens_out)
+    text = answers.metrics(counts.active, counts.waiting, *told)
     return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 

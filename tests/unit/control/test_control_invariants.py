@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llorch.breaker import Phase
 from llorch.control.admission import Admission
+from llorch.control.decision import Outcome, decide
 from llorch.control.line import BATCH, INTERACTIVE, Waiter
-from llorch.control.placement import Outcome, Wish, decide, pick
+from llorch.control.placement import Wish, pick
 from llorch.control.registry import Claim, Registry
 from llorch.errors import Code, LlorchError
 from llorch.messages import Heartbeat, Register, Tail

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from llorch.control.decision import Outcome, decide
 from llorch.control.ejection import blames
-from llorch.control.placement import Known, Outcome, Wish, decide, pick, refusal
+from llorch.control.placement import Known, Wish, pick, refusal
 from llorch.control.registry import Claim, Registry
 from llorch.control.views import pools_view
 from llorch.errors import MEANINGS, Code, LlorchError

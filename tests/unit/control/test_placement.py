@@ -8,18 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch.control.placement import (
-    FILTERS,
-    Decision,
-    Known,
-    Outcome,
-    PoolFacts,
-    Wish,
-    decide,
-    excluding,
-    pick,
-    refusal,
-)
+from llorch.control.decision import Decision, Outcome, decide
+from llorch.control.placement import FILTERS, Known, PoolFacts, Wish, excluding, pick, refusal
 from llorch.errors import Code
 
 NOW = 100.0
@@ -293,7 +283,8 @@ def test_a_decision_on_the_wire_has_every_pool_with_its_verdicts_terms_and_age()
     assert (first["rank"], second["rank"]) == (1, 2)
     assert second["facts_age_ms"] == 1500
     assert first["facts_age_ms"] is None
-    assert first["score"] == {"avoided": False, "preferred": False, "load": 0.0, "vram_free_bytes": 5}
+    terms = {"warmth": "resident", "avoided": False, "preferred": False, "load": 0.0, "vram_free_bytes": 5}
+    assert first["score"] == terms
     assert [check["name"] for check in full["filters"]] == [check.name for check in FILTERS]
 
 

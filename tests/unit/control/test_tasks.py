@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from llorch.control import tasks
+from llorch.control.decision import Snapshot
 from llorch.control.intake import openai_task
-from llorch.control.placement import Known, Snapshot, Wish
+from llorch.control.placement import Known, Wish
 from llorch.control.tasks import State, Task, TaskStore
 from llorch.errors import Code, LlorchError
 

@@ -72,7 +72,8 @@ def test_the_catalog_lists_nodes_sizes_digests_and_ready_pools_by_model() -> Non
         "ready_pools": 1,
         "size_bytes": 9,
         "sha256": "s",
-        "sha256_differs": False,
+        "conflict": False,
+        "digests": {"s": ["a", "b"]},
     }
     assert shown["models"]["x"]["nodes"] == ["a"]
     assert [model["id"] for model in shown["nodes"]["a"]["models"]] == ["m", "x"]
@@ -81,7 +82,8 @@ def test_the_catalog_lists_nodes_sizes_digests_and_ready_pools_by_model() -> Non
 def test_a_digest_that_nodes_do_not_agree_on_is_not_shown_as_the_models() -> None:
     shown = views.catalog_view(cluster(catalog=[{"id": "m", "sha256": "other"}]))
     assert shown["models"]["m"]["sha256"] is None
-    assert shown["models"]["m"]["sha256_differs"]
+    assert shown["models"]["m"]["conflict"]
+    assert shown["models"]["m"]["digests"] == {"other": ["a"], "s": ["b"]}
 
 
 def test_openai_clients_see_the_models_that_an_online_pool_has_or_can_load() -> None:

@@ -77,8 +77,8 @@ def test_all_parts_of_a_split_model_count(tmp_path: Path) -> None:
         ("file:/nowhere/m.gguf", "can't be read: No such file"),
         ("file:/dev", "is not a file"),
         ("file:/dev/zero", "is not a file"),
-        ("hf:org/repo", "not available yet"),
-        ("https://example.com/m.gguf", "not available yet"),
+        ("hf:org/repo", "is not staged here"),
+        ("https://example.com/m.gguf", "is not staged here"),
         ("llama-3-8b", "there is no model llama-3-8b"),
     ],
 )

@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 
-from llorch.config_engine_args import RESERVED
+from llorch.config_engine_args import RESERVED, RESERVED_OF
 from llorch.config_pools import PoolSpec
 from llorch.errors import ConfigError
 from llorch.messages import model_id_ok
 from llorch.node.engines import llamacpp_server
-from llorch.node.engines.auto import ENGINES, EngineFacts, choose, engine
+from llorch.node.engines.auto import ENGINES, EngineFacts, choose, engine, wants_model
+from llorch.node.engines.command import Command
 from llorch.node.engines.environment import for_engine
 from llorch.node.engines.external import External
 from llorch.node.engines.llama_server import LlamaServer
 from llorch.node.engines.llamacpp import LlamaCpp
+from llorch.node.engines.sglang import START, Sglang
 from llorch.node.engines.simulated import Simulated
 from llorch.node.engines.spec import Engine, Launch
+from llorch.node.engines.vllm import Vllm
 from llorch.node.modelref import model_id
 from llorch.node.plans import Plan, plan_pool
 
@@ -73,7 +76,7 @@ def test_of_the_embedded_engines_defaults_none_that_shares_or_opens_anything_is_
     assert made.pop("model").path == "/models/m.gguf"
     assert made == {
         "cors_origins": "", "cors_credentials": False, "ui": False, "endpoint_slots": False,
-        "cache_ram_mib": 0, "cache_idle_slots": False,
+        "cache_ram_mib": 0, "cache_idle_slots": False, "endpoint_metrics": True,
         "hostnames": ["127.0.0.1"], "port": 4321, "api_keys": ["a key"], "model_alias": {"m"},
         "n_parallel": 3, "n_ctx": 3000, "n_gpu_layers": 999, "verbosity": llamacpp_server.ERRORS_ONLY,
     }  # fmt: skip
@@ -122,6 +125,97 @@ def test_an_engine_sees_of_our_environment_what_it_needs_and_nothing_else() -> N
         "XDG_RUNTIME_DIR", "PYTHONSTARTUP", "PYTHONBREAKPOINT", "KUBECONFIG", "DATABASE_URL", "path", "",
     )  # fmt: skip
     assert for_engine(needed | dict.fromkeys(kept_back, "x")) == needed
+
+
+# ---------------------------------------------------------------- vllm, sglang, a command of one's own
+
+VLLM = Vllm(("/opt/vllm/bin/vllm",), "0.33.0")
+SGLANG = Sglang("/opt/sglang/bin/python", "0.5.23")
+PLAIN = replace(SPEC, engine="vllm", args=())
+
+
+def test_vllm_is_started_as_its_documentation_has_it() -> None:
+    launch = start(VLLM, replace(PLAIN, gpus=(1, 3), args=("--dtype", "half")))
+    assert launch.argv[:3] == ("/opt/vllm/bin/vllm", "serve", "/models/m.gguf")
+    assert value(launch, "--host") == "127.0.0.1" and value(launch, "--port") == "4321"
+    assert value(launch, "--served-model-name") == "m"
+    assert (value(launch, "--max-num-seqs"), value(launch, "--max-model-len")) == ("3", "1000"), "ctx is for a sequence"
+    assert value(launch, "--tensor-parallel-size") == "2" and launch.env["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert launch.argv.index("--dtype") < launch.argv.index("--host")
+    assert launch.key_env == "VLLM_API_KEY" and "/run/key" not in launch.argv
+    assert launch.env["VLLM_NO_USAGE_STATS"] == "1", "it would tell its makers where it runs"
+
+
+@pytest.mark.parametrize("made", [VLLM, SGLANG])
+@pytest.mark.parametrize("gpus", [None, (), (0,)])
+def test_a_model_on_one_gpu_or_none_is_not_split(made: Engine, gpus: Any) -> None:
+    assert "--tensor-parallel-size" not in start(made, replace(PLAIN, gpus=gpus)).argv
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("0.9.2", True), ("0.10.0", False), ("1.0", False), (None, False), ("unknown", False)]
+)
+def test_a_vllm_that_would_log_every_prompt_is_told_not_to(version: str | None, said: bool) -> None:
+    assert ("--disable-log-requests" in start(replace(VLLM, version=version), PLAIN).argv) is said
+
+
+def test_sglang_is_started_as_its_documentation_has_it() -> None:
+    launch = start(SGLANG, replace(PLAIN, gpus=(0, 1)))
+    assert launch.argv[:3] == ("/opt/sglang/bin/python", "-c", START)
+    assert value(launch, "--model-path") == "/models/m.gguf" and value(launch, "--served-model-name") == "m"
+    assert (value(launch, "--max-running-requests"), value(launch, "--context-length")) == ("3", "1000")
+    assert value(launch, "--tensor-parallel-size") == "2" and "--enable-metrics" in launch.argv
+    assert value(launch, "--log-level") == "warning", "below it the key is in its log"
+    assert launch.key_env is not None and launch.key_env in START and "--api-key" not in launch.argv
+
+
+@pytest.mark.parametrize(("made", "name"), [(VLLM, "vllm"), (SGLANG, "sglang")])
+def test_what_llorch_rests_on_cannot_be_changed_by_their_args_nor_by_a_flags_beginning(made: Engine, name: str) -> None:
+    for flag in RESERVED_OF[name]:
+        written = {flag, f"{flag}=x", flag.replace("_", "-")}
+        if flag.startswith("--"):
+            written |= {"--" + flag[2:].replace("-", "_"), flag[:-1]}
+        for word in written:
+            with pytest.raises(ConfigError, match="can't be given to an engine"):
+                start(made, replace(PLAIN, args=(word, "x")))
+    start(made, replace(PLAIN, args=("--trust-remote-code", "--dtype", "half", "-c", "--", "a=b", "x")))
+
+
+@pytest.mark.parametrize("made", [VLLM, SGLANG])
+@pytest.mark.parametrize("path", [None, "", "-O3", "--api-key=x"])
+def test_a_model_that_would_be_a_flag_is_refused(made: Engine, path: str | None) -> None:
+    with pytest.raises(ConfigError, match="no model"):
+        made.launch(PLAIN, model_id="m", port=1, key_file="/k", model_path=path)
+
+
+def test_a_command_is_what_the_owner_wrote_with_its_placeholders_filled() -> None:
+    words = ("/opt/e", "--p={port}", "{model}", "{slots}x{ctx}", "{gpus}", "{key_file}", '{"a": {port}}', "{nothing}")
+    spec = replace(SPEC, engine="command", command=words, args=(), gpus=(0, 2))
+    launch = start(Command(), spec)
+    assert launch.argv == (
+        "/opt/e", "--p=4321", "/models/m.gguf", "3x1000", "0,2", "/run/key", '{"a": 4321}', "{nothing}",
+    )  # fmt: skip
+    assert launch.key_env == "LLORCH_ENGINE_KEY" and launch.env["CUDA_VISIBLE_DEVICES"] == "0,2"
+    brace = Command().launch(spec, model_id="m", port=1, key_file="/k", model_path="/{port}/m")
+    assert "/{port}/m" in brace.argv, "what was filled in is not filled again"
+    with pytest.raises(ConfigError, match="no model"):
+        Command().launch(spec, model_id="m", port=1, key_file="/k", model_path=None)
+    assert wants_model(Command(), spec) and not wants_model(Command(), replace(spec, command=("x", "{port}")))
+    assert wants_model(VLLM, PLAIN) and not wants_model(External(), PLAIN)
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_one_that_is_not_here_is_told_with_the_mend(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} was not found") as caught:
+        engine(name, both(SERVER_GPU, WHEEL_GPU), gpus=True, allow_cpu=False)
+    assert caught.value.hint is not None and "PATH" in caught.value.hint
+
+
+def test_auto_never_means_one_that_takes_the_whole_gpu() -> None:
+    rich = replace(both(SERVER_GPU, WHEEL_GPU), vllm=("/bin/vllm",), sglang_python="/bin/python3")
+    assert choose(rich, gpus=True, allow_cpu=False) == "llama-server"
+    with pytest.raises(ConfigError):
+        choose(replace(NOTHING, vllm=("/bin/vllm",)), gpus=True, allow_cpu=True)
 
 
 def test_an_external_engine_is_not_started() -> None:
@@ -186,8 +280,9 @@ def test_an_engine_that_was_asked_for_by_name_is_not_replaced() -> None:
         engine("llama-server", WHEEL, gpus=False, allow_cpu=False)
     with pytest.raises(ConfigError, match="it failed"):
         engine("llama-server", BROKEN, gpus=False, allow_cpu=False)
+    everything = replace(both(SERVER_GPU, WHEEL_GPU), vllm=("/bin/vllm",), sglang_python="/bin/python3")
     for name in ENGINES:
-        assert engine(name, both(SERVER_GPU, WHEEL_GPU), gpus=True, allow_cpu=False).name == name
+        assert engine(name, everything, gpus=True, allow_cpu=False).name == name
 
 
 # ---------------------------------------------------------------- plans

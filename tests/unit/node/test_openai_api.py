@@ -336,10 +336,74 @@ def test_a_native_prompt_becomes_a_streamed_completion() -> None:
 
 def test_native_messages_become_a_chat_that_hides_no_thoughts() -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    made = encode_native(TaskBody(model="m", messages=messages, temperature=0.0, json_schema={"type": "object"}), "m")
+    task = TaskBody(model="m", messages=messages, temperature=0.0, json_schema={"type": "object"})
+    made = encode_native(task, "m", "llama-server")
     wire = body_of(made)
     assert made.path == CHAT and wire["messages"] == messages and wire["reasoning_format"] == "none"
     assert wire["temperature"] == 0.0 and wire["json_schema"] == {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "chat", "wanted", "absent"),
+    [
+        ("vllm", False, {"repetition_penalty": 1.5, "structured_outputs": {"grammar": "g"}}, "grammar"),
+        ("vllm", True, {"repetition_penalty": 1.5, "structured_outputs": {"grammar": "g"}}, "reasoning_format"),
+        ("sglang", False, {"repetition_penalty": 1.5, "ebnf": "g"}, "repeat_penalty"),
+        ("sglang", True, {"ebnf": "g", "separate_reasoning": False}, "reasoning_format"),
+        ("llamacpp", True, {"repeat_penalty": 1.5, "grammar": "g", "reasoning_format": "none"}, "ebnf"),
+        ("external", False, {"repeat_penalty": 1.5, "grammar": "g"}, "ebnf"),
+    ],
+)
+def test_a_native_parameter_has_the_name_that_its_engine_knows(
+    engine: str, chat: bool, wanted: dict[str, Any], absent: str
+) -> None:
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "Hi"}
+    wire = body_of(encode_native(TaskBody(model="m", repeat_penalty=1.5, grammar="g", **asked), "m", engine))
+    assert wire.items() >= wanted.items() and absent not in wire
+
+
+@pytest.mark.parametrize(
+    ("engine", "chat", "openai"),
+    [("vllm", False, True), ("sglang", True, True), ("external", True, True), ("external", False, False),
+     ("llama-server", True, False)],
+)  # fmt: skip
+def test_a_schema_goes_in_the_form_that_its_engine_knows(engine: str, chat: bool, openai: bool) -> None:
+    schema = {"type": "object"}
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "Hi"}
+    wire = body_of(encode_native(TaskBody(model="m", json_schema=schema, **asked), "m", engine))
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    assert (wire.get("response_format"), wire.get("json_schema")) == ((form, None) if openai else (None, schema))
+
+
+def test_thoughts_that_come_under_two_names_are_shown_once() -> None:
+    log = run(NativeDecoder(FACTS), chat(None, reasoning="hm ", reasoning_content="hm "), chat("Hi", "stop"), DONE)
+    assert [value["t"] for kind, value in native(log) if kind == "token"] == ["hm ", "Hi"]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_request_that_its_engine_gave_up_is_no_whole_answer(reason: str) -> None:
+    decoder = NativeDecoder(FACTS)
+    log = run(decoder, completion("t0 "), completion("", reason), DONE)
+    assert [kind for kind, _ in native(log)] == ["started", "token", "error"]
+    assert decoder.error is not None and decoder.error.code is Code.ENGINE_FAILED
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (404, {"error": {"message": "The model `x` does not exist.", "type": "NotFoundError"}}, "MODEL_NOT_AVAILABLE"),
+        (404, {"object": "error", "message": "model 'x:1b' not found"}, "MODEL_NOT_AVAILABLE"),
+        (404, {"error": {"message": "nope", "code": "model_not_found"}}, "MODEL_NOT_AVAILABLE"),
+        (404, {"detail": "Not Found"}, "INVALID_REQUEST"),
+        (401, {"error": "Unauthorized"}, "ENGINE_FAILED"),
+        (400, {"object": "error", "message": "The input (9 tokens) is longer than the model's context length (8)."},
+         "CONTEXT_LENGTH_EXCEEDED"),
+        (400, {"error": {"message": "This model's maximum context length is 8 tokens. However, you"}},
+         "CONTEXT_LENGTH_EXCEEDED"),
+    ],
+)  # fmt: skip
+def test_the_errors_of_other_engines_are_read(status: int, body: dict[str, Any], code: str) -> None:
+    assert normalise_error(status, json.dumps(body).encode()).code.value == code
 
 
 def test_unknown_v1_fields_reach_the_engine_and_the_model_is_ours() -> None:

@@ -1,0 +1,282 @@
+"""One start of one engine: its model found or fetched, its memory judged, its process run to its end.
+
+Owns that order, the words for what goes wrong in it, and what of a start is written down so that the next agent can
+tell whether a running engine is still the one that is wanted. Decides nothing about pools. Where models come from and
+whether there is memory is asked of `Starts`, which whoever wires the node fills in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from llorch.node.adoption import Left
+
+from llorch.config_pools import PoolSpec
+from llorch.errors import LlorchError
+from llorch.messages import model_id_ok
+from llorch.node import pool_events as ev
+from llorch.node.engine_process import EngineProcess
+from llorch.node.engines.spec import LOOPBACK, Launch
+from llorch.node.handoff import Handoff, file_name
+from llorch.node.plans import MODELLESS, Plan
+
+ROOM_POLL_S = 2.0  # memory of a process that has just ended takes a moment to be free
+LOAD_S_PER_GIB = 20.0  # a slow disk's 50 MB/s
+GIB = 1 << 30
+
+
+class LocalModel(Protocol):
+    """A model on this machine, as a start sees it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """Why a model does not fit now. `hopeless`: nor would it on an empty machine."""
+
+    text: str
+    hopeless: bool
+
+
+Said = Callable[[str], None]
+
+
+async def _no_models(ref: str, said: Said) -> LocalModel:
+    raise NotImplementedError
+
+
+async def _as_it_is(spec: PoolSpec) -> Plan:
+    raise NotImplementedError
+
+
+async def _any_room(plan: Plan, model: LocalModel) -> NoRoom | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """`model`: a reference's file, fetched first if need be. `room`: why it does not fit now; None if it does."""
+
+    model: Callable[[str, Said], Awaitable[Any]] = _no_models
+    room: Callable[[Plan, Any], Awaitable[NoRoom | None]] = _any_room
+    plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
+
+    async def same(self, plan: Plan, identity: Identity, left: Left) -> bool:
+        """Whether a start by today's settings would run just what `left` runs."""
+        if plan.engine is None or plan.choices.get(identity.model, identity.ref) != identity.ref:
+            return False
+        try:
+            path = await self._path(plan, identity.ref, lambda _text: None)
+            launch = plan.engine.launch(
+                plan.spec, model_id=identity.model, port=left.port, key_file=str(left.key_file), model_path=path
+            )
+        except LlorchError:
+            return False
+        return _digest(launch) == identity.launch
+
+    async def _path(self, plan: Plan, ref: str, said: Said) -> str | None:
+        return None if plan.spec.engine in MODELLESS else str((await self.model(ref, said)).path)
+
+
+def _digest(launch: Launch) -> str:
+    """Of what a program is started with. The values of its environment may be secret, and this is kept in a file that
+    is this user's alone."""
+    words = [*launch.argv, *(f"{name}={value}" for name, value in sorted(launch.env.items()))]
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What an agent wrote down of an engine that it started, for the next one."""
+
+    pool_id: str
+    replica_id: str
+    model: str
+    ref: str
+    launch: str
+    version: str | None = None
+
+    def handoff(self, plan: Plan, left: Left) -> Handoff:
+        return _handoff(plan, self.replica_id, self.model, left.pid, left.port, left.key_file, self.version)
+
+
+def identity_of(left: Left) -> Identity | None:
+    """None if what was written down is not what we write."""
+    meta = left.meta
+    wanted = ("pool_id", "replica_id", "model", "ref", "launch")
+    values = [meta.get(name) for name in wanted]
+    if not all(isinstance(value, str) for value in values) or not model_id_ok(str(meta["model"])):
+        return None
+    version = meta.get("version")
+    identity = Identity(*map(str, values), version=version if isinstance(version, str) else None)
+    return identity if file_name(identity.pool_id, identity.replica_id) == left.name else None
+
+
+def _handoff(
+    plan: Plan, replica_id: str, model: str, pid: int | None, port: int, key_file: Path, version: str | None
+) -> Handoff:
+    spec: PoolSpec = plan.spec
+    return Handoff(
+        pool_id=spec.id,
+        replica_id=replica_id,
+        engine=spec.engine,
+        engine_version=version,
+        url=f"http://{LOOPBACK}:{port}",
+        model=model,
+        slots=spec.slots,
+        ctx=spec.ctx,
+        pid=pid,
+        device_mask=",".join(map(str, spec.gpus or ())) or None,
+        api_key_file=str(key_file),
+        engine_model=spec.engine_model,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a start ended. `said` is the engine's own last line, `reason` is in our words."""
+
+    reason: str
+    said: str = ""
+    hopeless: bool = False
+
+
+class _Ended(Exception):
+    """It ended before there was a process."""
+
+    def __init__(self, end: End) -> None:
+        self.end = end
+
+
+@dataclass(slots=True, eq=False)
+class EngineStart:
+    """`left`: the engine of an earlier agent, which is gone on with instead of a start."""
+
+    spawn: ev.Spawn
+    plan: Plan
+    left: Left | None = None
+    load_timeout_s: float = 300.0
+    process: EngineProcess | None = None
+    released: bool = False
+    _ending: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process is not None else None
+
+    def terminate(self) -> None:
+        """Now, or as soon as there is something to end."""
+        self._ending.set()
+        if self.process is not None:
+            self.process.terminate()
+
+    def release(self) -> None:
+        """Leave it to the next agent; one that has no process yet ends."""
+        self.released = True
+        self._ending.set()
+        if self.process is not None:
+            self.process.release()
+
+    def remove_files(self) -> None:
+        if self.process is not None and not self.released:
+            self.process.remove_files()
+
+    async def live(
+        self,
+        starts: Starts,
+        make: Callable[[str], EngineProcess],
+        take_over: Callable[[Left], EngineProcess],
+        env: Mapping[str, str],
+        *,
+        said: Said,
+        up: Callable[[Handoff], None],
+    ) -> End:
+        """To its end. `said` hears how far it is before there is a process, `up` of the process."""
+        try:
+            if self.left is not None:
+                self.process = take_over(self.left)
+            else:
+                await self._start(starts, make, env, said, up)
+            assert self.process is not None
+            if self._ending.is_set():
+                (self.process.release if self.released else self.process.terminate)()
+            ended = await self.process.wait()
+            return End(ended.how, ended.said)
+        except _Ended as ended_early:
+            return ended_early.end
+        except LlorchError as error:
+            return End(error.message, hopeless=not error.retriable)
+        except OSError as error:
+            return End(f"it could not be started: {error.strerror}")
+        except ValueError:  # a NUL in an argument or in the environment
+            return End("it could not be started: its arguments can't be given to a program", hopeless=True)
+
+    async def _start(
+        self,
+        starts: Starts,
+        make: Callable[[str], EngineProcess],
+        env: Mapping[str, str],
+        said: Said,
+        up: Callable[[Handoff], None],
+    ) -> None:
+        spawn = self.spawn
+        if self.plan.engine is None:
+            self.plan = await self._unless_ended(starts.plan(self.plan.spec))
+        plan, engine = self.plan, self.plan.engine
+        assert engine is not None  # else there is no plan
+        path: str | None = None
+        if plan.spec.engine not in MODELLESS:
+            model = await self._unless_ended(starts.model(spawn.ref, said))
+            path = str(model.path)
+            self.load_timeout_s += LOAD_S_PER_GIB * model.size_bytes / GIB
+            await self._unless_ended(self._room(starts, model, said))
+        name = file_name(spawn.pool_id, spawn.replica_id)
+        process = self.process = make(name)
+        launch = engine.launch(
+            plan.spec, model_id=spawn.model, port=process.port, key_file=str(process.key_file), model_path=path
+        )
+        identity = Identity(spawn.pool_id, spawn.replica_id, spawn.model, spawn.ref, _digest(launch), engine.version)
+        meta = {name: value for name in identity.__slots__ if (value := getattr(identity, name)) is not None}
+        await process.start(launch, env, meta=meta)
+        up(
+            _handoff(
+                plan,
+                spawn.replica_id,
+                spawn.model,
+                process.pid,
+                process.port,
+                process.key_file,
+                engine.version,
+            )
+        )
+
+    async def _room(self, starts: Starts, model: LocalModel, said: Said) -> None:
+        """Wait for memory that others have for now. Raises _Ended where waiting can't help, or did not."""
+        waited_s = 0.0
+        while (no_room := await starts.room(self.plan, model)) is not None:
+            if no_room.hopeless or waited_s >= self.load_timeout_s:
+                raise _Ended(End(no_room.text, hopeless=no_room.hopeless))
+            said(f"it waits for memory: {no_room.text}")
+            await asyncio.sleep(ROOM_POLL_S)
+            waited_s += ROOM_POLL_S
+
+    async def _unless_ended(self, work: Awaitable[Any]) -> Any:
+        doing, ending = asyncio.ensure_future(work), asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait((doing, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                raise _Ended(End("it was told to end before it had started"))
+            return await doing
+        finally:
+            for task in (doing, ending):
+                task.cancel()
+            await asyncio.gather(doing, ending, return_exceptions=True)

@@ -1,0 +1,163 @@
+"""What an operator asks of pools, on real processes: nothing fails that need not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from tests.cluster import Cluster, eventually, expected_text, simulated
+from tests.e2e.shared import end_of, start
+
+
+async def pool_of(llorch: Cluster, node: str = "a", pool_id: str = "p0") -> dict[str, Any]:
+    found = await llorch.get(f"/v2/nodes/{node}")
+    return next(pool for pool in found["pools"] if pool["pool_id"] == pool_id)
+
+
+async def admin(llorch: Cluster, *argv: str) -> tuple[int, str, str]:
+    return await end_of(await start(llorch, *argv, LLORCH_TOKEN=llorch.tokens["LLORCH_ADMIN_TOKEN"]))
+
+
+class Load:
+    """Tasks without a pause, until it is ended; each must be done."""
+
+    def __init__(self, llorch: Cluster, clients: int, model: str = "sim", tokens: int = 8) -> None:
+        self.done = 0
+        self._ending = False
+        self._clients = [asyncio.create_task(self._go_on(llorch, model, tokens)) for _ in range(clients)]
+
+    async def _go_on(self, llorch: Cluster, model: str, tokens: int) -> None:
+        while not self._ending:
+            task = await llorch.complete(model, tokens)
+            assert task["state"] == "done" and task["text"] == expected_text(tokens), task
+            self.done += 1
+
+    async def more(self, count: int = 20) -> None:
+        """Until so many more have ended well."""
+        wanted = self.done + count
+        failed = [client for client in self._clients if client.done()]
+        assert not failed, failed[0].exception()
+        await eventually(lambda: self.done >= wanted or any(c.done() for c in self._clients), within_s=30.0)
+
+    async def end(self) -> None:
+        self._ending = True
+        await asyncio.gather(*self._clients)
+
+
+async def test_a_drain_under_load_fails_no_task_and_outlives_the_agent(llorch: Cluster) -> None:
+    await llorch.start_control()
+    pool = simulated("p0", "sim", 4, "--delay-ms", "10")
+    a, _ = await asyncio.gather(llorch.start_node("a", [pool]), llorch.start_node("b", [pool]))
+    load = Load(llorch, 6)
+    await load.more()
+    code, _, err = await admin(llorch, "node", "drain", "a", "--reason", "new kernel")
+    assert code == 0, err
+    await load.more()
+    pool_now = await pool_of(llorch)
+    assert pool_now["draining"] and pool_now["slots_free"] == 4
+    assert await a.stop() == 0
+    await load.more()
+    await llorch.start_node("a", [pool], wait=False)
+
+    async def back() -> bool:
+        node = await llorch.get("/v2/nodes/a")
+        return bool(node["state"] == "draining" or node["draining"])
+
+    await eventually(back, within_s=10.0)
+    tasks = [await llorch.complete() for _ in range(6)]
+    assert {task["node_id"] for task in tasks} == {"b"}
+    code, _, err = await admin(llorch, "node", "undrain", "a")
+    assert code == 0, err
+    await llorch.bound("a", 1, within_s=10.0)
+    await load.end()
+
+
+async def test_a_pool_is_drained_restarted_unloaded_and_loaded_under_load_and_no_task_fails(llorch: Cluster) -> None:
+    await llorch.start_control()
+    pool = simulated("p0", "sim", 4, "--delay-ms", "5")
+    await asyncio.gather(llorch.start_node("a", [pool]), llorch.start_node("b", [pool]))
+    load = Load(llorch, 4)
+    for words in (["drain"], ["undrain"], ["restart"], ["unload"], ["load"], ["load"]):
+        code, out, err = await admin(llorch, "pool", *words, "a/p0")
+        assert code == 0, (words, out, err)
+        await load.more(8)
+    await load.end()
+    assert (await pool_of(llorch))["ready"]
+
+
+async def test_a_reload_to_a_broken_model_leaves_the_old_one_serving(llorch: Cluster) -> None:
+    """The second model's engine ends while it loads; the first one's tasks never notice."""
+    await llorch.start_control()
+    broken = llorch.folder / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    await llorch.start_node("a", [{"id": "p0", "engine": "llamacpp", "model": "demo", "ctx": 512, "slots": 2}])
+    asked = asyncio.create_task(admin(llorch, "pool", "reload", "a/p0", f"file:{broken}"))
+    texts = []
+    while not asked.done():
+        texts.append((await llorch.complete("demo", 4))["text"])
+    code, _, err = await asked
+    assert code == 1 and "not a usable GGUF" in err
+    assert all(texts)
+    pool = await pool_of(llorch)
+    assert (pool["model"], pool["ready"], pool["operation"]["state"]) == ("demo", True, "failed")
+    assert (await llorch.complete("demo", 4))["text"]
+
+
+@pytest.mark.llama
+async def test_a_reload_to_another_model_serves_the_old_one_until_the_new_one_is_proven(llorch: Cluster) -> None:
+    import shutil
+
+    from llorch import demo
+
+    other = llorch.folder / "other.gguf"
+    shutil.copy(demo.model_path(), other)
+    await llorch.start_control()
+    await llorch.start_node("a", [{"id": "p0", "engine": "llamacpp", "model": "demo", "ctx": 512, "slots": 2}])
+    asked = asyncio.create_task(admin(llorch, "pool", "reload", "a/p0", f"file:{other}"))
+    served = set()
+    while not asked.done():
+        models = {(await pool_of(llorch))["model"]}
+        served |= models
+        if models == {"demo"}:
+            status, _ = await llorch.post("/v2/tasks", {"model": "demo", "prompt": "go", "max_tokens": 2})
+            assert status in (200, 404, 503)
+    code, _, err = await asked
+    assert code == 0, err
+    assert served <= {"demo", "other"}  # never without one
+    assert (await llorch.complete("other", 4))["text"]
+
+
+async def test_pools_are_changed_in_the_file_and_only_those_are_touched(llorch: Cluster) -> None:
+    await llorch.start_control()
+    keeps, goes = simulated("keeps", "k"), simulated("goes", "g")
+    await llorch.start_node("a", [keeps, goes])
+    pids = llorch.folder / "a" / ".runtime" / "pids"
+    before = json.loads((pids / "keeps-r0.json").read_text())["pid"]
+    config = llorch.folder / "a.yaml"
+    config.write_text(json.dumps({"pools": [keeps, simulated("comes", "c"), {"id": "bad", "engine": "nonsense"}]}))
+    await eventually(lambda: "settings.refused" in llorch.nodes["a"].text())
+    assert (await llorch.complete("g", 2))["text"] == expected_text(2)
+    config.write_text(json.dumps({"pools": [keeps, simulated("comes", "c")]}))
+
+    async def changed() -> bool:
+        pools = {pool["pool_id"] for pool in (await llorch.get("/v2/nodes/a"))["pools"] if pool["bound"]}
+        return pools == {"keeps", "comes"}
+
+    await eventually(changed, within_s=15.0)
+    assert json.loads((pids / "keeps-r0.json").read_text())["pid"] == before
+    assert (await llorch.complete("c", 2))["text"] == expected_text(2)
+
+
+async def test_an_engines_log_is_read_from_afar(llorch: Cluster) -> None:
+    await llorch.start_control()
+    await llorch.start_node("a", [simulated("p0", "sim", 4, "--no-such-flag")], wait=False)
+
+    async def failed() -> bool:
+        return (await pool_of(llorch))["last_error"] is not None
+
+    await eventually(failed, within_s=15.0)
+    code, out, err = await admin(llorch, "pool", "logs", "a/p0")
+    assert code == 0 and "no-such-flag" in out, err

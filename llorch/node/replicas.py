@@ -160,8 +160,6 @@ class Pool:
     loaded: bool = True  # the operator's wish: not unloaded
     leaves: bool = False  # it is no more in the settings: it goes once its engines have
     revision: int = 0
-    runs: int = 0  # starts there were, of all replicas: no number is used twice, though names are
-    probes: int = 0
     waiting: dict[str, str | None] = field(
         default_factory=dict
     )  # tasks → the model that they wait for; None: told to end

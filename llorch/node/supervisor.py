@@ -27,7 +27,10 @@ from llorch.errors import ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.node import pool_events as ev
 from llorch.node import probing
-from llorch.node.engine_process import EngineProcess, RuntimeDir, clear_leftovers, tail
+from llorch.node.adoption import clear_strays, end, forget, look
+from llorch.node.engine_log import tail
+from llorch.node.engine_process import EngineProcess, RuntimeDir
+from llorch.node.engine_record import Verdict
 from llorch.node.engines.spec import LOOPBACK
 from llorch.node.handoff import Handoff, Network, file_name, render
 from llorch.node.listeners import exposed
@@ -97,7 +100,12 @@ class Supervisor:
         """
         self.files.make()
         self._lock()
-        await clear_leftovers(self.files, self._stop_grace_s)
+        for left in await look(self.files):
+            if left.verdict in (Verdict.OURS, Verdict.UNTENDED):
+                await end(self.files, left, self._stop_grace_s)
+            else:
+                forget(self.files, left)
+        clear_strays(self.files)
         self._http = await self._exits.enter_async_context(web.client_session())
         await self._watcher.start()
         self.post(ev.Start())
@@ -180,7 +188,9 @@ class Supervisor:
         said = ""
         try:
             ids = self._ids(pool_id, replica_id)
-            process = EngineProcess(self.files, file_name(pool_id, replica_id), self._stop_grace_s, ids)
+            process = EngineProcess(
+                self.files, file_name(pool_id, replica_id), stop_grace_s=self._stop_grace_s, orphan_grace_s=0, ids=ids
+            )
             self._running[key] = process
             if self._closing or key in self._doomed:
                 process.terminate()
@@ -193,8 +203,8 @@ class Supervisor:
             )
             await process.start(launch, self._env)
             self.post(ev.Spawned(run, self._handoff(plan, replica_id, process)))
-            reason = await process.wait()
-            said = process.last_words()
+            ended = await process.wait()
+            reason, said = ended.how, ended.said
         except LlorchError as error:
             reason = error.message
         except OSError as error:

@@ -51,7 +51,7 @@ PURE = (
 # Beside the engines' pure rules lie the programs that are engines, and the look at what this machine has.
 PROGRAMS = frozenset(
     {
-        "node/engines/launch.py",
+        "node/engines/shim.py",
         "node/engines/llamacpp_server.py",
         "node/engines/simulated_server.py",
         "node/engines/detect.py",

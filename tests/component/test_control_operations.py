@@ -13,7 +13,7 @@ import pytest
 
 from llorch import sse
 from llorch.cli import operations
-from llorch.control import routes_pools
+from llorch.control import routes_pools, sweep, waiting
 from llorch.errors import Code, LlorchError
 from tests.component.command_line import CommandLine
 from tests.component.control_harness import TOKENS, Asking, a_control, eventually, pool
@@ -219,6 +219,20 @@ async def test_what_a_drained_pool_says_keeps_tasks_away_from_then_on() -> None:
             attempt = await node.asked()
             assert attempt.pool_id == "p1"
             attempt.begin().end()
+            await asking.answer()
+
+
+async def test_slots_that_an_operation_frees_go_to_who_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((waiting, "WAIT_TICK_S"), (sweep, "EXPIRE_EVERY_S")):
+        monkeypatch.setattr(module, name, 60.0)  # or they would be found by the clock
+    async with a_control() as control:
+        node = await control.join("a", pool(slots_free=0))
+        asking = control.submit()
+        await control.waiting(1)
+        async with operated(node) as at:
+            at.on("POST /v2/pools/p0/restart", {"pool": pool()})
+            await control.post("/v2/nodes/a/pools/p0/restart", {}, who="admin")
+            (await node.asked()).begin().end()
             await asking.answer()
 
 

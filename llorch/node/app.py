@@ -272,9 +272,7 @@ def _staging_limits(settings: NodeSettings) -> StagingLimits:
     return StagingLimits(settings.stage_rate, settings.stage_headroom)
 
 
-async def _listen(
-    settings: NodeSettings, access: Access, parts: _Parts, exits: contextlib.AsyncExitStack
-) -> str:
+async def _listen(settings: NodeSettings, access: Access, parts: _Parts, exits: contextlib.AsyncExitStack) -> str:
     metrics = parts.metrics
     quotas = Quotas(Rates(failures_per_min=settings.rate_failures or None), metrics.limits.limited)
     gate = access.gate(lambda code: metrics.auth_failed(code.value), quotas)
@@ -300,9 +298,7 @@ async def _listen(
     return server.url
 
 
-def _loops(
-    guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts
-) -> None:
+def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts) -> None:
     guard.loop(parts.runner.sweep, "sweep")
     guard.loop(parts.refresh, "refresh")
     guard.spawn(parts.digest(), "digests")

@@ -104,7 +104,11 @@ class Checks:
         start = self._running.get(key)
         if start is None or start.pid is None:
             return []
-        return (await asyncio.to_thread(exposed, start.pid))[:SHOWN_ADDRESSES]
+        engine = start.plan.engine
+        port = (
+            start.process.port if start.process is not None and engine is not None and engine.inner_ports_open else None
+        )
+        return (await asyncio.to_thread(exposed, start.pid, port))[:SHOWN_ADDRESSES]
 
     # ------------------------------------------------------------ ready ones
 

@@ -1,4 +1,4 @@
-"""The logs of a pool's engines, for people: the newest lines, or those that came after a cursor.
+"""The logs of a pool's engines, from afar: the newest lines, or those that came after a cursor.
 
 Owns the cursor: how far each replica's log was read, and of which file, for they are rotated. Blocking, and short:
 what is read at once is bounded. Never shows a control character.
@@ -12,29 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from llorch.logs import printable
-from llorch.node.engine_process import tail
+from llorch.node.engine_log import MAX_LINE_CHARS, tail
+from llorch.node.engines.shim_files import generations
 
-READ_BYTES = 256 * 1024  # of one log at once: some thousand lines
-MAX_LINE_CHARS = 300
+READ_BYTES = 128 * 1024  # of one log at once: a follower asks twice a second
+
+Place = tuple[int, int]  # a file's number, and how far it was read
 
 
 def read(logs: Path, pool_id: str, replicas: Sequence[str], lines: int, after: str | None) -> dict[str, Any]:
-    """`{"lines": [{"replica", "text"}], "cursor"}`. A cursor that is not ours, or of a gone log, starts anew."""
+    """`{"lines": [{"replica", "text"}], "cursor"}`. A cursor that is not ours means the newest lines."""
     places = _places(after)
     found: list[dict[str, str]] = []
     cursors: list[str] = []
     for replica in replicas:
         path = logs / f"{pool_id}-{replica}.log"
-        texts, place = _after(path, places.get(replica)) if after is not None else (tail(path, lines), _end(path))
-        found += [{"replica": replica, "text": text} for text in texts[-lines:]]
-        cursors.append(f"{replica}={place}")
-    return {"lines": found, "cursor": ",".join(cursors)}
+        place = places.get(replica)
+        if place is None:
+            texts, place = tail(path, lines), _end(path)
+        else:
+            texts, place = _after(path, place, lines)
+        found += [{"replica": replica, "text": text} for text in texts]
+        cursors.append(f"{replica}={place[0]}:{place[1]}")
+    return {"lines": found[-lines:] if after is None else found, "cursor": ",".join(cursors)}
 
 
-def _places(after: str | None) -> dict[str, tuple[int, int]]:
-    """By replica: the log file's number and how far it was read."""
-    places: dict[str, tuple[int, int]] = {}
-    for part in (after or "")[:8_192].split(","):
+def _places(after: str | None) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    for part in (after or "")[:4_096].split(","):
         replica, _, place = part.partition("=")
         file, _, offset = place.partition(":")
         if file.isdecimal() and offset.isdecimal() and len(place) < 64:
@@ -42,26 +47,41 @@ def _places(after: str | None) -> dict[str, tuple[int, int]]:
     return places
 
 
-def _end(path: Path) -> str:
+def _end(path: Path) -> Place:
     try:
         found = path.stat()
     except OSError:
-        return "0:0"
-    return f"{found.st_ino}:{found.st_size}"
+        return 0, 0
+    return found.st_ino, found.st_size
 
 
-def _after(path: Path, place: tuple[int, int] | None) -> tuple[list[str], str]:
-    """Whole lines since `place`. Of a log that was rotated since, the new one from its beginning."""
-    try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            same = place is not None and place[0] == found.st_ino and place[1] <= found.st_size
-            start = place[1] if place is not None and same else 0
-            start = max(start, found.st_size - READ_BYTES)
-            file.seek(start)
-            raw = file.read(READ_BYTES)
-    except OSError:
-        return [], "0:0"
-    whole = raw[: raw.rfind(b"\n") + 1] if len(raw) < READ_BYTES else raw
-    texts = [printable(line)[:MAX_LINE_CHARS] for line in whole.decode("utf-8", "replace").splitlines()]
-    return texts, f"{found.st_ino}:{start + len(whole)}"
+def _after(path: Path, place: Place, lines: int) -> tuple[list[str], Place]:
+    """The whole lines since `place`, the oldest first and no more than `lines`; over a rotation, too."""
+    texts: list[str] = []
+    for name in _since(path, place[0]):
+        try:
+            with name.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                start = place[1] if number == place[0] else 0
+                file.seek(start)
+                raw = file.read(READ_BYTES)
+        except OSError:
+            continue
+        whole = raw.splitlines(keepends=True)
+        if whole and not whole[-1].endswith(b"\n") and len(raw) < READ_BYTES:
+            whole.pop()  # it is still being written
+        whole = whole[: lines - len(texts)]
+        texts += [printable(line.decode("utf-8", "replace").rstrip("\r\n"))[:MAX_LINE_CHARS] for line in whole]
+        place = (number, start + sum(map(len, whole)))
+        if len(texts) >= lines or len(raw) == READ_BYTES:
+            break
+    return texts, place
+
+
+def _since(path: Path, number: int) -> list[Path]:
+    """The log and what it was rotated to, the oldest first, from the file with that number on; all if that is gone."""
+    files = [Path(name) for name in generations(str(path)) if os.path.lexists(name)]
+    for count, file in enumerate(files, 1):
+        if _end(file)[0] == number:
+            return files[:count][::-1]
+    return files[:1]

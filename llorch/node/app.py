@@ -213,7 +213,7 @@ class _Parts:
         """What the machine says now, and what follows from it for pools that yield or have hours."""
         await self.node.refresh()
         self.machine.learn(self.supervisor.running())
-        for hold in self.machine.holds(self.pools.specs()):
+        for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
             self.supervisor.post(hold)
         self.changed()
         return REFRESH_S

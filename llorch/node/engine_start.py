@@ -137,11 +137,11 @@ def identity_of(left: Left) -> Identity | None:
     """None if what was written down is not what we write."""
     meta = left.meta
     wanted = ("pool_id", "replica_id", "model", "ref", "launch")
-    values = [meta.get(name) for name in wanted]
-    if not all(isinstance(value, str) for value in values) or not model_id_ok(str(meta["model"])):
+    told = {name: value for name in wanted if isinstance(value := meta.get(name), str)}
+    if len(told) < len(wanted) or not model_id_ok(told["model"]):
         return None
     version = meta.get("version")
-    identity = Identity(*map(str, values), version=version if isinstance(version, str) else None)
+    identity = Identity(**told, version=version if isinstance(version, str) else None)
     return identity if file_name(identity.pool_id, identity.replica_id) == left.name else None
 
 

@@ -44,8 +44,8 @@ class Planner:
                 plans.append(refused(spec, error))
         if errors and len(errors) == len(plans):
             raise errors[0]
-        for error in errors:
-            log.error("pool.refused", reason=error.message, hint=error.hint)
+        for refusal in errors:
+            log.error("pool.refused", reason=refusal.message, hint=refusal.hint)
         return plans
 
     def other(self, settings: NodeSettings) -> list[Plan] | None:

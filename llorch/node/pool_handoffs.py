@@ -12,7 +12,7 @@ from llorch.config_pools import MAX_POOLS
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff, file_name
 from llorch.node.pool_events import Action, ReplicaState, Step, step
-from llorch.node.replica_life import MAX_ERROR_CHARS, Life
+from llorch.node.replica_life import MAX_ERROR_CHARS, UNSEEN_S, Life
 from llorch.node.replicas import ALIVE, DOWN, Pool, Replica
 
 MAX_REPLICAS = 256
@@ -39,6 +39,7 @@ class Handoffs:
         pool, replica = self._named(name) or (None, None)
         note = self._invalid(pool, replica, name, reason)
         if pool is not None and replica is not None and replica.spawned:
+            replica.seen = None
             if replica.state is ReplicaState.STARTING:
                 pool.last_error = f"its handoff is invalid: {reason}"  # an external engine's URL may be refused
                 self._changed(pool)
@@ -50,22 +51,23 @@ class Handoffs:
         if found is None:
             return []
         pool, replica = found
+        replica.seen = None
         if replica.owned:
             # In the other states the file is not there yet, or was removed by ourselves.
             if replica.state not in ALIVE:
                 return []
             replica.wanted = False
-            pool.last_error = reason
+            if replica.next:
+                replica.verdict = reason
+            else:
+                pool.last_error = reason[:MAX_ERROR_CHARS]
             return self._life.stop(pool, replica)
-        if replica.state is ReplicaState.EXITED:
+        if replica.state in DOWN:
             return []
-        if replica.spawned and pool.loaded and not pool.parked and not pool.leaves:
+        if replica.spawned and (replica.withdrawn_at is None or now - replica.withdrawn_at > UNSEEN_S):
             replica.wanted = False  # somebody took it away, and not we ourselves
-        replica.state = step(replica.state, Step.WITHDRAWN)
-        replica.handoff, replica.ready_at = None, None
         pool.last_error = reason[:MAX_ERROR_CHARS]
-        self._changed(pool)
-        return [ev.StopProbe(pool.id, replica.id)]
+        return self._life.withdrawn(pool, replica)
 
     # ------------------------------------------------------------ inside
 
@@ -90,6 +92,7 @@ class Handoffs:
         if pool is None:
             pool = self._pools[handoff.pool_id] = Pool(handoff.pool_id, handoff.engine, handoff.model, None)
         if replica is None:
+            self._make_room(pool)
             replica = pool.replicas[handoff.replica_id] = Replica(handoff.replica_id, owned=False, spawned=False)
         elif replica.handoff == handoff and replica.state is not ReplicaState.EXITED:
             return []
@@ -98,22 +101,25 @@ class Handoffs:
             pool.engine, pool.version = handoff.engine, handoff.engine_version
             pool.device_mask = handoff.device_mask
         replica.slots = handoff.slots or 1
-        replica.started_at = now
+        replica.started_at, replica.served = now, False
         return self._life.probe(pool, replica, handoff, Step.SEEN)
 
     def _seen_own(self, pool: Pool, replica: Replica, handoff: Handoff) -> list[Action]:
-        if not replica.written or handoff != replica.written[-1]:
-            if handoff in replica.written:
+        replica.seen = handoff
+        if handoff != replica.offered:
+            if handoff in replica.earlier:
                 return []  # an earlier run's file, read just before it was replaced
             reason = "this replica's handoff is written by llorch"
             return [self._invalid(pool, replica, handoff.file_name, reason), *self._rewrite(replica)]
-        if replica.state is ReplicaState.STARTING or (replica.state is ReplicaState.EXITED and not replica.owned):
+        if replica.state is ReplicaState.STARTING:
             return self._life.probe(pool, replica, handoff, Step.SEEN)
+        if replica.state is ReplicaState.EXITED and not replica.owned and not replica.wanted:
+            replica.wanted = True  # whoever took it away has put it back: the next tick begins with it
         return []
 
     def _rewrite(self, replica: Replica) -> list[Action]:
-        offered = replica.written and replica.state not in (*DOWN, ReplicaState.STOPPING)
-        return [ev.WriteHandoff(replica.written[-1])] if offered else []
+        offered = replica.offered is not None and replica.state not in (*DOWN, ReplicaState.STOPPING)
+        return [ev.WriteHandoff(replica.offered)] if offered and replica.offered is not None else []
 
     def _refusal(self, pool: Pool | None, replica: Replica | None, handoff: Handoff) -> str | None:
         if pool is None:
@@ -124,7 +130,7 @@ class Handoffs:
         settled = pool.spec is not None or any(other.state is not ReplicaState.EXITED for other in others)
         if settled and handoff.model != pool.model:
             return f"pool {pool.id} serves another model"
-        if replica is None and len(pool.replicas) >= MAX_REPLICAS:
+        if replica is None and len(pool.replicas) >= MAX_REPLICAS and not any(map(_unused, pool.replicas.values())):
             return f"pool {pool.id} has {MAX_REPLICAS} replicas already"
         return None
 
@@ -133,11 +139,21 @@ class Handoffs:
         if len(self._pools) < MAX_POOLS:
             return True
         for pool in self._pools.values():
-            if pool.spec is None and not any(r.held or r.state in ALIVE for r in pool.replicas.values()):
+            if pool.spec is None and all(map(_unused, pool.replicas.values())):
                 del self._pools[pool.id]
+                self._changed(pool)
                 return True
         return False
+
+    def _make_room(self, pool: Pool) -> None:
+        if len(pool.replicas) >= MAX_REPLICAS:
+            del pool.replicas[next(replica.id for replica in pool.replicas.values() if _unused(replica))]
 
     def _invalid(self, pool: Pool | None, replica: Replica | None, name: str, reason: str) -> ev.Note:
         pool_id, replica_id = pool.id if pool else None, replica.id if replica else None
         return ev.Note("handoff.invalid", pool_id, replica_id, reason, name)
+
+
+def _unused(replica: Replica) -> bool:
+    """Whether it is one of others that was withdrawn, and nothing of it is left."""
+    return not replica.spawned and replica.state is ReplicaState.EXITED and not replica.held

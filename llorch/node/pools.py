@@ -10,9 +10,9 @@ Surface:
     subscribe(callback)                  called with a pool id when its report has changed (its `generation` went up)
 
 Owns the set of pools, and hands every event to whom it concerns: `replica_life` (how an engine comes and goes),
-`pool_handoffs` (what files mean), `pool_operations` (which engines should run), `slots` (who holds what). A replica
-that was handed over goes the same way as one that was spawned; they differ in `owned`, and only owned ones are ever
-terminated. Pure: no clock, no process, no file. `now` is monotonic seconds.
+`pool_handoffs` (what files mean), `pool_operations` (which engines should run), `pool_models` (with which model),
+`slots` (who holds what). A replica that was handed over goes the same way as one that was spawned; they differ in
+`owned`, and only owned ones are ever terminated. Pure: no clock, no process, no file. `now` is monotonic seconds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from typing import Any
 
 from llorch.config_pools import PoolSpec
 from llorch.errors import Code, LlorchError
+from llorch.messages import model_id_ok
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
 from llorch.node.pool_events import Action, Event, ReplicaState, Step, Wanted, step
 from llorch.node.pool_handoffs import Handoffs
-from llorch.node.pool_operations import ENDED_FOR_DRAIN, EXTERNAL, Operations, comes_and_goes, first_model
+from llorch.node.pool_models import EXTERNAL, Models, first_model
+from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations, outfit
 from llorch.node.replica_life import Life
-from llorch.node.replicas import DOWN, OPERATOR, Lease, Pool, Replica, average
+from llorch.node.replicas import DOWN, MAX_WHY_CHARS, OPERATOR, Lease, Pool, Replica, average
 from llorch.node.slots import Slots
+
+MAX_REF_CHARS = 4_096  # as in the wishes of operators
 
 
 class Pools:
@@ -42,8 +46,11 @@ class Pools:
         self._slots = Slots(self._pools, self._changed)
         self._life = Life(self._pools, self._changed)
         self._handoffs = Handoffs(self._pools, self._life, self._changed)
-        self._operations = Operations(self._pools, self._life, self._changed)
+        self._models = Models(self._changed)
+        self._operations = Operations(self._life, self._models, self._changed)
         self._listeners: list[Callable[[str], None]] = []
+        self._untold: dict[str, Pool] = {}
+        self._generation = 0  # the highest that any report had: one that comes back under its name goes on from there
         self._after: dict[str, Wanted] = {}  # pools that come once one of the same name has gone
         self._task_deadline: float | None = None
         self._now = 0.0
@@ -58,9 +65,17 @@ class Pools:
         self._listeners.append(callback)
 
     def _changed(self, pool: Pool) -> None:
-        pool.generation += 1
-        for callback in self._listeners:
-            callback(pool.id)
+        """Its report is another. That is told once whatever happens has happened."""
+        self._untold[pool.id] = pool
+
+    def _tell(self) -> None:
+        told, self._untold = self._untold, {}
+        for pool in told.values():
+            pool.generation = (pool.generation or self._generation) + 1
+            self._generation = max(self._generation, pool.generation)
+        for pool_id in told:
+            for callback in self._listeners:
+                callback(pool_id)
 
     # ------------------------------------------------------------ what outlives the agent
 
@@ -69,10 +84,12 @@ class Pools:
         pools = {pool.id: wish for pool in self._pools.values() if (wish := _wish(pool))}
         return {"drained": self.drained, "pools": pools}
 
-    def restore(self, wishes: Mapping[str, Any]) -> None:
-        """Before Start: what `wishes` said once. Those about pools that are gone or were changed since say nothing."""
+    def restore(self, wishes: Any) -> None:
+        """Before Start: what `wishes` said once, as it was read. What is about pools that are gone or were changed since,
+        or is not what `wishes` says, says nothing."""
+        wishes = wishes if isinstance(wishes, Mapping) else {}
         drained, pools = wishes.get("drained"), wishes.get("pools")
-        self.drained = drained if isinstance(drained, str) else None
+        self.drained = drained[:MAX_WHY_CHARS] if isinstance(drained, str) else None
         for pool_id, wish in pools.items() if isinstance(pools, Mapping) else ():
             pool = self._pools.get(pool_id)
             if pool is not None and isinstance(wish, Mapping):
@@ -85,34 +102,40 @@ class Pools:
 
         Of a pool that loads on demand it may be a slot ahead: one of `model`, which is then on its way.
         """
-        pool = self._pools.get(pool_id)
-        if pool is None:
-            raise LlorchError(Code.POOL_NOT_FOUND, f"this node has no pool {pool_id}")
-        if self.draining or pool.draining or pool.leaves:
-            raise LlorchError(Code.DRAINING, f"{'this node' if self.draining else f'pool {pool_id}'} is draining")
-        model = model or pool.model or next(iter(pool.choices), None)
-        if model != pool.model and (not pool.on_demand or model not in pool.choices):
-            raise LlorchError(Code.MODEL_NOT_AVAILABLE, f"pool {pool_id} serves {pool.model}")
-        if model is not None and model != pool.model and pool.loaded:
-            self._operations.demand(pool, model, self._now)
-        if not pool.ready:
-            if pool.on_its_way is not None:
-                return self._slots.take_ahead(pool, task_id)
-            state = pool.state(self.draining)
-            raise LlorchError(
-                Code.MODEL_NOT_AVAILABLE,
-                f"pool {pool_id} is {state}",
-                details={"state": state.value, "last_error": pool.last_error},
-            )
-        return self._slots.take(pool, task_id)
+        try:
+            return self._acquire(self._pool(pool_id), task_id, model)
+        finally:
+            self._tell()
+
+    def _acquire(self, pool: Pool, task_id: str, model: str | None) -> Lease:
+        if self.draining or pool.draining:
+            raise LlorchError(Code.DRAINING, f"{'this node' if self.draining else f'pool {pool.id}'} is draining")
+        self._slots.check_new(task_id)
+        model = model or pool.model or next(iter([*pool.loadable, *pool.choices]), None)
+        if model != pool.model:
+            if not pool.on_demand or not pool.loaded or model is None or model not in pool.choices:
+                raise LlorchError(Code.MODEL_NOT_AVAILABLE, f"pool {pool.id} serves {pool.model}")
+            self._models.demand(pool, model, self._now)
+        if pool.ready:
+            return self._slots.take(pool, task_id)
+        if pool.on_its_way is not None:
+            return self._slots.take_ahead(pool, task_id)
+        state = pool.state(self.draining)
+        raise LlorchError(
+            Code.MODEL_NOT_AVAILABLE,
+            f"pool {pool.id} is {state}",
+            details={"state": state.value, "last_error": pool.last_error},
+        )
 
     def release(self, task_id: str) -> None:
         """Give the slot back. A task that holds none is no error: whoever ends a task may say so."""
         self._slots.give_back(task_id)
+        self._tell()
 
     def told(self, task_id: str, failed: bool, now: float) -> None:
         """How a task, which still holds its slot, went at its engine."""
         self._slots.told(task_id, failed, now)
+        self._tell()
 
     def accepted(self, pool_id: str | None = None) -> int:
         """Tasks that hold a slot, of one pool or of all."""
@@ -126,6 +149,12 @@ class Pools:
         Raises LlorchError for a wish that can't be granted, with nothing changed.
         """
         self._now = now
+        try:
+            return self._handle(event, now)
+        finally:
+            self._tell()
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case ev.Start():
                 return [action for pool in list(self._pools.values()) for action in self._operations.settle(pool, now)]
@@ -162,17 +191,14 @@ class Pools:
         """What becomes of an engine."""
         match event:
             case ev.Spawned():
-                return self._life.spawned(event)
+                return self._life.spawned(event, now)
             case ev.Adopted():
                 return self._adopted(event, now)
             case ev.Progress():
                 return self._progress(event)
             case ev.Exited():
-                found = self._life.exited(event, now)
-                if found is None:
-                    return []
-                pool, replica, asked, actions = found
-                return actions + self._operations.exited(pool, replica, event, now, asked=asked)
+                ended = self._life.exited(event, now)
+                return [] if ended is None else ended[1] + self._operations.exited(ended[0], event, now)
             case ev.ProbeOk():
                 actions = self._life.answered(event, now)
                 if actions:
@@ -182,9 +208,9 @@ class Pools:
             case ev.ProbeFailed():
                 return self._life.probe_failed(event)
             case ev.EngineLost():
-                return self._life.lost(event)
+                return self._life.lost(event, now)
             case ev.Stalled():
-                return self._life.stalled(event)
+                return self._life.stalled(event, now)
             case _:
                 raise AssertionError(f"nobody takes {type(event).__name__}")
 
@@ -215,22 +241,31 @@ class Pools:
         actions: list[Action] = list(self._slots.tick(now))
         for pool in list(self._pools.values()):
             actions += [*self._operations.pass_time(pool, now), *self._seats(pool)]
-            if pool.leaves and not pool.busy and all(replica.state in DOWN for replica in pool.replicas.values()):
+            if pool.leaves and not pool.waiting and all(map(_over, pool.replicas.values())):
                 actions += self._gone(pool, now)
         if self._task_deadline is not None and now >= self._task_deadline:
             self._task_deadline = None
-            actions.append(ev.EndTasks(tuple(self._slots.holders()), Code.DRAINING, ENDED_FOR_DRAIN))
+            if tasks := tuple(self._slots.holders()):
+                actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node")))
         return actions
 
     def _gone(self, pool: Pool, now: float) -> list[Action]:
-        del self._pools[pool.id]
+        """Of a pool that was to go, nothing of ours is left. What others handed over stays, as if it always had been
+        all there is."""
         self._changed(pool)
-        again = self._after.pop(pool.id, None)
-        if again is None:
-            return []
-        pool = self._pools[pool.id] = _made(again)
-        self._changed(pool)
-        return self._operations.settle(pool, now)
+        pool.replicas = {replica.id: replica for replica in pool.replicas.values() if not replica.spawned}
+        if again := self._after.pop(pool.id, None):
+            pool.leaves, pool.operation, pool.last_error = False, None, None
+            return self._operations.configure(pool, again, now)
+        offered = [replica.handoff for replica in pool.replicas.values() if replica.handoff is not None]
+        if offered:
+            pool.leaves, pool.operation, pool.last_error, pool.spec = False, None, None, None
+            pool.on_demand, pool.loaded, pool.choices, pool.ctx = False, True, {}, offered[-1].ctx
+            pool.model, pool.engine, pool.version = offered[-1].model, offered[-1].engine, offered[-1].engine_version
+            pool.device_mask = offered[-1].device_mask
+        else:
+            del self._pools[pool.id]
+        return []
 
     def _seats(self, pool: Pool) -> list[Action]:
         """Slots for the tasks that waited for their model."""
@@ -254,31 +289,35 @@ class Pools:
 
     def _adopted(self, event: ev.Adopted, now: float) -> list[Action]:
         """Nothing, if no pool of the settings wants it: whoever offered it ends it then."""
-        pool = self._pools.get(event.handoff.pool_id)
-        if pool is None or pool.spec is None or pool.choices.get(event.model) != event.ref or not pool.loaded:
+        handoff, pool = event.handoff, self._pools.get(event.handoff.pool_id)
+        if pool is None or pool.spec is None or pool.leaves or not pool.loaded or handoff.model != event.model:
             return []
-        if any(replica.state not in DOWN and replica.model != event.model for replica in pool.replicas.values()):
+        said, spec = (handoff.engine, handoff.slots, handoff.ctx), pool.spec
+        if pool.choices.get(event.model) != event.ref or said != (spec.engine, spec.slots, spec.ctx):
+            return []  # the settings are others now
+        if any(replica.owned and replica.run and replica.model != event.model for replica in pool.replicas.values()):
             return []
-        replica = pool.replicas.get(event.handoff.replica_id)
-        if replica is None or replica.state not in DOWN or not replica.owned:
-            unused = next((r for r in pool.replicas.values() if r.owned and not r.run and r.state in DOWN), None)
-            if unused is None or replica is not None:
+        replica = pool.replicas.get(handoff.replica_id)
+        if replica is None:
+            replica = next((each for each in pool.replicas.values() if each.owned and not each.run), None)
+            if replica is None:
                 return []
-            del pool.replicas[unused.id]
-            unused.id = event.handoff.replica_id
-            replica = pool.replicas[unused.id] = unused
-        if not pool.on_demand and pool.model != event.model:
+            del pool.replicas[replica.id]
+            replica.id = handoff.replica_id
+            pool.replicas[replica.id] = replica
+        if replica.run or not replica.owned:
             return []
         pool.model = event.model
-        return self._life.taken_over(pool, replica, event.handoff, now)
+        return self._life.taken_over(pool, replica, event, now)
 
     def _progress(self, event: ev.Progress) -> list[Action]:
         found = self._life.find(event.pool_id, event.replica_id)
         if found is None or found[1].run != event.run:
             return []
         pool, operation = found[0], found[0].operation
-        if operation is not None and operation.running and operation.message != event.text:
-            operation.message = event.text
+        text = event.text[:MAX_WHY_CHARS]
+        if operation is not None and operation.running and operation.message != text:
+            operation.message = text
             self._changed(pool)
         return []
 
@@ -290,18 +329,19 @@ class Pools:
         self._after.clear()
         for pool in list(self._pools.values()):
             if pool.spec is not None and pool.id not in there and not pool.leaves:
-                pool.leaves = True
-                self._changed(pool)
-                actions += [ev.Note("pool.removed", pool.id, None, ""), *self._operations.settle(pool, now)]
+                actions += [ev.Note("pool.removed", pool.id, None, ""), *self._operations.remove(pool, now)]
         for pool_id, each in there.items():
             old = self._pools.get(pool_id)
-            if old is None or old.spec is None:
+            if old is None:
                 pool = self._pools[pool_id] = _made(each)
                 self._changed(pool)
                 actions += [ev.Note("pool.added", pool_id, None, ""), *self._operations.settle(pool, now)]
-            elif old.leaves or _external(old.spec) != _external(each.spec):
-                old.leaves, self._after[pool_id] = True, each  # it comes back as another, once its engines have gone
-                actions += self._operations.settle(old, now)
+            elif old.spec is None:  # others have handed over engines of that name
+                actions += self._operations.configure(old, each, now)
+            elif old.leaves or (old.spec.engine == EXTERNAL) != (each.spec.engine == EXTERNAL):
+                self._after[pool_id] = each  # it comes back as another, once its engines have gone
+                if not old.leaves:
+                    actions += self._operations.remove(old, now)
             elif old.spec != each.spec:
                 actions += self._operations.configure(old, each, now)
         return actions
@@ -369,45 +409,51 @@ class Pools:
 # ---------------------------------------------------------------- from settings and wishes to pools
 
 
-def _external(spec: PoolSpec) -> bool:
-    return spec.engine == EXTERNAL
-
-
 def _made(wanted: Wanted) -> Pool:
-    spec = wanted.spec
-    pool = Pool(spec.id, spec.engine, first_model(wanted), spec, dict(wanted.choices), comes_and_goes(spec))
-    pool.ctx = spec.ctx
-    pool.device_mask = ",".join(map(str, spec.gpus or ())) or None
-    for number in range(spec.replicas):
-        replica = Replica(f"r{number}", owned=not _external(spec), spawned=True, slots=spec.slots)
-        if wanted.refusal is not None:
+    pool = Pool(wanted.spec.id, wanted.spec.engine, first_model(wanted), wanted.spec)
+    outfit(pool, wanted)
+    if wanted.refusal is not None:
+        pool.last_error = wanted.refusal
+        for replica in pool.replicas.values():
             replica.state = step(replica.state, Step.GAVE_UP)
-        pool.replicas[replica.id] = replica
-    pool.last_error = wanted.refusal
     return pool
 
 
+def _over(replica: Replica) -> bool:
+    """Whether nothing of it is left that would be in the way of the pool's end."""
+    return not replica.spawned or (replica.state in DOWN and not replica.held)
+
+
 def _wish(pool: Pool) -> dict[str, Any]:
-    """What an operator asked of a pool; empty if nothing. A model counts until the settings name another."""
+    """What an operator asked of a pool; empty if nothing. A model counts until the settings name another, and once it
+    is proven."""
     wish: dict[str, Any] = {}
     if OPERATOR in pool.holds:
         wish["drained"] = pool.holds[OPERATOR]
-    if not pool.loaded:
+    before = pool.reloading.before if pool.reloading is not None else None
+    model, choices, loaded = (before.model, before.choices, before.loaded) if before else _now_of(pool)
+    if not loaded:
         wish["unloaded"] = True
-    if pool.spec is not None and not pool.on_demand and pool.model is not None:
-        ref = pool.choices.get(pool.model)
+    if pool.spec is not None and not pool.on_demand and model is not None:
+        ref = choices.get(model)
         if ref is not None and pool.spec.model is not None and ref != pool.spec.model:
-            wish["model"] = {"id": pool.model, "ref": ref, "instead_of": pool.spec.model}
+            wish["model"] = {"id": model, "ref": ref, "instead_of": pool.spec.model}
     return wish
+
+
+def _now_of(pool: Pool) -> tuple[str | None, Mapping[str, str], bool]:
+    return pool.model, pool.choices, pool.loaded
 
 
 def _restore(pool: Pool, wish: Mapping[str, Any]) -> None:
     drained, model = wish.get("drained"), wish.get("model")
     if isinstance(drained, str):
-        pool.holds[OPERATOR] = drained
+        pool.holds[OPERATOR] = drained[:MAX_WHY_CHARS]
     pool.loaded = wish.get("unloaded") is not True
-    if not isinstance(model, Mapping) or pool.spec is None or pool.on_demand:
+    if not isinstance(model, Mapping) or pool.spec is None or pool.spec.engine == EXTERNAL or pool.on_demand:
         return
     model_id, ref = model.get("id"), model.get("ref")
-    if isinstance(model_id, str) and isinstance(ref, str) and model.get("instead_of") == pool.spec.model:
+    if not isinstance(model_id, str) or not isinstance(ref, str) or model.get("instead_of") != pool.spec.model:
+        return
+    if model_id_ok(model_id) and 0 < len(ref) <= MAX_REF_CHARS:
         pool.choices, pool.model = {model_id: ref}, model_id

@@ -2,7 +2,9 @@
 
 Owns the records that `pools` and its parts alone change, and what follows from them: free slots, a pool's state, its
 report. Decides nothing. A pool's `model` is the one that its replicas run or are to run; a replica's is that of its
-last start. None of both: nothing is loaded, and on demand pools wait for a task that names one.
+last start. None of both: nothing is loaded, and on demand pools wait for a task that names one. Whatever makes a pool's
+engines start anew (another model, other settings, a restart) raises its `revision`: a replica of an earlier one serves
+no more, and is replaced.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ COMING = frozenset({ReplicaState.STARTING, ReplicaState.PROBING})
 
 FAILURES = 5  # this many ends within FAILURE_WINDOW_S, and a person has to look
 FAILURE_WINDOW_S = 300.0
+RELOAD = "reload"  # the one operation that has something to go back to
+MAX_WHY_CHARS = 256  # of a line in a report
 OPERATOR = "operator"  # who holds a pool back, beside its GPUs' owner and its hours
 
 
@@ -47,22 +51,29 @@ class Lease:
 
 @dataclass(slots=True)
 class Failures:
-    """How often a start has gone wrong lately."""
+    """How often a start has gone wrong lately. `too_many`: it is not tried again unasked."""
 
     at: deque[float] = field(default_factory=deque)
     in_a_row: int = 0
+    too_many: bool = False
 
     def forget(self) -> None:
+        self.steady()
+        self.too_many = False
+
+    def steady(self) -> None:
+        """It ran for so long that what went before says nothing of what is to come."""
         self.at.clear()
         self.in_a_row = 0
 
-    def count(self, now: float) -> bool:
+    def count(self, now: float, *, hopeless: bool) -> bool:
         """One more. True if that is too many."""
         self.in_a_row += 1
         self.at.append(now)
         while self.at and now - self.at[0] > FAILURE_WINDOW_S:
             self.at.popleft()
-        return len(self.at) >= FAILURES
+        self.too_many = self.too_many or hopeless or len(self.at) >= FAILURES
+        return self.too_many
 
 
 @dataclass(slots=True)
@@ -72,12 +83,18 @@ class Replica:
     spawned: bool  # it stands in the settings: its handoff is written by us
     slots: int = 1
     model: str | None = None
+    ref: str | None = None  # of that model
+    revision: int = 0  # the pool's, at its last start
     state: ReplicaState = ReplicaState.EXITED
     wanted: bool = True
     next: bool = False  # it is to take over from the others, once it is proven
-    leaves: bool = False  # others have taken over: it goes once it is down
+    leaves: bool = False  # others have taken over: it goes once it is down and its tasks have ended
     handoff: Handoff | None = None  # what was last seen and accepted
-    written: list[Handoff] = field(default_factory=list)  # what we wrote: this run's, after the one before
+    offered: Handoff | None = None  # what we wrote for this run
+    offered_at: float = 0.0
+    earlier: tuple[Handoff, ...] = ()  # what we wrote for the runs before it; their files may be read late
+    seen: Handoff | None = None  # what its file was last seen to be: nobody tells of it again until it changes
+    withdrawn_at: float | None = None  # when we last took its file away: who says so soon after tells no news
     run: int = 0
     probe: int = 0
     held: set[str] = field(default_factory=set)
@@ -98,19 +115,25 @@ class Replica:
         return free if self.breaker.phase is Phase.CLOSED else min(1, free)
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a pool goes back to, should its reload fail."""
+
+    model: str | None
+    choices: Mapping[str, str]
+    loaded: bool
+
+
 @dataclass(slots=True)
 class Operation:
-    """What a pool was last asked to do. `since`: the runs that its replicas had then; `began` is for people."""
+    """What a pool was last asked to do; `began` is for people. `before`: of a reload that can't be done beside."""
 
     kind: str
     model: str | None = None
     state: str = "running"
     message: str | None = None
     began: str | None = None
-    since: Mapping[str, int] = field(default_factory=dict)
-    back_to: str | None = None  # the model to go back to, should a reload fail
-    choices: Mapping[str, str] = field(default_factory=dict)  # of models, to go back to then
-    task_deadline: float | None = None  # of a drain: when what still runs is ended
+    before: Before | None = None
 
     @property
     def running(self) -> bool:
@@ -136,12 +159,18 @@ class Pool:
     holds: dict[str, str] = field(default_factory=dict)  # who holds it back → why
     loaded: bool = True  # the operator's wish: not unloaded
     leaves: bool = False  # it is no more in the settings: it goes once its engines have
-    waiting: dict[str, None] = field(default_factory=dict)  # tasks that hold a slot of the model on its way
+    revision: int = 0
+    runs: int = 0  # starts there were, of all replicas: no number is used twice, though names are
+    probes: int = 0
+    waiting: dict[str, str | None] = field(
+        default_factory=dict
+    )  # tasks → the model that they wait for; None: told to end
     kept: bool = True  # the resident model has had its time, as of the last tick
     kept_until: float = 0.0
     idle_since: float = 0.0
     troubles: dict[str, Failures] = field(default_factory=dict)  # of models that are loaded on demand
     not_before: dict[str, float] = field(default_factory=dict)
+    task_deadline: float | None = None  # of an operator's drain: when what still runs is ended
     operation: Operation | None = None
     generation: int = 0
     version: str | None = None
@@ -154,7 +183,7 @@ class Pool:
 
     @property
     def draining(self) -> bool:
-        return bool(self.holds)
+        return bool(self.holds) or self.leaves
 
     @property
     def served_as(self) -> str:
@@ -167,13 +196,36 @@ class Pool:
         return any(reason != OPERATOR for reason in self.holds)
 
     @property
+    def may_run(self) -> bool:
+        """Whether engines of it may run, and there is a model for them."""
+        return self.loaded and self.model is not None and not self.parked and not self.leaves
+
+    def should_run(self, replica: Replica) -> bool:
+        return self.may_run and replica.wanted and not replica.leaves
+
+    @property
+    def reloading(self) -> Operation | None:
+        operation = self.operation
+        return operation if operation is not None and operation.running and operation.kind == RELOAD else None
+
+    @property
+    def own(self) -> list[Replica]:
+        """Those of the settings that are there to stay."""
+        return [each for each in self.replicas.values() if each.spawned and not each.next and not each.leaves]
+
+    @property
+    def coming(self) -> bool:
+        """Whether some replica of the settings is up, or will be without anybody's asking."""
+        return any(self.should_run(each) and each.state is not ReplicaState.FAILED for each in self.own)
+
+    def current(self, replica: Replica) -> bool:
+        """Whether it runs what the pool is to run now. Engines of others have the model that they have."""
+        return replica.revision == self.revision if replica.spawned else replica.model == self.model
+
+    @property
     def serving(self) -> list[Replica]:
-        """The replicas that are ready with the pool's model."""
-        return [
-            replica
-            for replica in self.replicas.values()
-            if replica.state is ReplicaState.READY and replica.model == self.model
-        ]
+        """The replicas that are ready with what the pool is to run."""
+        return [each for each in self.replicas.values() if each.state is ReplicaState.READY and self.current(each)]
 
     @property
     def ready(self) -> bool:
@@ -187,56 +239,70 @@ class Pool:
     @property
     def capacity(self) -> int:
         """Slots that there are once its replicas are up."""
-        return sum(each.slots for each in self.replicas.values() if each.spawned and not each.next and not each.leaves)
+        slots = self.spec.slots if self.spec is not None else 0
+        return slots * sum(each.wanted for each in self.own)
 
     @property
     def on_its_way(self) -> str | None:
         """The model for which tasks are held already."""
-        if not self.on_demand or self.model is None or self.ready or self.draining or self.leaves:
+        if not self.on_demand or self.ready or self.draining or not self.coming:
             return None
-        return self.model if self.loaded and self.model in self.loadable else None
+        return self.model
 
     @property
     def loadable(self) -> list[str]:
         """Of the models that may be loaded here, those that have not failed too often."""
-        return [model for model in self.choices if len(self.troubles.get(model, _NONE).at) < FAILURES]
+        return [model for model in self.choices if not self.troubles.get(model, _NONE).too_many]
 
     @property
     def swappable(self) -> bool:
         """Whether a task for any of its models may come now, whatever is resident."""
-        if not self.on_demand or not self.loaded or self.draining or self.leaves or self.busy:
+        if not self.on_demand or not self.loaded or self.draining or self.busy or not self.capacity:
             return False
-        if self.operation is not None and self.operation.running and self.operation.kind == "reload":
+        if self.reloading is not None:
             return False
-        return self.model is None or (self.ready and self.kept)
+        return self.model is None or (self.kept and any(replica.free for replica in self.serving))
+
+    @property
+    def models(self) -> list[str]:
+        """What a task may ask it for."""
+        if not self.on_demand:
+            return [self.model] if self.model is not None else []
+        resident = [self.model] if self.model is not None and self.ready and self.model not in self.loadable else []
+        return self.loadable + resident
 
     @property
     def slots_total(self) -> int:
-        if self.on_demand:
-            return self.capacity
-        return sum(each.slots for each in self.replicas.values() if each.state not in DOWN and not each.next)
+        """Never fewer than are held: what is replaced may hold tasks still."""
+        if self.on_demand and not self.ready:
+            return max(self.capacity, self.busy)
+        counted = (each for each in self.replicas.values() if each.state not in DOWN and not each.next)
+        return max(self.busy, sum(each.slots for each in counted if each.spawned or self.current(each)))
 
     @property
     def slots_free(self) -> int:
-        if self.on_demand and (self.swappable or self.on_its_way is not None) and not self.ready:
-            return max(0, self.capacity - self.busy)
-        return sum(replica.free for replica in self.serving)
+        if self.on_demand and not self.ready:
+            return max(0, self.capacity - self.busy) if self.swappable or self.on_its_way is not None else 0
+        return max(0, sum(replica.free for replica in self.serving) - len(self.waiting))
 
     def state(self, node_draining: bool) -> PoolState:
-        states = {replica.state for replica in self.replicas.values()}
+        states = {replica.state for replica in self.replicas.values() if not replica.leaves}
         if node_draining or self.draining:
             return PoolState.DRAINING
         if self.ready:
             return PoolState.READY
         if ReplicaState.PROBING in states:
             return PoolState.LOADING
-        if ReplicaState.STARTING in states or any(replica.retry_at is not None for replica in self.replicas.values()):
-            return PoolState.STARTING
-        if self.on_its_way is not None:
+        if ReplicaState.STARTING in states or self.on_its_way is not None or any(map(self._returns, self.own)):
             return PoolState.STARTING
         if self.on_demand and self.choices and not self.loadable:
             return PoolState.FAILED
         return PoolState.FAILED if ReplicaState.FAILED in states else PoolState.STOPPED
+
+    def _returns(self, replica: Replica) -> bool:
+        """Whether it is on its way down, or down, and will be started again."""
+        on_its_way_down = replica.state in (ReplicaState.DRAINING, ReplicaState.STOPPING)
+        return self.should_run(replica) and (on_its_way_down or replica.retry_at is not None)
 
     def report(self, node_draining: bool) -> dict[str, Any]:
         replicas = self.replicas.values()
@@ -246,13 +312,13 @@ class Pool:
             "engine": self.engine,
             "engine_version": self.version,
             "model": self.model if self.ready else None,
-            "models": self.loadable if self.spec is not None else [self.model],
-            "loading": self.on_its_way,
+            "models": self.models,
+            "loading": None if node_draining else self.on_its_way,
             "swappable": self.swappable and not node_draining,
             "state": state.value,
             "ready": self.ready,
             "draining": state is PoolState.DRAINING,
-            "held": [f"{reason}: {why}" if why else reason for reason, why in self.holds.items()],
+            "held": self.held_by(),
             "operation": self.operation.report() if self.operation is not None else None,
             "slots_total": self.slots_total,
             "slots_free": self.slots_free,
@@ -275,6 +341,11 @@ class Pool:
                 for replica in replicas
             ],
         }
+
+    def held_by(self) -> list[str]:
+        """Who holds it back, and why."""
+        removed = ["settings: it is no more there"] if self.leaves else []
+        return removed + [(f"{who}: {why}" if why else who)[:MAX_WHY_CHARS] for who, why in self.holds.items()]
 
     def health(self, node_draining: bool) -> dict[str, Any]:
         return {

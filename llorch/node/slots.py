@@ -27,19 +27,21 @@ class Slots:
 
     def take(self, pool: Pool, task_id: str) -> Lease:
         """A slot of the least busy ready replica, until `give_back(task_id)`. Raises LlorchError with nothing taken."""
-        self._check_new(task_id)
+        self.check_new(task_id)
+        if not pool.slots_free:  # those that are free may be those of tasks that came before
+            raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of pool {pool.id} are busy")
         return self._seat(pool, task_id)
 
     def take_ahead(self, pool: Pool, task_id: str) -> Lease:
         """A slot of the model that is on its way, until `give_back(task_id)`; `seat` says of which replica it then is.
         Raises LlorchError with nothing taken."""
-        self._check_new(task_id)
+        self.check_new(task_id)
         assert pool.model is not None  # something is on its way
         if pool.busy >= pool.capacity:
             raise LlorchError(
                 Code.ALL_SLOTS_BUSY, f"all slots of pool {pool.id} are taken, and {pool.model} still loads"
             )
-        pool.waiting[task_id] = None
+        pool.waiting[task_id] = pool.model
         self._waiting[task_id] = pool
         self._changed(pool)
         return Lease(task_id, pool.id, None, pool.engine, "", pool.model, None, pool.served_as)
@@ -47,13 +49,15 @@ class Slots:
     def seat(self, pool: Pool) -> list[Lease]:
         """Slots of the ready replicas for those that waited for their model, as far as there are any."""
         leases: list[Lease] = []
-        while pool.waiting and any(replica.free for replica in pool.serving):
-            task_id = next(iter(pool.waiting))
+        for task_id in [task_id for task_id, model in pool.waiting.items() if model == pool.model]:
+            if not any(replica.free for replica in pool.serving):
+                break
             self._leave(task_id)
             leases.append(self._seat(pool, task_id))
         return leases
 
-    def _check_new(self, task_id: str) -> None:
+    def check_new(self, task_id: str) -> None:
+        """Raises CONFLICT for a task that holds a slot, here or of another pool."""
         if task_id in self._held or task_id in self._waiting:
             raise LlorchError(Code.CONFLICT, "this task already holds a slot")
 
@@ -65,11 +69,7 @@ class Slots:
 
     def _seat(self, pool: Pool, task_id: str) -> Lease:
         # One that has to be tried comes before the others: an early failure of its task is made good elsewhere.
-        replica = max(
-            pool.serving, key=lambda r: (r.free > 0 and r.breaker.phase is Phase.HALF_OPEN, r.free), default=None
-        )
-        if replica is None or replica.free == 0:
-            raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of pool {pool.id} are busy")
+        replica = max(pool.serving, key=lambda r: (r.free > 0 and r.breaker.phase is Phase.HALF_OPEN, r.free))
         assert replica.handoff is not None  # a ready replica was probed at its handoff
         replica.held.add(task_id)
         lease = Lease(

@@ -91,7 +91,7 @@ def look_at_engines(settings: NodeSettings, gpu_count: int) -> Engines:
     try:
         for spec in settings.effective_pools():
             allow_cpu = settings.allow_cpu or settings.dev
-            plan = plan_pool(spec, facts, catalog.find, gpu_count=gpu_count, allow_cpu=allow_cpu)
+            plan = plan_pool(spec, facts, catalog.find, gpus=frozenset(range(gpu_count)), allow_cpu=allow_cpu)
             pools.append(f"{spec.id}: {', '.join(plan.choices)} on {plan.spec.engine}")
     except ConfigError as error:
         return Engines(tuple(there), tuple(pools), error.message, error.hint)

@@ -153,7 +153,7 @@ class _Parts:
         self.machine = Machine(data_dir)
         exits.callback(self.machine.close)
         gpus = await asyncio.to_thread(self.machine.read)
-        self.planner = Planner(settings, self.catalog, len(gpus))
+        self.planner = Planner(settings, self.catalog, frozenset(gpu.index for gpu in gpus))
         plans = await asyncio.to_thread(self.planner.plans, settings)
         self.pools = pools = Pools(plan.wanted for plan in plans)
         pools.restore(await asyncio.to_thread(standing.read, data_dir / WISHES))
@@ -174,7 +174,9 @@ class _Parts:
             pools,
             plans,
             runtime_dir=runtime_dir,
-            starts=Starts(self.catalog.ensure, self.machine.room, self.machine.beside, self.planner.again),
+            starts=Starts(
+                self.catalog.ensure, self.machine.room, self.machine.beside, self.planner.again, self.machine.mask
+            ),
             node_id=node_id,
             stop_grace_s=settings.stop_grace,
             load_timeout_s=settings.load_timeout,
@@ -193,7 +195,7 @@ class _Parts:
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
             read_gpus=self.machine.read,
-            engine_pids=pools.pids,
+            engine_pids=self.engine_pids,
             read_models=self.catalog.report,
             gpus=gpus,
             stager=self.stager,
@@ -204,6 +206,11 @@ class _Parts:
         metrics.scrape(self.node.pool_reports, self.node.gpu_reports, self.node.model_reports)
         await self.node.refresh()
         return self
+
+    def engine_pids(self) -> list[int]:
+        """Of all engines that are offered here, and of those of ours that still load."""
+        loading = [start.pid for start in self.supervisor.running() if start.pid is not None]
+        return [*self.pools.pids(), *loading]
 
     def changed(self) -> None:
         for listener in self.listeners:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from llorch.config_pools import PoolSpec
@@ -27,6 +27,7 @@ from llorch.node.plans import Plan
 ROOM_POLL_S = 2.0  # memory of a process that has just ended takes a moment to be free
 LOAD_S_PER_GIB = 20.0  # a slow disk's 50 MB/s
 GIB = 1 << 30
+MASK = "CUDA_VISIBLE_DEVICES"
 
 
 class LocalModel(Protocol):
@@ -73,6 +74,7 @@ class Starts:
     room: Callable[[Plan, Any], Awaitable[NoRoom | None]] = _any_room
     beside: Callable[[Plan, Any], Awaitable[bool]] = _room_for_both
     plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
+    mask: Callable[[tuple[int, ...]], str] = lambda gpus: ",".join(map(str, gpus))
 
     async def same(self, plan: Plan, identity: Identity, left: Left) -> bool:
         """Whether a start by today's settings would run just what `left` runs."""
@@ -80,15 +82,23 @@ class Starts:
             return False
         try:
             path = await self._path(plan, identity.ref, lambda _text: None)
-            launch = plan.engine.launch(
-                plan.spec, model_id=identity.model, port=left.port, key_file=_key_file(left), model_path=path
-            )
+            launch = self.launch(plan, identity.model, left.port, _key_file(left), path)
         except LlorchError:
             return False
         return _digest(launch) == identity.launch
 
     async def _path(self, plan: Plan, ref: str, said: Said) -> str | None:
         return str(found.path) if (found := await self.local(plan, ref, said)) is not None else _named_there(plan, ref)
+
+    def launch(self, plan: Plan, model: str, port: int, key_file: str, path: str | None) -> Launch:
+        """What its engine is started with. Raises ConfigError."""
+        assert plan.engine is not None  # else there is no plan
+        made = plan.engine.launch(plan.spec, model_id=model, port=port, key_file=key_file, model_path=path)
+        if not plan.spec.gpus or MASK not in made.env:
+            return made
+        return replace(
+            made, env={**made.env, MASK: self.mask(plan.spec.gpus)}
+        )  # parts of a GPU have names of their own
 
     async def local(self, plan: Plan, ref: str, said: Said) -> Any | None:
         """The model's file, brought here if need be; None where the engine takes none, or fetches its model itself."""
@@ -266,9 +276,7 @@ class EngineStart:
             await self._unless_ended(self._room(starts, model, said))
         name = file_name(spawn.pool_id, spawn.replica_id)
         process = self.process = make(name)
-        launch = engine.launch(
-            plan.spec, model_id=spawn.model, port=process.port, key_file=str(process.key_file), model_path=path
-        )
+        launch = starts.launch(plan, spawn.model, process.port, str(process.key_file), path)
         identity = Identity(spawn.pool_id, spawn.replica_id, spawn.model, spawn.ref, _digest(launch), engine.version)
         meta = {name: value for name in identity.__slots__ if (value := getattr(identity, name)) is not None}
         await process.start(launch, env, meta=meta)

@@ -20,7 +20,7 @@ from llorch.node import fit, ram
 from llorch.node import pool_events as ev
 from llorch.node.catalog import LocalModel
 from llorch.node.engine_start import EngineStart, NoRoom
-from llorch.node.gpu import GpuInventory
+from llorch.node.gpu import GpuInventory, device_mask
 from llorch.node.owner import Owner
 from llorch.node.peaks import PeakKey, Peaks
 from llorch.node.plans import Plan
@@ -67,6 +67,8 @@ class Machine:
 
     async def room(self, plan: Plan, model: LocalModel) -> NoRoom | None:
         """Why one more engine with `model` does not fit now; None if it does, or if nobody can tell."""
+        if self._left_to_the_engine(plan):
+            return None
         verdict = await asyncio.to_thread(self._judge, plan, model)
         if verdict.fits:
             return None
@@ -81,6 +83,8 @@ class Machine:
 
     def _fits_beside(self, plan: Plan, model: LocalModel) -> bool:
         engines = plan.spec.replicas
+        if self._left_to_the_engine(plan):
+            return False
         if self._uses_gpus(plan):
             there = fit.room(plan.spec.gpus, self.read(sorted(self._own)))
             size = self._peaks.peak(self._key(plan, model)) or self._need(plan, model, there.count).total
@@ -104,7 +108,11 @@ class Machine:
         return fit.need(model.header, model.size_bytes, ctx=spec.ctx, slots=spec.slots, gpus=gpus, args=args)
 
     def _uses_gpus(self, plan: Plan) -> bool:
-        return bool(self._gpus) and (plan.spec.gpus is None or bool(plan.spec.gpus)) and plan.on_gpu
+        return bool(self._gpus) and bool(plan.spec.gpus) and plan.on_gpu
+
+    def _left_to_the_engine(self, plan: Plan) -> bool:
+        """It is given no number of layers then, and newer ones take as many as fit."""
+        return bool(self._gpus) and plan.spec.gpus is None and plan.on_gpu
 
     def _key(self, plan: Plan, model: LocalModel) -> PeakKey:
         spec = plan.spec
@@ -113,6 +121,10 @@ class Machine:
         name = model.sha256 or f"{model.size_bytes}/{model.id}"
         version = plan.engine.version if plan.engine is not None else None
         return PeakKey(name, spec.engine, version, spec.ctx, spec.slots, uuids, spec.args)
+
+    def mask(self, gpus: Sequence[int]) -> str:
+        """What shows an engine these GPUs, as CUDA names them."""
+        return device_mask(gpus, self._gpus)
 
     def learn(self, running: Iterable[EngineStart]) -> None:
         """What each engine holds of the GPUs, as of the last reading."""

@@ -54,20 +54,20 @@ def refused(spec: PoolSpec, error: ConfigError) -> Plan:
 
 
 def plan_pool(
-    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpu_count: int, allow_cpu: bool
+    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpus: frozenset[int], allow_cpu: bool
 ) -> Plan:
     """`check_model` is given each model reference, and raises ConfigError for one that can't be served from here.
 
     Raises ConfigError naming the pool.
     """
     try:
-        return _plan(spec, facts, check_model, gpu_count=gpu_count, allow_cpu=allow_cpu)
+        return _plan(spec, facts, check_model, gpus=gpus, allow_cpu=allow_cpu)
     except ConfigError as error:
         raise ConfigError(f"pool {spec.id}: {error.message}", hint=error.hint) from None
 
 
 def _plan(
-    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpu_count: int, allow_cpu: bool
+    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpus: frozenset[int], allow_cpu: bool
 ) -> Plan:
     refs = _refs(spec)
     if spec.engine in MODELLESS:
@@ -77,10 +77,11 @@ def _plan(
         refs = [spec.id]
     if not refs:
         raise ConfigError("it needs a model", hint="model: demo, or file:/abs/path.gguf")
-    missing = [index for index in spec.gpus or () if index >= gpu_count]
+    missing = [index for index in spec.gpus or () if index not in gpus]
     if missing:
-        raise ConfigError(f"there is no GPU {missing[0]}: this machine has {gpu_count}", hint="gpus: [] for the CPU")
-    wants_gpu = gpu_count > 0 if spec.gpus is None else bool(spec.gpus)
+        there = ", ".join(map(str, sorted(gpus))) or "none"
+        raise ConfigError(f"there is no GPU {missing[0]}: this machine has {there}", hint="gpus: [] for the CPU")
+    wants_gpu = bool(gpus) if spec.gpus is None else bool(spec.gpus)
     chosen = engine(spec.engine, facts, gpus=wants_gpu, allow_cpu=allow_cpu)
     for ref in refs if GGUF in chosen.formats and HF not in chosen.formats else ():
         check_model(ref)

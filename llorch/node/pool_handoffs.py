@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from llorch.config_pools import MAX_POOLS
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff, file_name
-from llorch.node.pool_events import Action, ReplicaState, Step, step
+from llorch.node.pool_events import Action, ReplicaState, Step
 from llorch.node.replica_life import MAX_ERROR_CHARS, UNSEEN_S, Life
 from llorch.node.replicas import ALIVE, DOWN, Pool, Replica
 

@@ -1,7 +1,7 @@
 """Which model a pool is to run, where models come and go: asked for by tasks, kept a while, let go when idle.
 
-Owns when a task may turn a pool to its model, what becomes of tasks that wait for one, and what follows from a model that
-can't be loaded. How engines start and end with it is others' business. Pure.
+Owns when a task may turn a pool to its model, what becomes of tasks that wait for one, and what follows from a model
+that can't be loaded. How engines start and end with it is others' business. Pure.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Models:
         self.turn_to(pool, model, now)
 
     def not_loaded(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
-        """A model could not be loaded, or did not stay: the next task decides what is loaded, and when it is tried again."""
+        """A model could not be loaded, or did not stay: the next task decides what is loaded, once some time is over."""
         model = replica.model
         assert model is not None  # it was started with one
         if replica.retry_at is not None:

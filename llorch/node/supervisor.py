@@ -27,7 +27,7 @@ from typing import Any
 import aiohttp
 
 from llorch import web, whole_file
-from llorch.errors import ConfigError
+from llorch.errors import ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.node import adoption
 from llorch.node import pool_events as ev
@@ -204,6 +204,8 @@ class Supervisor:
         match action:
             case ev.Spawn():
                 self._run(EngineStart(action, self.plans[action.pool_id]))
+            case ev.Prepare():
+                self._guard.spawn(self._prepare(action), f"prepare.{action.pool_id}")
             case ev.TakeOver():
                 left = self._left.pop((action.pool_id, action.replica_id))
                 spawn = ev.Spawn(action.pool_id, action.replica_id, action.run, action.handoff.model, "")
@@ -291,6 +293,21 @@ class Supervisor:
             self._unwritten.pop(file_name(*key), None)
             start.remove_files()
         self.post(ev.Exited(*key, spawn.run, end.reason, random.random(), end.said, end.hopeless))
+
+    async def _prepare(self, wish: ev.Prepare) -> None:
+        """Have the model of a reload here, and see whether there is room for it beside what runs."""
+        plan = self.plans[wish.pool_id]
+
+        def said(text: str) -> None:
+            self.post(ev.Progress(wish.pool_id, None, 0, text))
+
+        try:
+            model = await self._starts.local(plan, wish.ref, said)
+            beside = await self._starts.beside(plan, model)
+        except LlorchError as error:
+            self.post(ev.Prepared(wish.pool_id, wish.model, refusal=error.message))
+            return
+        self.post(ev.Prepared(wish.pool_id, wish.model, beside=beside))
 
     # ------------------------------------------------------------ what an earlier agent left
 

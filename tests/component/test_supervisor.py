@@ -139,8 +139,6 @@ class Everywhere:
     needs_model: bool = False
     formats: frozenset[str] = frozenset()
     inner_ports_open: bool = False
-    formats: frozenset[str] = frozenset()
-    inner_ports_open: bool = False
 
     def launch(self, pool: PoolSpec, *, model_id: str, port: int, key_file: str, model_path: str | None) -> Launch:
         return Launch((sys.executable, "-c", EVERYWHERE, str(port)))
@@ -413,7 +411,7 @@ async def test_its_key_is_read_from_its_file(tmp_path: Path, outspoken: None) ->
 async def test_an_engine_that_goes_away_is_noticed_and_one_that_comes_back_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llorch.node.supervisor.CHECK_S", 0.05)
+    monkeypatch.setattr("llorch.node.engine_checks.CHECK_S", 0.05)
     async with supervised(tmp_path) as supervisor:
         async with engine() as url:
             offer(tmp_path, url)
@@ -426,7 +424,7 @@ async def test_an_engine_that_goes_away_is_noticed_and_one_that_comes_back_too(
 
 async def test_an_external_pool_is_offered_and_withdrawn_and_its_engine_is_left_alone(tmp_path: Path) -> None:
     async with engine() as url:
-        external = replace(plan(engine="external", url=url), model_id="big")
+        external = replace(plan(engine="external", url=url), choices={"big": "big"})
         async with supervised(tmp_path, external) as supervisor:
             await until(lambda: ready(supervisor))
             report = supervisor.pools.pool_report("p")

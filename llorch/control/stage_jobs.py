@@ -101,7 +101,8 @@ class StageJobs:
         for job in self.running:
             for share in in_turn(job, machines, now):
                 if len(orders) >= room:
-                    break
+                    share.waits_for = "its turn to be asked"
+                    continue
                 order = _order(job, share, machines, used, now)
                 if order is not None:
                     orders.append(order)

@@ -101,7 +101,7 @@ class Share:
 
     def to_be_asked(self, now: float) -> None:
         self.turn(Phase.WAITING, now)
-        self.lease_id = None
+        self.lease_id, self.next_at = None, now
 
     def move(self, report: ModelReport, total: int | None, now: float) -> None:
         """Take over how far it is."""

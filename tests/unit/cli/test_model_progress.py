@@ -103,13 +103,16 @@ def catalog(*reports: tuple[str, dict[str, Any]], **entry: Any) -> dict[str, Any
     return {"models": {"m": {"nodes": list(nodes), "ready_pools": 1} | entry}, "nodes": nodes}
 
 
+MIXED = {"a": "staged", "b": "staging", "c": "failed", "d": "odd"}
+
+
 def test_a_models_state_is_one_word_where_all_nodes_agree_and_else_says_who_is_how_far() -> None:
     for reports, state in (
         ([("a", {"state": "staged"}), ("b", {"state": "staged"})], "staged"),
         ([("a", {"state": "retired"})], "retired"),
         ([("a", {"state": "staging", "progress": 0.5})], "staging 50% on a"),
         (
-            [(name, {"state": state}) for name, state in zip("abcd", ("staged", "staging", "failed", "odd"), strict=True)],
+            [(name, {"state": state}) for name, state in MIXED.items()],
             "staged 1, staging 0% on b, failed on c, odd on d",
         ),
         ([], None),

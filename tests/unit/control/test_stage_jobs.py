@@ -349,6 +349,20 @@ def test_a_model_that_a_node_reports_nothing_of_is_asked_for_again_and_given_up_
     assert asked == ORDER_TRIES and error is not None and "reports nothing of it" in error.message
 
 
+def test_a_node_that_was_heard_of_again_has_all_its_tries_again() -> None:
+    world = World().add("a")
+    job = world.job()
+    for _ in range(ORDER_TRIES - 1):
+        world.refused(world.orders[0], Code.NODE_LOST)
+        world.step(40)
+    world.taken(world.orders[0])
+    world.reports("a", report("staging", progress=0.1))
+    world.step(1)
+    world.reports("a")
+    assert [order.node_id for order in world.step(ABSENT_S + 1)] == ["a"]
+    assert job.state == "running"
+
+
 def test_two_origins_that_give_different_bytes_are_a_conflict() -> None:
     world = World().add("a", "b", address=False)
     job = world.job()

@@ -58,7 +58,7 @@ def test_without_a_terminal_there_is_a_line_when_a_state_changes_and_every_five_
     ]
     assert show(LINE_EVERY_S - 1, n1=STAGING | {"progress": 0.5}, n2=waiting) == []
     assert show(1, n1=STAGING | {"progress": 0.6}, n2=waiting) == ["n1: staging 60% 1.2G/2.6G 110M/s from n1\n"]
-    assert show(100, n2=waiting) == []
+    assert show(100, n2=waiting, n3={"state": "waiting", "waits_for": None}) == []
     assert show(0, n1={"state": "staged"}, n2=waiting) == ["n1: staged 0B\n"]
     lines.show({"nodes": "nonsense"})
     lines.show({"nodes": {"n1": "nonsense"}})

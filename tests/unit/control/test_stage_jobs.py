@@ -312,11 +312,20 @@ def test_what_a_node_says_of_its_failure_is_read_as_a_code_where_it_begins_with_
         assert message in error.message and error.hint
 
 
+def test_what_a_node_answers_is_how_far_it_is_until_it_reports() -> None:
+    world = World().add("a", "b")
+    world.reports("b", report())
+    job = world.job(ID, ["a"])
+    world.taken(world.orders[0], progress=0.4)
+    shown = job_view(job, world.now)["nodes"]["a"]
+    assert (shown["progress"], shown["bytes_done"], shown["bytes_total"]) == (0.4, 400_000, SIZE)
+
+
 def test_progress_and_speed_are_what_the_reports_and_this_controls_clock_say() -> None:
     world = World().add("a")
     job = world.job()
     world.taken(world.orders[0])
-    for progress in (0.0, 0.1, 0.2, 0.3):
+    for progress in (0.1, 0.2, 0.3):
         world.reports("a", report("staging", progress=progress))
         world.step(1)
     shown = job_view(job, world.now)["nodes"]["a"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from llorch.logs import Log
 from llorch.node.catalog import not_here
 from llorch.node.catalog_file import BlobFile, BlobListing, Entry
 from llorch.node.staging import Stager
+from llorch.node.staging_http import PEER_WINDOW_BYTES
 from llorch.node.state import NODE, Node
 from llorch.private import stamp
 from llorch.web import PRINCIPAL, Route, json_response
@@ -141,20 +143,23 @@ def _listing(entry: Entry) -> BlobListing:
 async def _send(request: web.Request, stager: Stager, entry: Entry, place: int, path: Path) -> web.StreamResponse:
     file = entry.files[place]
     size, etag = file.size_bytes, f'"{file.sha256}"'
-    start, end = _wanted(request, size, etag)
+    start, end = _wanted(request, size, etag) or (0, size)
     headers = {"Accept-Ranges": "bytes", "ETag": etag, "Content-Type": "application/octet-stream"}
-    if start is None:
+    if start >= end:
         return web.Response(status=416, headers={**headers, "Content-Range": f"bytes */{size}"})
-    whole = (start, end) == (0, size)
-    if not whole or request.headers.get("Range"):
+    partly = _wanted(request, size, etag) is not None
+    if partly:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    response = web.StreamResponse(status=206 if "Content-Range" in headers else 200, headers=headers)
+    response = web.StreamResponse(status=206 if partly else 200, headers=headers)
     response.content_length = end - start
     try:
         descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise LlorchError(Code.CONFLICT, f"{entry.id} can't be read here: {error.strerror}", hint="verify it") from None
     try:
+        if request.transport is not None:
+            connection = request.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PEER_WINDOW_BYTES)
         await response.prepare(request)
         log.info("blob.sent", model=entry.id, to=request[PRINCIPAL].name, offset=start, bytes=end - start)
         while start < end:
@@ -176,13 +181,12 @@ async def _send(request: web.Request, stager: Stager, entry: Entry, place: int, 
     return response
 
 
-def _wanted(request: web.Request, size: int, etag: str) -> tuple[int | None, int]:
-    """Which bytes: (begin, end); begin is None for a range that the file does not have. Of several, all of it."""
+def _wanted(request: web.Request, size: int, etag: str) -> tuple[int, int] | None:
+    """The range that is asked for: (begin, end), empty where the file has none of it. None: all, also of several."""
     found = _RANGE.fullmatch(request.headers.get("Range", ""))
     if found is None or request.headers.get("If-Range", etag) != etag:
-        return 0, size
-    start, end = int(found[1]), min(size, int(found[2]) + 1) if found[2] else size
-    return (start, end) if start < end else (None, 0)
+        return None
+    return int(found[1]), min(size, int(found[2]) + 1) if found[2] else size
 
 
 BLOB = Route(

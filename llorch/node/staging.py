@@ -39,6 +39,7 @@ from llorch.wishes import StageOrder
 
 AT_ONCE = 2  # stagings; more would only share the same line and the same disk
 MAX_JOBS = 256  # that wait or run
+MAX_TOLD_CHARS = 1_500  # of what all the sources of a model said
 SAID_EVERY_S = 1.0
 
 log = Log("node.staging")
@@ -276,7 +277,9 @@ class Stager:
                 )
                 failures.append(error)
         wrong = [error for error in failures if error.code is Code.DIGEST_MISMATCH]
-        raise (wrong or failures)[-1]
+        last = (wrong or failures)[-1]
+        told = "; ".join(dict.fromkeys(error.message for error in failures))[:MAX_TOLD_CHARS]
+        raise LlorchError(last.code, told, hint=last.hint, retriable=last.retriable, details=last.details)
 
     # ------------------------------------------------------------ files
 

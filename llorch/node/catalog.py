@@ -99,7 +99,9 @@ class Catalog:
             return str(found.path)
         staged = ref.startswith(("hf:", "https:", "http:"))
         shown, entry = MODEL_REF.show(ref), self.meant(ref)
-        what = f"the model {shown} is not staged here" if staged else f"there is no model {shown} in this node's catalog"
+        what = (
+            f"the model {shown} is not staged here" if staged else f"there is no model {shown} in this node's catalog"
+        )
         if entry is not None:
             what = f"the model {shown} is {entry.state} here" + (f": {entry.error}" if entry.error else "")
         hint = STAGE_HINT if staged or entry else "model: demo, file:/abs/path.gguf, hf:org/repo or https://..."
@@ -420,6 +422,8 @@ def check_ref(ref: str) -> str:
     try:
         if ref.startswith("-") or any(ord(char) < 32 or ord(char) == 127 for char in ref) or len(ref) > 4_096:
             raise BadValue("a model reference has no leading `-` and no control characters", "for example demo")
+        if not ref.isascii() and ref != ref.encode("utf-8", "replace").decode():
+            raise BadValue("a model reference is UTF-8", "rename the file")
         return MODEL_REF.parse(ref)
     except BadValue as error:
         raise ConfigError(f"model: {error}", hint=error.hint) from None

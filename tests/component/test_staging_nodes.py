@@ -103,7 +103,9 @@ async def ensure(at: Peer, order: StageOrder) -> str:
 async def test_a_model_goes_from_one_node_to_another(tmp_path: Path) -> None:
     async with peer(tmp_path, "a", plain()) as a, peer(tmp_path, "b", plain()) as b:
         digest = a.has("demo")
-        order = StageOrder(ref="demo", model="org/demo:q8", sha256=digest, sources=[ticket(a, "b", digest, "org/demo:q8")])
+        order = StageOrder(
+            ref="demo", model="org/demo:q8", sha256=digest, sources=[ticket(a, "b", digest, "org/demo:q8")]
+        )
         with pytest.raises(LlorchError):  # the ticket is for a name that a does not have
             await ensure(b, order)
         shutil.copy(demo.model_path(), tmp_path / "own.gguf")
@@ -328,4 +330,6 @@ async def test_three_nodes_get_a_model_and_one_that_is_killed_half_way_gets_hard
             assert [path.name for path in (node / "models" / "big").iterdir()] == ["big.gguf"]
         again = pace.sent - 3 * size
         print(f"bytes sent again: {again}, {100 * again / size:.2f} % of the file")
-        assert 0 <= again <= max(0.05 * size, 7_000_000)  # what was on its way, in sockets and between them and the disk
+        assert (
+            0 <= again <= max(0.05 * size, 7_000_000)
+        )  # what was on its way, in sockets and between them and the disk

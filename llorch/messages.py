@@ -133,7 +133,6 @@ def decode_object(raw: bytes) -> dict[str, Any]:
 
 
 M = TypeVar("M", bound=BaseModel)
-
 MAX_FAULTS = 1_000  # of one body, that are told apart
 _FIELDS_HINT = "GET /openapi.json has every field and its range"
 MAX_QUOTED_NAME_CHARS = 100  # of a field's name in an error
@@ -263,6 +262,7 @@ class ModelReport(Wire):
     format: ShortText | None = None
     state: Literal["staged", "staging", "failed", "retired"] = "staged"
     progress: Figure | None = None
+    error: Annotated[str, StringConstraints(max_length=1_000)] | None = None
     ctx_train: Count | None = None
     gone: bool = False
 

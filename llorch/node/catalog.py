@@ -47,6 +47,7 @@ from llorch.wishes import StageOrder
 
 CHUNK_BYTES = 4 * 1024 * 1024
 FILE_NAME, FOLDER_NAME = "catalog.json", "models"
+MAX_ERROR_CHARS = 1_000  # of a model's report
 STAGE_HINT = "`llorch model stage REF --nodes NODE` brings it here"
 
 log = Log("node.catalog")
@@ -248,6 +249,7 @@ class Catalog:
                 format="gguf",
                 state=entry.state,
                 progress=self.progress.get(entry.id, 0.0) if entry.state == "staging" else None,
+                error=entry.error[:MAX_ERROR_CHARS] if entry.error is not None else None,
                 ctx_train=entry.ctx_train,
             )
             for entry in self.entries()

@@ -54,13 +54,12 @@ def stager_of(node: Node) -> Stager:
 
 
 def catalog(node: Node, _ask: Ask) -> Reply:
-    """As the heartbeats tell it, with what went wrong."""
+    """As it is now; heartbeats tell it as last read."""
     if node.stager is None:
         return 200, {"models": node.model_reports()}
-    held = node.stager.catalog
-    errors = {entry.id: entry.error for entry in held.entries() if entry.error}
-    models = [one.model_dump(exclude_none=True, exclude={"gone"}) for one in held.report()]
-    return 200, {"models": [one | ({"error": errors[one["id"]]} if one["id"] in errors else {}) for one in models]}
+    return 200, {
+        "models": [one.model_dump(exclude_none=True, exclude={"gone"}) for one in node.stager.catalog.report()]
+    }
 
 
 async def stage(node: Node, ask: Ask) -> Reply:
@@ -68,20 +67,28 @@ async def stage(node: Node, ask: Ask) -> Reply:
 
 
 async def remove(node: Node, ask: Ask) -> Reply:
-    model, how = ask.params["model"], ask.query.get("retire", "false")
-    if how not in ("true", "false", "1", "0"):
-        raise invalid("`retire` is true or false", param="retire")
-    if how in ("true", "1"):
+    model = ask.params["model"]
+    if _flag(ask, "retire", otherwise=False):
         entry = await stager_of(node).retire(model)
         return 200, {"model": model, "state": entry.state}
     await stager_of(node).remove(model)
     return 200, {"model": model, "state": "removed"}
 
 
-def verify(node: Node, ask: Ask) -> Reply:
-    model = ask.params["model"]
-    stager_of(node).verify(model)
-    return 202, {"model": model, "state": "verifying"}
+async def verify(node: Node, ask: Ask) -> Reply:
+    """What was found, once all of it is read; with `?wait=false` at once, and it shows in the model's state. Whoever
+    stops waiting stops nothing."""
+    model, verifying = ask.params["model"], stager_of(node).verify(ask.params["model"])
+    if not _flag(ask, "wait", otherwise=True):
+        return 202, {"model": model, "state": "verifying"}
+    return 200, await asyncio.shield(verifying)
+
+
+def _flag(ask: Ask, name: str, *, otherwise: bool) -> bool:
+    given = ask.query.get(name)
+    if given not in (None, "true", "false"):
+        raise invalid(f"`{name}` is true or false", param=name)
+    return otherwise if given is None else given == "true"
 
 
 Served = tuple[str, str, Scope, str, Callable[[Node, "Ask"], Reply | Awaitable[Reply]], int, type[BaseModel] | None]
@@ -90,7 +97,7 @@ CALLS: tuple[Served, ...] = (
     ("GET", "/v2/catalog", Scope.CONTROL, "The models on this machine", catalog, 200, None),
     ("POST", "/v2/catalog/stage", Scope.CONTROL, "Have a model here; idempotent", stage, 202, StageOrder),
     ("DELETE", "/v2/catalog/{model}", Scope.CONTROL, "Remove a model; ?retire=true: only retire it", remove, 200, None),
-    ("POST", "/v2/catalog/{model}/verify", Scope.CONTROL, "Read a model's files again and compare", verify, 202, None),
+    ("POST", "/v2/catalog/{model}/verify", Scope.CONTROL, "Read a model's files again and compare", verify, 200, None),
 )  # fmt: skip
 
 

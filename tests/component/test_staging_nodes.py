@@ -223,7 +223,7 @@ async def test_nodes_with_certificates_show_them_and_check_who_the_ticket_is_for
             await ensure(c, order)
         assert failed.value.code is Code.FORBIDDEN
         assert Path(await ensure(b, order)).read_bytes() == (tmp_path / "own.gguf").read_bytes()
-        with pytest.raises(LlorchError, match="by https alone"):
+        with pytest.raises(LlorchError, match="listens without TLS"):
             far = order.sources[0].model_copy(update={"url": "http://gpu.example:9200"})
             await ensure(c, order.model_copy(update={"sources": [far]}))
         # Without a certificate of this cluster nobody comes as far as the ticket.
@@ -263,8 +263,13 @@ async def test_the_catalogs_routes_take_any_id_over_http_and_over_links(tmp_path
             await eventually(lambda: a.catalog.report()[0].state == "staged")
             status, said = await ask("GET", "/v2/catalog")
             assert (status, said["models"][0]["sha256"]) == (200, hashlib.sha256(data).hexdigest())
-            assert await ask("POST", f"{path}/verify") == (202, {"model": model, "state": "verifying"})
+            digest = hashlib.sha256(data).hexdigest()
+            assert await ask("POST", f"{path}/verify") == (
+                200, {"model": model, "ok": True, "state": "staged", "sha256": digest}
+            )  # fmt: skip
+            assert await ask("POST", f"{path}/verify?wait=false") == (202, {"model": model, "state": "verifying"})
             await eventually(lambda: not a.stager._verifying)
+            assert (await ask("POST", f"{path}/verify?wait=x"))[0] == 400
             assert await ask("DELETE", f"{path}?retire=true") == (200, {"model": model, "state": "retired"})
             assert a.catalog.report()[0].state == "retired"
             assert await ask("DELETE", path) == (200, {"model": model, "state": "removed"})

@@ -47,6 +47,7 @@ from llorch.wishes import StageOrder
 
 CHUNK_BYTES = 4 * 1024 * 1024
 FILE_NAME, FOLDER_NAME = "catalog.json", "models"
+MAX_ERROR_CHARS = 1_000  # of a model's report
 STAGE_HINT = "`llorch model stage REF --nodes NODE` brings it here"
 
 log = Log("node.catalog")
@@ -248,6 +249,7 @@ class Catalog:
                 format="gguf",
                 state=entry.state,
                 progress=self.progress.get(entry.id, 0.0) if entry.state == "staging" else None,
+                error=entry.error[:MAX_ERROR_CHARS] if entry.error is not None else None,
                 ctx_train=entry.ctx_train,
             )
             for entry in self.entries()
@@ -422,6 +424,8 @@ def check_ref(ref: str) -> str:
     try:
         if ref.startswith("-") or any(ord(char) < 32 or ord(char) == 127 for char in ref) or len(ref) > 4_096:
             raise BadValue("a model reference has no leading `-` and no control characters", "for example demo")
+        if not ref.isascii() and ref != ref.encode("utf-8", "replace").decode():
+            raise BadValue("a model reference is UTF-8", "rename the file")
         return MODEL_REF.parse(ref)
     except BadValue as error:
         raise ConfigError(f"model: {error}", hint=error.hint) from None

@@ -166,10 +166,7 @@ class WaitingRoom:
         def place(waiter: Waiter) -> Claim | None:
             claim = self._take(waiter, free_pools(waiter.wish.model))
             if claim is not None:
-                if self._registry.swapped():
-                    free.clear()  # for the other models, too, a pool may be another than before
-                else:
-                    del free[waiter.wish.model]
+                del free[waiter.wish.model]
                 self._goes(waiter.task_id)
             return claim
 

@@ -225,7 +225,7 @@ async def test_without_a_grace_an_engine_is_gone_when_its_agent_is_killed(
 
 async def test_an_engine_that_nobody_claims_goes_when_its_grace_has_run_out(tmp_path: Path) -> None:
     files = runtime(tmp_path)
-    process, shim, engine = agent(tmp_path, 1.5, sys.executable, "-c", FAMILY)
+    process, shim, engine = agent(tmp_path, 0.8, sys.executable, "-c", FAMILY)
     with process, ended_after(process.pid, shim, engine):
         pids = [int(pid) for pid in await eventually(lambda: said(files, "pids"))]
         process.kill()
@@ -239,7 +239,7 @@ async def test_an_engine_that_nobody_claims_goes_when_its_grace_has_run_out(tmp_
 @pytest.mark.parametrize("what", ["removed", "another's", "torn"])
 async def test_a_pid_file_that_does_not_name_it_claims_nothing(tmp_path: Path, what: str) -> None:
     files = runtime(tmp_path)
-    with Kept(files, ["sleep", "600"], orphan_grace_s=1.0) as kept, ended_after(kept.engine):
+    with Kept(files, ["sleep", "600"], orphan_grace_s=0.3) as kept, ended_after(kept.engine):
         if what == "removed":
             (files.pids / NAME).unlink()
         else:

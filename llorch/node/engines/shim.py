@@ -340,7 +340,9 @@ class Shim:
             return
         if self.unclaimed_since is None:
             self.unclaimed_since = now
-        if self.why is None and now - self.unclaimed_since >= self.claim.orphan_grace_s:
+        due = self.unclaimed_since + self.claim.orphan_grace_s
+        self.next_tick = min(self.next_tick, due) if now < due else self.next_tick
+        if self.why is None and now >= due:
             self.log.note("no agent has claimed the engine in time")
             self._end("orphan", at_once=self.claim.orphan_grace_s == 0)
 

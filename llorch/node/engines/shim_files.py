@@ -24,12 +24,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def replace(path: str, content: object) -> None:
     """Put a JSON file at `path`, for this user alone: whoever looks sees the old one or the new one. Raises OSError."""
+    raw = json.dumps(content).encode()
     temporary = f"{os.path.dirname(path)}/.{os.urandom(8).hex()}.tmp"  # noqa: PTH120
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(json.dumps(content).encode())
+            file.write(raw)
         os.rename(temporary, path)  # noqa: PTH104
     except OSError:
         remove(temporary)

@@ -67,7 +67,7 @@ class Models:
         self.turn_to(pool, model, now)
 
     def not_loaded(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
-        """A model could not be loaded, or did not stay: the next task decides what is loaded, once some time is over."""
+        """A model could not be loaded, or did not stay: the next task decides what is loaded, after some time."""
         model = replica.model
         assert model is not None  # it was started with one
         if replica.retry_at is not None:

@@ -2,8 +2,8 @@
 
 Owns which replicas should run, and the way from what is to what should be: a replica is stopped when its last task has
 ended, and started when nothing speaks against it. Each wish is idempotent, is told as the pool's `operation`, and ends
-as done or failed. Which model comes and goes by itself is `pool_models`', how a replica starts and ends `replica_life`'s.
-Pure.
+as done or failed. Which model comes and goes by itself is `pool_models`', how a replica starts and ends is
+`replica_life`'s. Pure.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from llorch.config import NodeSettings
 from llorch.doors import Limits as DoorLimits
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.node import pool_events as ev
-from llorch.node import pool_logs, standing
+from llorch.node import log_pages, standing
 from llorch.node.access import Access
 from llorch.node.calls import LinkCalls
 from llorch.node.catalog import Catalog
@@ -201,7 +201,7 @@ class _Parts:
             gpus=gpus,
             stager=self.stager,
             post=self.supervisor.post,
-            read_log=partial(pool_logs.read, self.supervisor.files.logs),
+            read_log=partial(log_pages.read, self.supervisor.files.logs),
             stopping=stop.wanted,
         )
         metrics.scrape(self.node.pool_reports, self.node.gpu_reports, self.node.model_reports)

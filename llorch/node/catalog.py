@@ -87,7 +87,7 @@ class Catalog:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._looked: dict[str, tuple[tuple[object, ...], LocalModel]] = {}
-        self.progress: dict[str, float] = {}  # 0 to 1, of what is being staged
+        self.progress: dict[str, tuple[float, int]] = {}  # of what is being staged: 0 to 1, of how many bytes
         self.stager: Stages | None = None
         self._entries = self._load()
 
@@ -240,20 +240,23 @@ class Catalog:
                 shutil.rmtree(folder)
 
     def report(self) -> list[ModelReport]:
-        return [
-            ModelReport(
-                id=entry.id,
-                ref=MODEL_REF.show(entry.ref) if entry.ref is not None else None,
-                size_bytes=entry.size_bytes,
-                sha256=entry.sha256,
-                format="gguf",
-                state=entry.state,
-                progress=self.progress.get(entry.id, 0.0) if entry.state == "staging" else None,
-                error=entry.error[:MAX_ERROR_CHARS] if entry.error is not None else None,
-                ctx_train=entry.ctx_train,
-            )
-            for entry in self.entries()
-        ]
+        return [self._report(entry) for entry in self.entries()]
+
+    def _report(self, entry: Entry) -> ModelReport:
+        progress, size_bytes = None, entry.size_bytes
+        if entry.state == "staging":
+            progress, size_bytes = self.progress.get(entry.id, (0.0, 0))
+        return ModelReport(
+            id=entry.id,
+            ref=MODEL_REF.show(entry.ref) if entry.ref is not None else None,
+            size_bytes=size_bytes,
+            sha256=entry.sha256,
+            format="gguf",
+            state=entry.state,
+            progress=None if progress is None else round(progress, 4),
+            error=entry.error[:MAX_ERROR_CHARS] if entry.error is not None else None,
+            ctx_train=entry.ctx_train,
+        )
 
     # ------------------------------------------------------------ digests
 

@@ -88,12 +88,19 @@ class Stager:
         for entry in self.catalog.entries():
             if entry.state == "staging":
                 self._spawn(Job(entry.id, entry.order or StageOrder(ref=entry.ref or entry.id, model=entry.id)))
+        self._guard.loop(self._tell, "progress")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self.catalog.stager, self._ended = None, True
         await self._guard.close()
         await self._exits.aclose()
+
+    async def _tell(self) -> float:
+        """While something comes, how far it is."""
+        if self._jobs:
+            self._changed()
+        return SAID_EVERY_S
 
     def settle(self, limits: StagingLimits) -> None:
         """Limits that were read anew."""
@@ -192,7 +199,7 @@ class Stager:
 
     def _spawn(self, job: Job) -> None:
         self._jobs[job.id] = job
-        self.catalog.progress[job.id] = 0.0
+        self.catalog.progress[job.id] = (0.0, job.order.size_bytes or 0)
         job.task = self._guard.spawn(self._run(job), f"stage.{job.id}")
 
     def _is_on_its_way(self, model: str, order: StageOrder) -> bool:
@@ -327,7 +334,7 @@ class Stager:
 
         def at(length: int) -> None:
             job.at(before + length)
-            self.catalog.progress[job.id] = job.progress
+            self.catalog.progress[job.id] = (job.progress, job.total_bytes)
 
         def room(size: int, there: int) -> None:
             job.total_bytes = max(job.total_bytes, before + size)

@@ -25,7 +25,8 @@ import sys
 import time
 
 from llorch.node.engines import shim_linux as linux
-from llorch.node.engines.shim_files import Locked, RotatedLog, read, remove, replace
+from llorch.node.engines.shim_claim import Claim, Json, identity, seconds
+from llorch.node.engines.shim_files import RotatedLog, remove, replace
 
 TICK_S = 1.0  # how often it is asked whether somebody claims the engine
 SWEEP_S = 60.0  # a process that has not gone so long after SIGKILL is stuck in the kernel
@@ -37,8 +38,6 @@ LAST_READS = 64  # of what is still in the pipe when everything has ended
 LAST_LINES, LAST_LINE_CHARS = 20, 300  # of the log, in the record of an end
 NOT_STARTED = 127  # what shells use for a program that isn't there
 
-Json = dict[str, object]
-
 
 class CannotStart(Exception):
     """`stage` is what could not be done, `error` why."""
@@ -46,110 +45,6 @@ class CannotStart(Exception):
     def __init__(self, stage: str, path: str, error: OSError) -> None:
         super().__init__(stage)
         self.said: Json = {"error": stage, "path": path, "errno": error.errno, "reason": error.strerror}
-
-
-def whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def seconds(value: object, otherwise: float) -> float:
-    return float(value) if isinstance(value, (int, float)) and value >= 0 else otherwise
-
-
-def identity(value: object) -> tuple[int, int | None] | None:
-    """The (pid, start time) of `{"pid": ..., "start_time": ...}`."""
-    pid = whole(value.get("pid")) if isinstance(value, dict) else None
-    return None if pid is None or pid <= 1 else (pid, whole(value["start_time"]))  # type: ignore[index]
-
-
-class Agent:
-    """The process that claims the engine. Its end is seen through a pidfd, for where /proc hides processes (hidepid) it
-    can't be looked at.
-    """
-
-    def __init__(self, named: tuple[int, int | None] | None) -> None:
-        self.named = named
-        self.descriptor: int | None = None
-        self._alive = named is not None
-        if named is None:
-            return
-        try:
-            self.descriptor = os.pidfd_open(named[0])
-        except ProcessLookupError:
-            self._alive = False
-        except (AttributeError, OSError):  # neither has macOS, nor an old kernel
-            pass
-        if self.descriptor is not None and linux.start_time(named[0]) not in (None, named[1]):
-            self._alive = False  # another process has its pid
-
-    def alive(self) -> bool:
-        if self.descriptor is not None and self._alive:
-            self._alive = not select.select([self.descriptor], [], [], 0)[0]
-        elif self._alive and self.named is not None:
-            self._alive = linux.lives(*self.named)
-        return self._alive
-
-    def close(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-
-class Claim:
-    """The engine's pid file: who it says this is, and who wants it."""
-
-    def __init__(self, path: str, own: Json, stop_grace_s: float, orphan_grace_s: float) -> None:
-        self.path = path
-        self.own = own
-        self.stop_grace_s = stop_grace_s
-        self.orphan_grace_s = orphan_grace_s
-        self.agent = Agent(None)
-        self._version: tuple[int, int, int] | None = None
-        self._ours = False
-
-    def write(self, content: Json) -> None:
-        """At the start. Raises OSError, FileExistsError if the file is another living shim's."""
-        with Locked(os.path.dirname(self.path)):  # noqa: PTH120
-            there = identity(read(self.path).get("shim"))
-            if there is not None and linux.start_time(there[0]) == there[1] is not None:
-                raise FileExistsError(errno.EEXIST, "another engine of this name is running")
-            replace(self.path, content)
-
-    def change(self, **fields: object) -> None:
-        """Raises OSError."""
-        with Locked(os.path.dirname(self.path)):  # noqa: PTH120
-            content = read(self.path)
-            if content.get("shim") == self.own:
-                replace(self.path, content | fields)
-
-    def held(self) -> bool:
-        """Whether the file is still about this shim, and its agent lives."""
-        try:
-            seen = os.stat(self.path, follow_symlinks=False)  # noqa: PTH116
-        except OSError:
-            self._version, self._ours = None, False
-            return False
-        version = (seen.st_ino, seen.st_mtime_ns, seen.st_size)
-        if version != self._version:
-            content = read(self.path)
-            self._version, self._ours = version, content.get("shim") == self.own
-            self.stop_grace_s = seconds(content.get("stop_grace_s"), self.stop_grace_s)
-            self.orphan_grace_s = seconds(content.get("orphan_grace_s"), self.orphan_grace_s)
-            named = identity(content.get("agent"))
-            if named != self.agent.named:
-                self.agent.close()
-                self.agent = Agent(named)
-        return self._ours and self.agent.alive()
-
-    def give_up(self, *others: str) -> None:
-        """Remove the file, and others that go with it, unless somebody has claimed the engine after all."""
-        try:
-            with Locked(os.path.dirname(self.path)):  # noqa: PTH120
-                if read(self.path).get("shim") == self.own and not self.held():
-                    for path in (*others, self.path):
-                        remove(path)
-        except OSError:
-            pass
 
 
 class Shim:

@@ -25,8 +25,8 @@ from llorch import __version__, listen, logs, systemd, web
 from llorch.config import NodeSettings
 from llorch.doors import Limits as DoorLimits
 from llorch.errors import Code, ConfigError, LlorchError
-from llorch.node import pool_events as ev
 from llorch.node import log_pages, standing
+from llorch.node import pool_events as ev
 from llorch.node.access import Access
 from llorch.node.calls import LinkCalls
 from llorch.node.catalog import Catalog

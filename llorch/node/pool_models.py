@@ -1,7 +1,7 @@
 """Which model a pool is to run, where models come and go: asked for by tasks, kept a while, let go when idle.
 
-Owns when a task may turn a pool to its model, what becomes of tasks that wait for one, and what follows from a model
-that can't be loaded. How engines start and end with it is others' business. Pure.
+Owns when a task may turn a pool to its model, what becomes of tasks that wait for one, and what follows from a
+model that can't be loaded. How engines start and end with it is others' business. Pure.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Models:
 
     def demand(self, pool: Pool, model: str, now: float) -> None:
         """A task has come for `model`: have it loaded. The next tick does. Raises LlorchError where that can't be."""
-        if model not in pool.loadable:
+        if model not in pool.loadable or not pool.capacity:
             raise LlorchError(
                 Code.MODEL_NOT_AVAILABLE,
-                f"pool {pool.id} could not load {model}: {pool.last_error}",
+                f"pool {pool.id} can't load {model}: {pool.last_error}",
                 hint=f"llorch pool logs NODE/{pool.id}; llorch pool load NODE/{pool.id} tries again",
             )
         wait_s = pool.not_before.get(model, now) - now
@@ -67,7 +67,7 @@ class Models:
         self.turn_to(pool, model, now)
 
     def not_loaded(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
-        """A model could not be loaded, or did not stay: the next task decides what is loaded, after some time."""
+        """A model could not be loaded, or did not stay: the next task decides what is loaded."""
         model = replica.model
         assert model is not None  # it was started with one
         if replica.retry_at is not None:

@@ -2,7 +2,7 @@
 
 Owns which replicas should run, and the way from what is to what should be: a replica is stopped when its last task has
 ended, and started when nothing speaks against it. Each wish is idempotent, is told as the pool's `operation`, and ends
-as done or failed. Which model comes and goes by itself is `pool_models`', how a replica starts and ends is
+as done or failed. Which model comes and goes by itself is `pool_models`', how a replica starts and ends
 `replica_life`'s. Pure.
 """
 
@@ -313,8 +313,8 @@ class Operations:
         return []
 
     def _withdraw(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
-        """Of an engine that is not ours, only our offer ends, once its tasks have. Its file's end is told as others'
-        is, but of a file that nobody has seen."""
+        """Of an engine that is not ours, only our offer ends, once its tasks have. That its file is gone is told later,
+        as of others' files; not so of one that nobody has seen."""
         if replica.state in DOWN or replica.held or replica.offered is None:
             return []
         if replica.withdrawn_at is not None and now - replica.withdrawn_at < WITHDRAWN_AGAIN_S:

@@ -85,8 +85,8 @@ class Pools:
         return {"drained": self.drained, "pools": pools}
 
     def restore(self, wishes: Any) -> None:
-        """Before Start: what `wishes` said once, as it was read. What is about pools that are gone or were changed
-        since, or is not what `wishes` says, says nothing."""
+        """Before Start: what `wishes` said once, as it was read. Pools that are gone or were changed since are left
+        out, and so is whatever `wishes` does not say."""
         wishes = wishes if isinstance(wishes, Mapping) else {}
         drained, pools = wishes.get("drained"), wishes.get("pools")
         self.drained = drained[:MAX_WHY_CHARS] if isinstance(drained, str) else None
@@ -431,8 +431,11 @@ def _made(wanted: Wanted) -> Pool:
     outfit(pool, wanted)
     if wanted.refusal is not None:
         pool.last_error = wanted.refusal
-        for replica in pool.replicas.values():
-            replica.state = step(replica.state, Step.GAVE_UP)
+        if pool.on_demand:
+            pool.model = None  # a task that asks for it has it tried again, as has an operator's load
+        else:
+            for replica in pool.own:
+                replica.state = step(replica.state, Step.GAVE_UP)
     return pool
 
 

@@ -103,7 +103,7 @@ class Node:
 
 @asynccontextmanager
 async def node(folder: Path, made: Plan, **settings: Any) -> AsyncIterator[Node]:
-    pools = Pools([made.spec], {made.spec.id: made.model_id})
+    pools = Pools([made.wanted])
     supervisor = Supervisor(pools, [made], runtime_dir=folder / "run", **{"stop_grace_s": 5.0} | settings)
     await supervisor.start()
     try:
@@ -308,7 +308,7 @@ def offer(folder: Path, handoff: Handoff) -> None:
 @asynccontextmanager
 async def offered(folder: Path, handoff: Handoff) -> AsyncIterator[Node]:
     """A node whose only pool was handed over."""
-    pools = Pools([], {})
+    pools = Pools()
     supervisor = Supervisor(pools, [], runtime_dir=folder / "run")
     await supervisor.start()
     try:
@@ -344,7 +344,7 @@ async def test_an_ollama_that_runs_already_serves_under_our_name_for_its_model(t
 async def test_a_name_that_an_engine_does_not_know_is_told_with_the_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llorch.node.supervisor.QUIET_S", 0.0)
+    monkeypatch.setattr("llorch.node.engine_checks.QUIET_S", 0.0)
     async with (
         ollama("qwen3:8b") as (_, url),
         offered(tmp_path, Handoff("p", "external", url, "qwen3")) as running,

@@ -299,7 +299,7 @@ def test_an_engine_that_never_gets_ready_is_ended_and_says_why() -> None:
     pools.handle(ev.Spawned(1, own()), 0)
     pools.handle(ev.HandoffSeen(own()), 0)
     actions = pools.handle(ev.ProbeFailed("p", "r0", 1, "not ready within 300 s", gave_up=True), 300)
-    assert ev.Terminate("p", "r0") in actions
+    assert actions == [ev.StopProbe("p", "r0"), ev.Terminate("p", "r0")]
     pools.handle(ev.Exited("p", "r0", 1, "killed by SIGTERM", 0), 301)
     assert pools.pool_report("p")["last_error"] == "not ready within 300 s"
 

@@ -64,6 +64,8 @@ SCOPES: dict[str, dict[str, set[Scope]]] = {
     "node": {
         "GET /livez": {OPEN}, "GET /readyz": {OPEN}, "GET /health": {OPEN}, "GET /openapi.json": {OPEN},
         "GET /metrics": {METRICS}, "GET /v2/pools": {CONTROL}, "GET /v2/pools/{pool}": {CONTROL},
+        "POST /v2/drain": {CONTROL}, "POST /v2/undrain": {CONTROL}, "GET /v2/pools/{pool}/logs": {CONTROL},
+        **{f"POST /v2/pools/{{pool}}/{kind}": {CONTROL} for kind in POOL_OPERATIONS},
         "GET /v2/pools/{pool}/health": {CONTROL}, "POST /v2/pools/{pool}/infer": {CONTROL},
         "GET /v2/tasks": {CONTROL}, "GET /v2/tasks/{task}": {CONTROL}, "DELETE /v2/tasks/{task}": {CONTROL},
         "GET /v2/tasks/{task}/log": {CONTROL}, "GET /v2/catalog": {CONTROL}, "POST /v2/catalog/stage": {CONTROL},

@@ -421,7 +421,7 @@ def _model_ref(value: str) -> str:
         if not rest.startswith("/") or rest.startswith("//") or any(ord(char) < 32 for char in rest):
             raise BadValue(f"{quote(value)} is not an absolute path", "for example file:/models/llama-3-8b.gguf")
     elif scheme == "hf":
-        if not _HF.fullmatch(value) or ".." in value:
+        if not _HF.fullmatch(value) or ".." in value or {"", "."} & set(rest.split("/")):
             raise BadValue(f"{quote(value)} is not a Hugging Face model", "for example hf:org/repo:Q4_K_M")
     elif scheme in ("http", "https"):
         if any(ord(char) <= 32 or ord(char) == 127 for char in value):

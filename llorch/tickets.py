@@ -73,9 +73,9 @@ def check(
     body, dot, mac = rest.partition(".")
     if len(ticket) > MAX_TICKET_CHARS or version != _VERSION or not dot:
         raise _refused("the ticket can't be read")
-    shown = _bytes(mac)
+    shown = mac.encode("utf-8", "replace")  # as text, which has one form; what it decodes to has several
     # Every key is tried, and each comparison takes as long as the others.
-    signed = [hmac.compare_digest(_mac(key, body), shown) for key in keys if key]
+    signed = [hmac.compare_digest(_text(_mac(key, body)).encode(), shown) for key in keys if key]
     if not any(signed):
         raise _refused("the ticket was not signed by a control of this cluster")
     found = _read(body)

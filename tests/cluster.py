@@ -208,8 +208,8 @@ class Cluster:
     ) -> Running:
         """A node with `pools` (default: one simulated pool "p0" of model "sim" with 4 slots), and its pools ready.
 
-        `join`: another way to the control than its own URL. Engines end with their agent unless LLORCH_ORPHAN_GRACE says
-        otherwise: a test that kills a node is to leave nothing behind.
+        `join`: another way to the control than its own URL. Engines end with their agent unless LLORCH_ORPHAN_GRACE
+        says otherwise: a test that kills a node is to leave nothing behind.
         """
         if pools is None:
             pools = [simulated()]

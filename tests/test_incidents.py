@@ -193,7 +193,7 @@ ENGINES = (
             "unit/node/test_engines.py::test_every_engine_listens_on_loopback_behind_a_key_that_is_not_in_argv",
             "component/test_supervisor.py::"
             "test_an_engine_that_is_killed_is_started_again_and_the_log_says_whose_it_was",
-            "component/test_launch.py::test_an_engine_is_gone_when_its_agent_is_killed",
+            "component/test_shim.py::test_without_a_grace_an_engine_is_gone_when_its_agent_is_killed",
             "component/test_supervisor.py::test_real_llama_cpp_becomes_ready_and_answers_through_its_lease",
         ),
     ),

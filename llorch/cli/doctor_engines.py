@@ -83,12 +83,16 @@ def look_at_engines(settings: NodeSettings, gpu_count: int) -> Engines:
         there.append(f"llama-server {facts.llama_server_version or 'of unknown version'}{_gpu(facts.llama_server_gpu)}")
     if facts.xllamacpp_version is not None:
         there.append(f"xllamacpp {facts.xllamacpp_version}{_gpu(facts.xllamacpp_gpu)}")
+    if facts.vllm:
+        there.append(f"vllm {facts.vllm_version or 'of unknown version'}")
+    if facts.sglang_python is not None:
+        there.append(f"sglang {facts.sglang_version or 'of unknown version'}")
     catalog, pools = Catalog(), []
     try:
         for spec in settings.effective_pools():
             allow_cpu = settings.allow_cpu or settings.dev
-            plan = plan_pool(spec, facts, catalog.find, gpu_count=gpu_count, allow_cpu=allow_cpu)
-            pools.append(f"{spec.id}: {plan.model_id} on {plan.engine.name}")
+            plan = plan_pool(spec, facts, catalog.find, gpus=frozenset(range(gpu_count)), allow_cpu=allow_cpu)
+            pools.append(f"{spec.id}: {', '.join(plan.choices)} on {plan.spec.engine}")
     except ConfigError as error:
         return Engines(tuple(there), tuple(pools), error.message, error.hint)
     return Engines(tuple(there), tuple(pools))

@@ -56,6 +56,8 @@ class Lines:
     def show(self, job: Job) -> None:
         now = self._clock()
         for node_id, share in shares(job):
+            if share.get("state") == "waiting" and not share.get("waits_for"):
+                continue  # it is being asked
             state, said_at = self._last.get(node_id, ("", 0.0))
             due = share.get("state") == "staging" and now - said_at >= LINE_EVERY_S
             if share.get("state") != state or due:

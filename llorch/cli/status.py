@@ -53,7 +53,7 @@ async def status(call: Call) -> int:
     async with connected(call.target) as client:
         control, nodes, pools = await client.ready(), await client.nodes(), await client.pools()
         conflicts = conflict_notes(await client.call("GET", "/v2/catalog"))
-    found = problems(nodes, pools)
+    found, told = problems(nodes, pools), [*notes(nodes, pools), *conflicts]
     if control.get("status") != "ok":
         found.insert(0, f"the control is {control.get('status')}")
     if control.get("storm"):
@@ -61,7 +61,7 @@ async def status(call: Call) -> int:
         found.insert(0, f"the control blames itself, and keeps what it knew of its nodes: {reason}")
     if call.output.format is Format.TABLE:
         _print(call.target.url, control, nodes, pools, found)
-        _print_notes([*notes(nodes, pools), *conflicts])
+        _print_notes(told)
         if nodes:
             write_out("\n")
             call.output.rows(nodes, NODE_COLUMNS, name=str)
@@ -70,10 +70,9 @@ async def status(call: Call) -> int:
             "url": call.target.url,
             "control": control,
             "problems": found,
-            "notes": notes(nodes, pools),
+            "notes": told,
             "nodes": nodes,
             "pools": pools,
-            "conflicts": conflicts,
         }
         call.output.one(document, name="ok" if not found else "degraded")
     return Exit.FAILED if found else Exit.OK

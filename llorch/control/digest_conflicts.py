@@ -25,7 +25,7 @@ class DigestConflicts:
     def __init__(self) -> None:
         self._seen: dict[str, Catalog] = {}
         self._has: dict[str, dict[str, str]] = {}  # by model id: node id -> digest
-        self._told: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {}
+        self._told: set[str] = set()  # models in conflict
 
     def look(self, catalogs: Mapping[str, Catalog]) -> list[Event]:
         """What is to be told, once: `model.conflict`, or `model.conflict_ended`. A catalog that is the same object as
@@ -60,13 +60,13 @@ class DigestConflicts:
         return changed
 
     def _change(self, model: str) -> Event | None:
+        """What is to be told of a model of which some node has another digest now."""
         found = by_digest((node_id, digest) for node_id, digest in self._has.get(model, {}).items())
         if len(found) < 2:
-            return Event("model.conflict_ended", {"model": model}) if self._told.pop(model, None) else None
-        now = tuple((digest, tuple(nodes)) for digest, nodes in found.items())
-        if self._told.get(model) == now:
-            return None
-        self._told[model] = now
+            ended = model in self._told
+            self._told.discard(model)
+            return Event("model.conflict_ended", {"model": model}) if ended else None
+        self._told.add(model)
         digests = "; ".join(f"{digest[:_SHOWN_DIGEST_CHARS]} on {_some(nodes)}" for digest, nodes in found.items())
         return Event("model.conflict", {"model": model, "digests": digests})
 

@@ -194,7 +194,7 @@ class Dispatcher:
         """Let go of every task: clients get their ends, nodes keep what runs."""
         self.draining = True
         self.readers.stop()
-        self._room.end_all(ShuttingDown)
+        self._room.close(ShuttingDown)
 
     async def close(self) -> None:
         """After `stop`: wait for what still runs."""

@@ -34,6 +34,9 @@ _ASK_LATER = frozenset(
 )
 
 
+_MENDED_THERE = frozenset({"INSUFFICIENT_STORAGE", "DIGEST_MISMATCH"})
+
+
 class StageJobs:
     """Every job that is remembered, the oldest first."""
 
@@ -101,7 +104,8 @@ class StageJobs:
         for job in self.running:
             for share in in_turn(job, machines, now):
                 if len(orders) >= room:
-                    break
+                    share.waits_for = "its turn to be asked"
+                    continue
                 order = _order(job, share, machines, used, now)
                 if order is not None:
                     orders.append(order)
@@ -133,8 +137,7 @@ class StageJobs:
             if report is None or report.state != "staged":
                 _staged(job, share, None, now)
                 return
-        share.turn(Phase.STAGING, now)
-        share.progress = min(1.0, max(0.0, answer.progress or 0.0))
+        share.move(answer.progress, job.wanted.size_bytes, now)
 
     def refused(self, order: Order, error: LlorchError, now: float) -> None:
         """The node did not take the order, or could not be asked."""
@@ -218,7 +221,7 @@ def _read(job: Job, share: Share, report: ModelReport | None, now: float) -> Non
     elif report.state == "failed":
         share.fail(_told(report.error), now)
     else:
-        share.move(report, job.wanted.size_bytes, now)
+        share.move(report.progress, report.size_bytes or job.wanted.size_bytes, now)
 
 
 def _read_unasked(job: Job, share: Share, report: ModelReport, now: float) -> None:
@@ -260,11 +263,11 @@ def _told(text: str | None) -> LlorchError:
     """What a node says of why it failed: `CODE: words`, or words."""
     code, colon, words = (text or "").partition(": ")
     known = Code(code) if colon and code in Code.__members__ else None
-    hint = MEANINGS[known].hint if known is not None else None
+    mended = known in _MENDED_THERE  # what is said of the other codes is said of tasks
     return LlorchError(
         known or Code.MODEL_NOT_AVAILABLE,
         (words if known is not None else text) or "the node does not say why",
-        hint=hint or f"that node's log says more; {AGAIN}",
+        hint=MEANINGS[known].hint if known is not None and mended else f"that node's log says more; {AGAIN}",
     )
 
 

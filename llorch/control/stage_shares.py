@@ -101,12 +101,12 @@ class Share:
 
     def to_be_asked(self, now: float) -> None:
         self.turn(Phase.WAITING, now)
-        self.lease_id = None
+        self.lease_id, self.next_at = None, now
 
-    def move(self, report: ModelReport, total: int | None, now: float) -> None:
+    def move(self, progress: float | None, total: int | None, now: float) -> None:
         """Take over how far it is."""
-        progress = min(1.0, max(0.0, report.progress or 0.0))
-        self.bytes_total = report.size_bytes or total
+        progress = min(1.0, max(0.0, progress or 0.0))
+        self.bytes_total = total or self.bytes_total
         done = progress * (self.bytes_total or 0)
         if progress != self.progress or self.phase is not Phase.STAGING:
             self.moved_at = now

@@ -104,14 +104,13 @@ def answered(check: Check, answer: object) -> None:
     if ok is True:
         check.state = Outcome.OK
         return
+    if ok is not False:
+        words = "the node does not say what it has found"
+        check.fail(LlorchError(Code.INTERNAL, words, hint="install the same llorch there as here"))
+        return
     told = words[:1_000] if isinstance(words, str) else "its bytes are not those that it was staged with"
-    check.fail(
-        LlorchError(
-            Code.CONFLICT if ok is False else Code.INTERNAL,
-            told if ok is False else "the node's answer can't be read",
-            hint=f"llorch model rm {check.model} --nodes {check.node_id}, and stage it again" if ok is False else None,
-        )
-    )
+    mend = f"llorch model rm {check.model} --nodes {check.node_id}, and stage it again"
+    check.fail(LlorchError(Code.CONFLICT, told, hint=mend))
 
 
 def make_room(jobs: dict[str, VerifyJob], now: float) -> None:

@@ -64,6 +64,7 @@ class WaitingRoom:
         self._goes = goes
         self._clock = clock
         self._waiting: dict[str, asyncio.Future[Claim]] = {}
+        self._closed: Callable[[], BaseException] | None = None
         self._aside = swapping.NOTHING  # which pools are set aside for a model that waits
 
     def snapshot(self, wish: placement.Wish, waiter: Waiter | None = None) -> Snapshot:
@@ -85,6 +86,8 @@ class WaitingRoom:
 
     async def claim(self, task: Task, said: Said, *, front: bool) -> Claim:
         """A slot for `task`. `front`: it was admitted before and comes back. Raises the refusal, or what `end` says."""
+        if self._closed is not None:
+            raise self._closed()
         if task.cancel_wanted:
             raise LlorchError(Code.CANCELED, "the task was canceled")
         now = self._clock()
@@ -166,10 +169,7 @@ class WaitingRoom:
         def place(waiter: Waiter) -> Claim | None:
             claim = self._take(waiter, free_pools(waiter.wish.model))
             if claim is not None:
-                if self._registry.swapped():
-                    free.clear()  # for the other models, too, a pool may be another than before
-                else:
-                    del free[waiter.wish.model]
+                del free[waiter.wish.model]
                 self._goes(waiter.task_id)
             return claim
 
@@ -199,7 +199,9 @@ class WaitingRoom:
         if waiting is not None and not waiting.done():
             waiting.set_exception(error)
 
-    def end_all(self, make_error: Callable[[], BaseException]) -> None:
+    def close(self, make_error: Callable[[], BaseException]) -> None:
+        """Have every `claim` raise this, also those of tasks that come back from now on."""
+        self._closed = make_error
         for task_id in list(self._waiting):
             self.end(task_id, make_error())
 

@@ -25,8 +25,8 @@ from llorch import __version__, listen, logs, systemd, web
 from llorch.config import NodeSettings
 from llorch.doors import Limits as DoorLimits
 from llorch.errors import Code, ConfigError, LlorchError
+from llorch.node import log_pages, standing
 from llorch.node import pool_events as ev
-from llorch.node import pool_logs, standing
 from llorch.node.access import Access
 from llorch.node.calls import LinkCalls
 from llorch.node.catalog import Catalog
@@ -49,6 +49,7 @@ from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
+PROGRESS_S = 0.5  # of models that are being staged
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
 WISHES = "wishes.json"
 
@@ -153,7 +154,7 @@ class _Parts:
         self.machine = Machine(data_dir)
         exits.callback(self.machine.close)
         gpus = await asyncio.to_thread(self.machine.read)
-        self.planner = Planner(settings, self.catalog, len(gpus))
+        self.planner = Planner(settings, self.catalog, frozenset(gpu.index for gpu in gpus))
         plans = await asyncio.to_thread(self.planner.plans, settings)
         self.pools = pools = Pools(plan.wanted for plan in plans)
         pools.restore(await asyncio.to_thread(standing.read, data_dir / WISHES))
@@ -168,13 +169,15 @@ class _Parts:
             changed=self.changed,
         )
         self.stager = await exits.enter_async_context(
-            Stager(self.catalog, node_id, _staging_limits(settings), access.peers(), self.changed)
+            Stager(self.catalog, node_id, _staging_limits(settings), access.peers(), self.staged)
         )
         self.supervisor = Supervisor(
             pools,
             plans,
             runtime_dir=runtime_dir,
-            starts=Starts(self.catalog.ensure, self.machine.room, self.machine.beside, self.planner.again),
+            starts=Starts(
+                self.catalog.ensure, self.machine.room, self.machine.beside, self.planner.again, self.machine.mask
+            ),
             node_id=node_id,
             stop_grace_s=settings.stop_grace,
             load_timeout_s=settings.load_timeout,
@@ -193,17 +196,22 @@ class _Parts:
             max_body_bytes=settings.max_body,
             slow_reader_timeout_s=settings.slow_reader_timeout,
             read_gpus=self.machine.read,
-            engine_pids=pools.pids,
+            engine_pids=self.engine_pids,
             read_models=self.catalog.report,
             gpus=gpus,
             stager=self.stager,
             post=self.supervisor.post,
-            read_log=partial(pool_logs.read, self.supervisor.files.logs),
+            read_log=partial(log_pages.read, self.supervisor.files.logs),
             stopping=stop.wanted,
         )
         metrics.scrape(self.node.pool_reports, self.node.gpu_reports, self.node.model_reports)
         await self.node.refresh()
         return self
+
+    def engine_pids(self) -> list[int]:
+        """Of all engines that are offered here, and of those of ours that still load."""
+        loading = [start.pid for start in self.supervisor.running() if start.pid is not None]
+        return [*self.pools.pids(), *loading]
 
     def changed(self) -> None:
         for listener in self.listeners:
@@ -213,10 +221,20 @@ class _Parts:
         """What the machine says now, and what follows from it for pools that yield or have hours."""
         await self.node.refresh()
         self.machine.learn(self.supervisor.running())
-        for hold in self.machine.holds(self.pools.specs()):
+        for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
             self.supervisor.post(hold)
         self.changed()
         return REFRESH_S
+
+    async def progress(self) -> float:
+        """While models are staged, how far they are."""
+        if self.catalog.progress:
+            self.staged()
+        return PROGRESS_S
+
+    def staged(self) -> None:
+        self.node.models = self.catalog.report()
+        self.changed()
 
     async def digest(self) -> None:
         """Digests of the models, in the background: large files take minutes."""
@@ -301,6 +319,7 @@ async def _listen(settings: NodeSettings, access: Access, parts: _Parts, exits: 
 def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts) -> None:
     guard.loop(parts.runner.sweep, "sweep")
     guard.loop(parts.refresh, "refresh")
+    guard.loop(parts.progress, "progress")
     guard.spawn(parts.digest(), "digests")
     guard.loop(access.step, "access")
     reloader = Reloader(settings, source, LIVE, partial(parts.settle, access))

@@ -47,6 +47,7 @@ from llorch.wishes import StageOrder
 
 CHUNK_BYTES = 4 * 1024 * 1024
 FILE_NAME, FOLDER_NAME = "catalog.json", "models"
+MAX_ERROR_CHARS = 1_000  # of a model's report
 STAGE_HINT = "`llorch model stage REF --nodes NODE` brings it here"
 
 log = Log("node.catalog")
@@ -86,7 +87,7 @@ class Catalog:
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._looked: dict[str, tuple[tuple[object, ...], LocalModel]] = {}
-        self.progress: dict[str, float] = {}  # 0 to 1, of what is being staged
+        self.progress: dict[str, tuple[float, int]] = {}  # of what is being staged: 0 to 1, of how many bytes
         self.stager: Stages | None = None
         self._entries = self._load()
 
@@ -239,19 +240,23 @@ class Catalog:
                 shutil.rmtree(folder)
 
     def report(self) -> list[ModelReport]:
-        return [
-            ModelReport(
-                id=entry.id,
-                ref=MODEL_REF.show(entry.ref) if entry.ref is not None else None,
-                size_bytes=entry.size_bytes,
-                sha256=entry.sha256,
-                format="gguf",
-                state=entry.state,
-                progress=self.progress.get(entry.id, 0.0) if entry.state == "staging" else None,
-                ctx_train=entry.ctx_train,
-            )
-            for entry in self.entries()
-        ]
+        return [self._report(entry) for entry in self.entries()]
+
+    def _report(self, entry: Entry) -> ModelReport:
+        progress, size_bytes = None, entry.size_bytes
+        if entry.state == "staging":
+            progress, size_bytes = self.progress.get(entry.id, (0.0, 0))
+        return ModelReport(
+            id=entry.id,
+            ref=MODEL_REF.show(entry.ref) if entry.ref is not None else None,
+            size_bytes=size_bytes,
+            sha256=entry.sha256,
+            format="gguf",
+            state=entry.state,
+            progress=None if progress is None else round(progress, 4),
+            error=entry.error[:MAX_ERROR_CHARS] if entry.error is not None else None,
+            ctx_train=entry.ctx_train,
+        )
 
     # ------------------------------------------------------------ digests
 
@@ -422,6 +427,8 @@ def check_ref(ref: str) -> str:
     try:
         if ref.startswith("-") or any(ord(char) < 32 or ord(char) == 127 for char in ref) or len(ref) > 4_096:
             raise BadValue("a model reference has no leading `-` and no control characters", "for example demo")
+        if not ref.isascii() and ref != ref.encode("utf-8", "replace").decode():
+            raise BadValue("a model reference is UTF-8", "rename the file")
         return MODEL_REF.parse(ref)
     except BadValue as error:
         raise ConfigError(f"model: {error}", hint=error.hint) from None

@@ -104,7 +104,10 @@ class Checks:
         start = self._running.get(key)
         if start is None or start.pid is None:
             return []
-        return (await asyncio.to_thread(exposed, start.pid))[:SHOWN_ADDRESSES]
+        engine = start.plan.engine
+        inner = engine is not None and engine.inner_ports_open
+        port = start.process.port if start.process is not None and inner else None
+        return (await asyncio.to_thread(exposed, start.pid, port))[:SHOWN_ADDRESSES]
 
     # ------------------------------------------------------------ ready ones
 
@@ -142,7 +145,7 @@ class Checks:
         progress = await probing.progress(self._http, handoff)
         stalled = self._watchdog.look(
             key,
-            busy=self._pools.busy(*key),
+            busy=self._pools.busy(*key) and (progress is None or progress.busy != 0),
             counters=progress.counters if progress is not None else None,
             answered=progress is not None,
             heard_at=self._heard_at(*key),

@@ -10,31 +10,31 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
-
-from llorch.node.adoption import Left
 
 from llorch.config_pools import PoolSpec
 from llorch.errors import LlorchError
 from llorch.messages import model_id_ok
 from llorch.node import pool_events as ev
 from llorch.node.engine_process import EngineProcess
-from llorch.node.engines.spec import LOOPBACK, Launch
+from llorch.node.engine_record import Left
+from llorch.node.engines.auto import wants_model
+from llorch.node.engines.spec import HF, LOOPBACK, Launch
 from llorch.node.handoff import Handoff, file_name
-from llorch.node.plans import MODELLESS, Plan
+from llorch.node.plans import Plan
 
 ROOM_POLL_S = 2.0  # memory of a process that has just ended takes a moment to be free
 LOAD_S_PER_GIB = 20.0  # a slow disk's 50 MB/s
 GIB = 1 << 30
+MASK = "CUDA_VISIBLE_DEVICES"
 
 
 class LocalModel(Protocol):
     """A model on this machine, as a start sees it."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> object: ...
     @property
     def size_bytes(self) -> int: ...
 
@@ -58,6 +58,10 @@ async def _as_it_is(spec: PoolSpec) -> Plan:
     raise NotImplementedError
 
 
+async def _room_for_both(plan: Plan, model: LocalModel | None) -> bool:
+    return True
+
+
 async def _any_room(plan: Plan, model: LocalModel) -> NoRoom | None:
     return None
 
@@ -68,7 +72,9 @@ class Starts:
 
     model: Callable[[str, Said], Awaitable[Any]] = _no_models
     room: Callable[[Plan, Any], Awaitable[NoRoom | None]] = _any_room
+    beside: Callable[[Plan, Any], Awaitable[bool]] = _room_for_both
     plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
+    mask: Callable[[tuple[int, ...]], str] = lambda gpus: ",".join(map(str, gpus))
 
     async def same(self, plan: Plan, identity: Identity, left: Left) -> bool:
         """Whether a start by today's settings would run just what `left` runs."""
@@ -76,15 +82,39 @@ class Starts:
             return False
         try:
             path = await self._path(plan, identity.ref, lambda _text: None)
-            launch = plan.engine.launch(
-                plan.spec, model_id=identity.model, port=left.port, key_file=str(left.key_file), model_path=path
-            )
+            launch = self.launch(plan, identity.model, left.port, _key_file(left), path)
         except LlorchError:
             return False
         return _digest(launch) == identity.launch
 
     async def _path(self, plan: Plan, ref: str, said: Said) -> str | None:
-        return None if plan.spec.engine in MODELLESS else str((await self.model(ref, said)).path)
+        return str(found.path) if (found := await self.local(plan, ref, said)) is not None else _named_there(plan, ref)
+
+    def launch(self, plan: Plan, model: str, port: int, key_file: str, path: str | None) -> Launch:
+        """What its engine is started with. Raises ConfigError."""
+        assert plan.engine is not None  # else there is no plan
+        made = plan.engine.launch(plan.spec, model_id=model, port=port, key_file=key_file, model_path=path)
+        if not plan.spec.gpus or MASK not in made.env:
+            return made
+        return replace(
+            made, env={**made.env, MASK: self.mask(plan.spec.gpus)}
+        )  # parts of a GPU have names of their own
+
+    async def local(self, plan: Plan, ref: str, said: Said) -> Any | None:
+        """The model's file, brought here if need be; None where the engine takes none, or fetches its model itself."""
+        if plan.engine is None or not wants_model(plan.engine, plan.spec) or _named_there(plan, ref) is not None:
+            return None
+        return await self.model(ref, said)
+
+
+def _named_there(plan: Plan, ref: str) -> str | None:
+    """What an engine that reads whole folders of the hub's is given: a folder, or the name by which it fetches one."""
+    if plan.engine is None or HF not in plan.engine.formats:
+        return None
+    scheme, _, rest = ref.partition(":")
+    if scheme == "hf" and rest.count("/") == 1 and ":" not in rest:
+        return rest
+    return rest if scheme == "file" and not rest.endswith(".gguf") else None
 
 
 def _digest(launch: Launch) -> str:
@@ -106,23 +136,27 @@ class Identity:
     version: str | None = None
 
     def handoff(self, plan: Plan, left: Left) -> Handoff:
-        return _handoff(plan, self.replica_id, self.model, left.pid, left.port, left.key_file, self.version)
+        return _handoff(plan, self.replica_id, self.model, left.pid, left.port, _key_file(left), self.version)
+
+
+def _key_file(left: Left) -> str:
+    return left.record.api_key_file if left.record is not None else ""
 
 
 def identity_of(left: Left) -> Identity | None:
     """None if what was written down is not what we write."""
     meta = left.meta
     wanted = ("pool_id", "replica_id", "model", "ref", "launch")
-    values = [meta.get(name) for name in wanted]
-    if not all(isinstance(value, str) for value in values) or not model_id_ok(str(meta["model"])):
+    told = {name: value for name in wanted if isinstance(value := meta.get(name), str)}
+    if len(told) < len(wanted) or not model_id_ok(told["model"]):
         return None
     version = meta.get("version")
-    identity = Identity(*map(str, values), version=version if isinstance(version, str) else None)
+    identity = Identity(**told, version=version if isinstance(version, str) else None)
     return identity if file_name(identity.pool_id, identity.replica_id) == left.name else None
 
 
 def _handoff(
-    plan: Plan, replica_id: str, model: str, pid: int | None, port: int, key_file: Path, version: str | None
+    plan: Plan, replica_id: str, model: str, pid: int | None, port: int, key_file: str, version: str | None
 ) -> Handoff:
     spec: PoolSpec = plan.spec
     return Handoff(
@@ -136,7 +170,7 @@ def _handoff(
         ctx=spec.ctx,
         pid=pid,
         device_mask=",".join(map(str, spec.gpus or ())) or None,
-        api_key_file=str(key_file),
+        api_key_file=key_file,
         engine_model=spec.engine_model,
     )
 
@@ -166,6 +200,7 @@ class EngineStart:
     left: Left | None = None
     load_timeout_s: float = 300.0
     process: EngineProcess | None = None
+    model: Any = None  # its file, where it has one
     released: bool = False
     _ending: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -233,17 +268,15 @@ class EngineStart:
             self.plan = await self._unless_ended(starts.plan(self.plan.spec))
         plan, engine = self.plan, self.plan.engine
         assert engine is not None  # else there is no plan
-        path: str | None = None
-        if plan.spec.engine not in MODELLESS:
-            model = await self._unless_ended(starts.model(spawn.ref, said))
-            path = str(model.path)
+        path = _named_there(plan, spawn.ref)
+        model = await self._unless_ended(starts.local(plan, spawn.ref, said))
+        if model is not None:
+            path, self.model = str(model.path), model
             self.load_timeout_s += LOAD_S_PER_GIB * model.size_bytes / GIB
             await self._unless_ended(self._room(starts, model, said))
         name = file_name(spawn.pool_id, spawn.replica_id)
         process = self.process = make(name)
-        launch = engine.launch(
-            plan.spec, model_id=spawn.model, port=process.port, key_file=str(process.key_file), model_path=path
-        )
+        launch = starts.launch(plan, spawn.model, process.port, str(process.key_file), path)
         identity = Identity(spawn.pool_id, spawn.replica_id, spawn.model, spawn.ref, _digest(launch), engine.version)
         meta = {name: value for name in identity.__slots__ if (value := getattr(identity, name)) is not None}
         await process.start(launch, env, meta=meta)
@@ -254,7 +287,7 @@ class EngineStart:
                 spawn.model,
                 process.pid,
                 process.port,
-                process.key_file,
+                str(process.key_file),
                 engine.version,
             )
         )

@@ -60,15 +60,17 @@ class Peers:
         return tuple(tickets.key_of(token) for token in self._service_tokens())
 
     def knock(self, node_id: str, url: str, ticket: str) -> Knock:
-        """Raises LlorchError where what is secret would cross a network in the clear."""
+        """Raises LlorchError where there is nothing to show."""
         headers = {"X-Llorch-Ticket": ticket}
         if self._certificate is not None and url.startswith("https:"):
             return Knock(headers, self._certificate.outgoing, node_name(node_id))
-        if self._certificate is not None and plain_http_abroad(url):
-            raise LlorchError(
-                Code.MODEL_NOT_AVAILABLE, f"{node_id}: a node with a certificate calls others by https alone"
-            )
         first = next(iter(self._service_tokens()), None)
+        if first is None and plain_http_abroad(url):
+            raise LlorchError(
+                Code.MODEL_NOT_AVAILABLE,
+                f"{node_id} listens without TLS, and this node has nothing that it would let in",
+                hint="give both the --service-token of their control",
+            )
         if first is not None:
             headers["Authorization"] = f"Bearer {tickets.knock_of(first)}"
         return Knock(headers, self._context() if url.startswith("https:") else None)

@@ -24,10 +24,10 @@ log = Log("node.planner")
 
 
 class Planner:
-    def __init__(self, settings: NodeSettings, catalog: Catalog, gpu_count: int) -> None:
+    def __init__(self, settings: NodeSettings, catalog: Catalog, gpus: frozenset[int]) -> None:
         self._settings = settings
         self._catalog = catalog
-        self._gpu_count = gpu_count
+        self._gpus = gpus
         self._specs: tuple[PoolSpec, ...] = ()
 
     def plans(self, settings: NodeSettings) -> list[Plan]:
@@ -44,8 +44,8 @@ class Planner:
                 plans.append(refused(spec, error))
         if errors and len(errors) == len(plans):
             raise errors[0]
-        for error in errors:
-            log.error("pool.refused", reason=error.message, hint=error.hint)
+        for refusal in errors:
+            log.error("pool.refused", reason=refusal.message, hint=refusal.hint)
         return plans
 
     def other(self, settings: NodeSettings) -> list[Plan] | None:
@@ -64,7 +64,7 @@ class Planner:
 
     def _plan(self, spec: PoolSpec, facts: EngineFacts) -> Plan:
         allow_cpu = self._settings.allow_cpu or self._settings.dev
-        return plan_pool(spec, facts, self._check, gpu_count=self._gpu_count, allow_cpu=allow_cpu)
+        return plan_pool(spec, facts, self._check, gpus=self._gpus, allow_cpu=allow_cpu)
 
     def _check(self, ref: str) -> None:
         """Of what lies on this machine, whether it can be served; what has to be fetched is seen when it is needed."""
@@ -75,4 +75,4 @@ class Planner:
     def _facts(self, specs: tuple[PoolSpec, ...]) -> EngineFacts:
         if all(spec.engine in MODELLESS for spec in specs):
             return EngineFacts(python=sys.executable)
-        return detect(self._settings.llama_server, env=os.environ, look_for_gpus=self._gpu_count > 0)
+        return detect(self._settings.llama_server, env=os.environ, look_for_gpus=bool(self._gpus))

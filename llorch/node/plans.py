@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from llorch.config_pools import PoolSpec
 from llorch.errors import ConfigError
-from llorch.node.engines import external, simulated
-from llorch.node.engines.auto import EngineFacts, engine
-from llorch.node.engines.spec import Engine
+from llorch.node.engines import command, external, simulated
+from llorch.node.engines.auto import EngineFacts, engine, wants_model
+from llorch.node.engines.spec import GGUF, HF, Engine
 from llorch.node.modelref import model_id
 from llorch.node.pool_events import Wanted
 
@@ -33,6 +33,16 @@ class Plan:
     refusal: str | None = None
 
     @property
+    def takes_files(self) -> bool:
+        """Its models are files on this machine."""
+        return self.engine is not None and wants_model(self.engine, self.spec)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Its engine is one that computes on GPUs where there are some: a simulated one does not."""
+        return self.spec.engine not in MODELLESS
+
+    @property
     def wanted(self) -> Wanted:
         return Wanted(self.spec, self.choices, self.refusal)
 
@@ -44,33 +54,36 @@ def refused(spec: PoolSpec, error: ConfigError) -> Plan:
 
 
 def plan_pool(
-    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpu_count: int, allow_cpu: bool
+    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpus: frozenset[int], allow_cpu: bool
 ) -> Plan:
     """`check_model` is given each model reference, and raises ConfigError for one that can't be served from here.
 
     Raises ConfigError naming the pool.
     """
     try:
-        return _plan(spec, facts, check_model, gpu_count=gpu_count, allow_cpu=allow_cpu)
+        return _plan(spec, facts, check_model, gpus=gpus, allow_cpu=allow_cpu)
     except ConfigError as error:
         raise ConfigError(f"pool {spec.id}: {error.message}", hint=error.hint) from None
 
 
 def _plan(
-    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpu_count: int, allow_cpu: bool
+    spec: PoolSpec, facts: EngineFacts, check_model: Callable[[str], object], *, gpus: frozenset[int], allow_cpu: bool
 ) -> Plan:
     refs = _refs(spec)
     if spec.engine in MODELLESS:
         chosen = engine(spec.engine, facts, gpus=False, allow_cpu=True)
         return Plan(spec, chosen, _named(refs or [spec.id]))
+    if not refs and spec.engine == command.NAME and not command.names_model(spec):
+        refs = [spec.id]
     if not refs:
         raise ConfigError("it needs a model", hint="model: demo, or file:/abs/path.gguf")
-    missing = [index for index in spec.gpus or () if index >= gpu_count]
+    missing = [index for index in spec.gpus or () if index not in gpus]
     if missing:
-        raise ConfigError(f"there is no GPU {missing[0]}: this machine has {gpu_count}", hint="gpus: [] for the CPU")
-    wants_gpu = gpu_count > 0 if spec.gpus is None else bool(spec.gpus)
+        there = ", ".join(map(str, sorted(gpus))) or "none"
+        raise ConfigError(f"there is no GPU {missing[0]}: this machine has {there}", hint="gpus: [] for the CPU")
+    wants_gpu = bool(gpus) if spec.gpus is None else bool(spec.gpus)
     chosen = engine(spec.engine, facts, gpus=wants_gpu, allow_cpu=allow_cpu)
-    for ref in refs:
+    for ref in refs if GGUF in chosen.formats and HF not in chosen.formats else ():
         check_model(ref)
     return Plan(replace(spec, engine=chosen.name), chosen, _named(refs))
 

@@ -196,10 +196,12 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a start is that takes its time: a model that is fetched, memory that is waited for."""
+    """How far a start is that takes its time: a model that is fetched, memory that is waited for. Without a replica:
+    how far a reload is that has not begun to change anything.
+    """
 
     pool_id: str
-    replica_id: str
+    replica_id: str | None
     run: int
     text: str
 
@@ -269,13 +271,24 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """Serve another model. `beside`: there is memory for both, so the old one serves until the new one is proven."""
+    """Serve another model, once it is on this machine."""
 
     pool_id: str
     model: str
     ref: str
-    beside: bool
     at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The model of a Reload is here. `beside`: there is memory for both, so the old one serves until the new one is
+    proven. `refusal`: it can't be had, and why.
+    """
+
+    pool_id: str
+    model: str
+    beside: bool = False
+    refusal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +329,7 @@ Event = (
     | Load
     | Unload
     | Reload
+    | Prepared
     | Restart
     | Purge
 )
@@ -331,6 +345,15 @@ class Spawn:
     pool_id: str
     replica_id: str
     run: int
+    model: str
+    ref: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Have a model here before anything changes for it; answer with Prepared."""
+
+    pool_id: str
     model: str
     ref: str
 
@@ -420,4 +443,17 @@ class Note:
     name: str | None = None
 
 
-Action = Spawn | TakeOver | WriteHandoff | Withdraw | Probe | StopProbe | Terminate | Seated | EndTasks | Forget | Note
+Action = (
+    Spawn
+    | Prepare
+    | TakeOver
+    | WriteHandoff
+    | Withdraw
+    | Probe
+    | StopProbe
+    | Terminate
+    | Seated
+    | EndTasks
+    | Forget
+    | Note
+)

@@ -82,24 +82,36 @@ class Operations:
                 retry_after_ms=RELOAD_AGAIN_MS,
             )
         actions = self._begin(pool, RELOAD, wish.at, wish.model)
-        operation, spec = pool.operation, pool.spec
-        assert operation is not None and spec is not None  # it has replicas of ours
+        operation = pool.operation
+        assert operation is not None  # it was begun
         if wish.model == pool.model and pool.choices.get(wish.model) == wish.ref and pool.ready:
             operation.end("it serves that model already")
             return actions + self._told(pool)
-        pool.troubles.pop(wish.model, None)
-        pool.not_before.pop(wish.model, None)
-        if wish.beside and pool.ready:
+        operation.preparing = wish.ref
+        return [*actions, ev.Prepare(pool.id, wish.model, wish.ref)]
+
+    def prepared(self, pool: Pool, event: ev.Prepared, now: float) -> list[Action]:
+        """The other model is here, or can't be had; until now nothing has changed."""
+        operation, spec = pool.reloading, pool.spec
+        if operation is None or operation.preparing is None or operation.model != event.model or spec is None:
+            return []
+        if event.refusal is not None:
+            return self._give_up_reload(pool, event.refusal, now)
+        ref, operation.preparing, operation.message = operation.preparing, None, None
+        pool.troubles.pop(event.model, None)
+        pool.not_before.pop(event.model, None)
+        actions: list[Action] = []
+        if event.beside and pool.ready:
             for _ in range(spec.replicas):
                 replica = another(pool)
-                replica.model, replica.ref, replica.next = wish.model, wish.ref, True
+                replica.model, replica.ref, replica.next = event.model, ref, True
                 actions += self._life.start(pool, replica, now)
             return actions
         operation.before = Before(pool.model, dict(pool.choices), pool.loaded)
-        pool.choices = {**(pool.choices if pool.on_demand else {}), wish.model: wish.ref}
+        pool.choices = {**(pool.choices if pool.on_demand else {}), event.model: ref}
         pool.loaded = True
         self._try_again(pool)
-        self._models.turn_to(pool, wish.model, now)
+        self._models.turn_to(pool, event.model, now)
         return actions + self.settle(pool, now)
 
     def drain(self, pool: Pool, wish: ev.Drain, now: float) -> list[Action]:
@@ -115,6 +127,21 @@ class Operations:
         pool.holds.pop(OPERATOR, None)
         pool.task_deadline = None
         self._changed(pool)
+        return actions + self.settle(pool, now)
+
+    def drain_with_node(self, pool: Pool, why: str | None, at: str | None) -> list[Action]:
+        """An operator wants no tasks on the whole node, or does again (None)."""
+        if pool.node_drained == why:
+            return []
+        actions = self._begin(pool, "undrain" if why is None else "drain", at, None)
+        pool.node_drained = why
+        self._changed(pool)
+        return actions + self._proceed(pool)
+
+    def begin_load(self, pool: Pool, now: float) -> list[Action]:
+        """When the node starts: what its settings ask for is an operation like others."""
+        wanted = pool.spec is not None and pool.model is not None and pool.may_run
+        actions = self._begin(pool, "load", None, pool.model) if wanted else []
         return actions + self.settle(pool, now)
 
     def hold(self, pool: Pool, wish: ev.Hold, now: float) -> list[Action]:
@@ -344,11 +371,13 @@ class Operations:
     def _look(self, pool: Pool, operation: Operation) -> None:
         spawned = [replica for replica in pool.replicas.values() if replica.spawned]
         up = [replica for replica in spawned if replica.state not in DOWN]
+        if operation.preparing is not None:
+            return
         if operation.kind == "drain":
-            if OPERATOR not in pool.holds or not pool.busy:
-                operation.end()
+            self._look_at_drain(pool, operation)
         elif operation.kind == "undrain":
-            operation.end(f"still held: {', '.join(pool.held_by())}" if pool.holds else None)
+            held = pool.held_by()
+            operation.end(f"still held: {', '.join(held)}" if held else None)
         elif operation.kind == "unload":
             if not up:
                 operation.end()
@@ -366,6 +395,16 @@ class Operations:
             operation.end("a task decides what is loaded")
         elif not up and not pool.coming:
             operation.end(pool.last_error, failed=True)
+
+    def _look_at_drain(self, pool: Pool, operation: Operation) -> None:
+        drained = OPERATOR in pool.holds or pool.node_drained is not None
+        if not drained or not pool.busy:
+            operation.end()
+            return
+        message = f"{pool.busy} task{'s' if pool.busy > 1 else ''} still run{'s' if pool.busy == 1 else ''}"
+        if operation.message != message:
+            operation.message = message
+            self._changed(pool)
 
 
 def _must_be_free(pool: Pool) -> None:

@@ -90,6 +90,8 @@ class Pools:
         wishes = wishes if isinstance(wishes, Mapping) else {}
         drained, pools = wishes.get("drained"), wishes.get("pools")
         self.drained = drained[:MAX_WHY_CHARS] if isinstance(drained, str) else None
+        for each in self._pools.values():
+            each.node_drained = self.drained
         for pool_id, wish in pools.items() if isinstance(pools, Mapping) else ():
             pool = self._pools.get(pool_id)
             if pool is not None and isinstance(wish, Mapping):
@@ -157,7 +159,8 @@ class Pools:
     def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case ev.Start():
-                return [action for pool in list(self._pools.values()) for action in self._operations.settle(pool, now)]
+                pools = list(self._pools.values())
+                return [action for pool in pools for action in self._operations.begin_load(pool, now)]
             case ev.Tick():
                 return self._tick(now)
             case ev.Configure():
@@ -180,6 +183,7 @@ class Pools:
                 | ev.Load()
                 | ev.Unload()
                 | ev.Reload()
+                | ev.Prepared()
                 | ev.Restart()
                 | ev.Purge()
             ):
@@ -234,6 +238,9 @@ class Pools:
                 return wishes.restart(self._pool(event.pool_id), event, now)
             case ev.Purge():
                 return wishes.purge(self._pool(event.pool_id), event)
+            case ev.Prepared():
+                pool = self._pools.get(event.pool_id)
+                return [] if pool is None else wishes.prepared(pool, event, now)
             case _:
                 raise AssertionError(f"nobody takes {type(event).__name__}")
 
@@ -279,8 +286,12 @@ class Pools:
         self.drained = wish.reason if isinstance(wish, ev.Drain) else None
         until_s = wish.deadline_s if isinstance(wish, ev.Drain) else None
         self._task_deadline = None if until_s is None else now + until_s
-        note = ev.Note("node.drained" if draining else "node.undrained", None, None, self.drained or "")
-        return [note, *self._told_all()]
+        actions: list[Action] = [
+            ev.Note("node.drained" if draining else "node.undrained", None, None, self.drained or "")
+        ]
+        for pool in self._pools.values():
+            actions += self._operations.drain_with_node(pool, self.drained, wish.at)
+        return actions + self._told_all()
 
     def _told_all(self) -> list[Action]:
         for pool in self._pools.values():
@@ -311,10 +322,16 @@ class Pools:
         return self._life.taken_over(pool, replica, event, now)
 
     def _progress(self, event: ev.Progress) -> list[Action]:
-        found = self._life.find(event.pool_id, event.replica_id)
-        if found is None or found[1].run != event.run:
+        pool = self._pools.get(event.pool_id)
+        if pool is None:
             return []
-        pool, operation = found[0], found[0].operation
+        if event.replica_id is not None:
+            found = self._life.find(event.pool_id, event.replica_id)
+            if found is None or found[1].run != event.run:
+                return []
+        elif pool.reloading is None or pool.reloading.preparing is None:
+            return []
+        operation = pool.operation
         text = event.text[:MAX_WHY_CHARS]
         if operation is not None and operation.running and operation.message != text:
             operation.message = text

@@ -134,6 +134,7 @@ class Operation:
     message: str | None = None
     began: str | None = None
     before: Before | None = None
+    preparing: str | None = None  # the reference of a model that is not here yet, for which nothing has changed
 
     @property
     def running(self) -> bool:
@@ -157,6 +158,7 @@ class Pool:
     on_demand: bool = False
     replicas: dict[str, Replica] = field(default_factory=dict)
     holds: dict[str, str] = field(default_factory=dict)  # who holds it back → why
+    node_drained: str | None = None  # why an operator wants no tasks on the whole node
     loaded: bool = True  # the operator's wish: not unloaded
     leaves: bool = False  # it is no more in the settings: it goes once its engines have
     revision: int = 0
@@ -342,8 +344,10 @@ class Pool:
 
     def held_by(self) -> list[str]:
         """Who holds it back, and why."""
-        removed = ["settings: it is no more there"] if self.leaves else []
-        return removed + [(f"{who}: {why}" if why else who)[:MAX_WHY_CHARS] for who, why in self.holds.items()]
+        holds = [("settings", "it is no more there")] if self.leaves else []
+        if self.node_drained is not None and OPERATOR not in self.holds:
+            holds.append((OPERATOR, self.node_drained))
+        return [(f"{who}: {why}" if why else who)[:MAX_WHY_CHARS] for who, why in (*holds, *self.holds.items())]
 
     def health(self, node_draining: bool) -> dict[str, Any]:
         return {

@@ -16,7 +16,7 @@ Key = str | tuple[str, int]
 _RESTLESS: Mapping[str, frozenset[str]] = {
     "pools": frozenset({"vram_free_bytes", "kv_usage", "prompt_tps", "decode_tps"}),
     "gpus": frozenset({"vram_used_bytes", "vram_foreign_bytes", "utilization", "temperature_c", "power_w"}),
-    "catalog": frozenset({"progress"}),
+    "catalog": frozenset(),  # progress is told once a second, and only while something is staged
     "tasks": frozenset({"offset", "tokens_out"}),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from llorch.node.catalog import not_here
 from llorch.node.catalog_file import BlobFile, BlobListing, Entry
 from llorch.node.route_call import Ask, Call, Reply
 from llorch.node.staging import Stager
+from llorch.node.staging_http import PEER_WINDOW_BYTES
 from llorch.node.state import NODE, Node
 from llorch.private import stamp
 from llorch.web import PRINCIPAL, Route, json_response
@@ -45,13 +47,12 @@ def stager_of(node: Node) -> Stager:
 
 
 def catalog(node: Node, _ask: Ask) -> Reply:
-    """As the heartbeats tell it, with what went wrong."""
+    """As it is now; heartbeats tell it as last read."""
     if node.stager is None:
         return 200, {"models": node.model_reports()}
-    held = node.stager.catalog
-    errors = {entry.id: entry.error for entry in held.entries() if entry.error}
-    models = [one.model_dump(exclude_none=True, exclude={"gone"}) for one in held.report()]
-    return 200, {"models": [one | ({"error": errors[one["id"]]} if one["id"] in errors else {}) for one in models]}
+    return 200, {
+        "models": [one.model_dump(exclude_none=True, exclude={"gone"}) for one in node.stager.catalog.report()]
+    }
 
 
 async def stage(node: Node, ask: Ask) -> Reply:
@@ -59,27 +60,35 @@ async def stage(node: Node, ask: Ask) -> Reply:
 
 
 async def remove(node: Node, ask: Ask) -> Reply:
-    model, how = ask.params["model"], ask.query.get("retire", "false")
-    if how not in ("true", "false", "1", "0"):
-        raise invalid("`retire` is true or false", param="retire")
-    if how in ("true", "1"):
+    model = ask.params["model"]
+    if _flag(ask, "retire", otherwise=False):
         entry = await stager_of(node).retire(model)
         return 200, {"model": model, "state": entry.state}
     await stager_of(node).remove(model)
     return 200, {"model": model, "state": "removed"}
 
 
-def verify(node: Node, ask: Ask) -> Reply:
-    model = ask.params["model"]
-    stager_of(node).verify(model)
-    return 202, {"model": model, "state": "verifying"}
+async def verify(node: Node, ask: Ask) -> Reply:
+    """What was found, once all of it is read; with `?wait=false` at once, and it shows in the model's state. Whoever
+    stops waiting stops nothing."""
+    model, verifying = ask.params["model"], stager_of(node).verify(ask.params["model"])
+    if not _flag(ask, "wait", otherwise=True):
+        return 202, {"model": model, "state": "verifying"}
+    return 200, await asyncio.shield(verifying)
+
+
+def _flag(ask: Ask, name: str, *, otherwise: bool) -> bool:
+    given = ask.query.get(name)
+    if given not in (None, "true", "false"):
+        raise invalid(f"`{name}` is true or false", param=name)
+    return otherwise if given is None else given == "true"
 
 
 CALLS = (
     Call("GET", "/v2/catalog", Scope.CONTROL, "The models on this machine", catalog),
     Call("POST", "/v2/catalog/stage", Scope.CONTROL, "Have a model here; idempotent", stage, 202, StageOrder),
     Call("DELETE", "/v2/catalog/{model}", Scope.CONTROL, "Remove a model; ?retire=true: only retire it", remove),
-    Call("POST", "/v2/catalog/{model}/verify", Scope.CONTROL, "Read a model's files again and compare", verify, 202),
+    Call("POST", "/v2/catalog/{model}/verify", Scope.CONTROL, "Read a model's files again and compare", verify),
 )
 
 
@@ -132,20 +141,23 @@ def _listing(entry: Entry) -> BlobListing:
 async def _send(request: web.Request, stager: Stager, entry: Entry, place: int, path: Path) -> web.StreamResponse:
     file = entry.files[place]
     size, etag = file.size_bytes, f'"{file.sha256}"'
-    start, end = _wanted(request, size, etag)
+    start, end = _wanted(request, size, etag) or (0, size)
     headers = {"Accept-Ranges": "bytes", "ETag": etag, "Content-Type": "application/octet-stream"}
-    if start is None:
+    if start >= end:
         return web.Response(status=416, headers={**headers, "Content-Range": f"bytes */{size}"})
-    whole = (start, end) == (0, size)
-    if not whole or request.headers.get("Range"):
+    partly = _wanted(request, size, etag) is not None
+    if partly:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    response = web.StreamResponse(status=206 if "Content-Range" in headers else 200, headers=headers)
+    response = web.StreamResponse(status=206 if partly else 200, headers=headers)
     response.content_length = end - start
     try:
         descriptor = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise LlorchError(Code.CONFLICT, f"{entry.id} can't be read here: {error.strerror}", hint="verify it") from None
     try:
+        if request.transport is not None:
+            connection = request.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PEER_WINDOW_BYTES)
         await response.prepare(request)
         log.info("blob.sent", model=entry.id, to=request[PRINCIPAL].name, offset=start, bytes=end - start)
         while start < end:
@@ -167,13 +179,12 @@ async def _send(request: web.Request, stager: Stager, entry: Entry, place: int, 
     return response
 
 
-def _wanted(request: web.Request, size: int, etag: str) -> tuple[int | None, int]:
-    """Which bytes: (begin, end); begin is None for a range that the file does not have. Of several, all of it."""
+def _wanted(request: web.Request, size: int, etag: str) -> tuple[int, int] | None:
+    """The range that is asked for: (begin, end), empty where the file has none of it. None: all, also of several."""
     found = _RANGE.fullmatch(request.headers.get("Range", ""))
     if found is None or request.headers.get("If-Range", etag) != etag:
-        return 0, size
-    start, end = int(found[1]), min(size, int(found[2]) + 1) if found[2] else size
-    return (start, end) if start < end else (None, 0)
+        return None
+    return int(found[1]), min(size, int(found[2]) + 1) if found[2] else size
 
 
 BLOB = Route(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import aiohttp
@@ -142,11 +143,12 @@ class Runner:
 
     # ---- what the engines' side tells
 
-    def seated(self, slot: str, lease: Lease) -> None:
-        """The model that a task waits for is there."""
+    def seated(self, slot: str, replica_id: str, url: str, api_key_file: str | None, *, trial: bool) -> None:
+        """The model that a task waits for is there, and this is the engine that has it."""
         execution = self._executions.get(slot)
         if execution is not None:
-            execution.seat(lease)
+            lease = execution.lease
+            execution.seat(replace(lease, replica_id=replica_id, url=url, api_key_file=api_key_file, trial=trial))
 
     def end(self, slots: Iterable[str], why: LlorchError) -> None:
         """End the tasks that hold these slots: their engine will not go on with them, or their time is over."""

@@ -39,6 +39,7 @@ from llorch.wishes import StageOrder
 
 AT_ONCE = 2  # stagings; more would only share the same line and the same disk
 MAX_JOBS = 256  # that wait or run
+MAX_TOLD_CHARS = 1_500  # of what all the sources of a model said
 SAID_EVERY_S = 1.0
 
 log = Log("node.staging")
@@ -74,7 +75,7 @@ class Stager:
         self._changed = changed
         self._turn = asyncio.Semaphore(limits.at_once)
         self._jobs: dict[str, Job] = {}
-        self._verifying: set[str] = set()
+        self._verifying: dict[str, asyncio.Task[dict[str, object]]] = {}
         self._guard = Guard("node.staging")
         self._exits = AsyncExitStack()
         self._ended = False
@@ -87,12 +88,19 @@ class Stager:
         for entry in self.catalog.entries():
             if entry.state == "staging":
                 self._spawn(Job(entry.id, entry.order or StageOrder(ref=entry.ref or entry.id, model=entry.id)))
+        self._guard.loop(self._tell, "progress")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self.catalog.stager, self._ended = None, True
         await self._guard.close()
         await self._exits.aclose()
+
+    async def _tell(self) -> float:
+        """While something comes, how far it is."""
+        if self._jobs:
+            self._changed()
+        return SAID_EVERY_S
 
     def settle(self, limits: StagingLimits) -> None:
         """Limits that were read anew."""
@@ -141,26 +149,31 @@ class Stager:
         self._changed()
         return entry
 
-    def verify(self, model: str) -> None:
-        """Begin to read its files again; what is found shows in its state."""
+    def verify(self, model: str) -> asyncio.Task[dict[str, object]]:
+        """Read its files again, in the background: `{model, ok, state, sha256?, error?}`. Asked twice, it is one."""
         if self.catalog.get(model) is None:
             raise not_here(model)
         if model in self._jobs:
             raise LlorchError(Code.CONFLICT, f"{model} is being staged")
         if model not in self._verifying:
-            self._verifying.add(model)
-            self._guard.spawn(self._verify(model), f"verify.{model}")
+            self._verifying[model] = self._guard.spawn(self._verify(model), f"verify.{model}")
+        return self._verifying[model]
 
-    async def _verify(self, model: str) -> None:
+    async def _verify(self, model: str) -> dict[str, object]:
+        why: str | None = None
         try:
             async with self._turn:
                 await asyncio.to_thread(self.catalog.verify, model)
-            log.info("catalog.verified", model=model, node_id=self.node_id)
         except LlorchError as error:
-            log.warning("catalog.verify_failed", model=model, node_id=self.node_id, code=error.code)
+            why = error.message
         finally:
-            self._verifying.discard(model)
+            self._verifying.pop(model, None)
             self._changed()
+        entry = self.catalog.get(model)
+        said = {"sha256": entry.sha256 if entry is not None else None, "error": why}
+        log.info("catalog.verified", model=model, node_id=self.node_id, ok=why is None, reason=why)
+        state = entry.state if entry is not None else "removed"
+        return {"model": model, "ok": why is None, "state": state} | {key: one for key, one in said.items() if one}
 
     # ------------------------------------------------------------ jobs
 
@@ -186,7 +199,7 @@ class Stager:
 
     def _spawn(self, job: Job) -> None:
         self._jobs[job.id] = job
-        self.catalog.progress[job.id] = 0.0
+        self.catalog.progress[job.id] = (0.0, job.order.size_bytes or 0)
         job.task = self._guard.spawn(self._run(job), f"stage.{job.id}")
 
     def _is_on_its_way(self, model: str, order: StageOrder) -> bool:
@@ -276,7 +289,9 @@ class Stager:
                 )
                 failures.append(error)
         wrong = [error for error in failures if error.code is Code.DIGEST_MISMATCH]
-        raise (wrong or failures)[-1]
+        last = (wrong or failures)[-1]
+        told = "; ".join(dict.fromkeys(error.message for error in failures))[:MAX_TOLD_CHARS]
+        raise LlorchError(last.code, told, hint=last.hint, retriable=last.retriable, details=last.details)
 
     # ------------------------------------------------------------ files
 
@@ -319,7 +334,7 @@ class Stager:
 
         def at(length: int) -> None:
             job.at(before + length)
-            self.catalog.progress[job.id] = job.progress
+            self.catalog.progress[job.id] = (job.progress, job.total_bytes)
 
         def room(size: int, there: int) -> None:
             job.total_bytes = max(job.total_bytes, before + size)

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import random
 import re
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -36,6 +37,7 @@ MAX_REDIRECTS = 5
 MAX_FILE_BYTES = 8 << 40  # the largest published model is an eighth of it
 HEAD_TIMEOUT_S = 30.0
 READ_TIMEOUT_S = 30.0  # without a byte; a session's own setting
+PEER_WINDOW_BYTES = 1024 * 1024  # on its way from another node, near by: what a restart costs is hardly more
 SLOW_WINDOW_S, SLOW_BYTES = 60.0, 64 * 1024  # who sends less in that time is as good as gone
 BACKOFF = Backoff(first_s=0.5, most_s=15.0)
 FAILURES_IN_A_ROW = 6  # with hardly a byte between them: about 45 s
@@ -290,6 +292,9 @@ class Download:
     async def _receive(self, response: aiohttp.ClientResponse) -> None:
         """Read and write at once: one batch is on its way to the disk while the next one comes."""
         partial, batch = self._partial, bytearray()
+        if self._remote.peer and response.connection is not None and response.connection.transport is not None:
+            connection = response.connection.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PEER_WINDOW_BYTES)
         left = (partial.state.size_bytes if partial.state is not None else 0) - partial.length
         writing: asyncio.Future[None] | None = None
         window_ends, in_window = time.monotonic() + SLOW_WINDOW_S, 0

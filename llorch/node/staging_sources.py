@@ -41,7 +41,9 @@ class Source(Protocol):
 def sources_of(order: StageOrder, model: str, session: aiohttp.ClientSession, peers: Peers) -> Iterator[Source]:
     for source in order.sources:
         yield OtherNode(source, model, session, peers)
-    yield _origin(order)
+    origin = _origin(order)
+    if not (order.sources and isinstance(origin, Nowhere)):  # what the nodes said tells more
+        yield origin
 
 
 def _origin(order: StageOrder) -> Source:
@@ -166,7 +168,8 @@ class Nowhere:
         return self.order.ref
 
     async def files(self) -> Sequence[Remote]:
-        tried = "no node that has it can be reached" if self.order.sources else "no node was named that has it"
         raise LlorchError(
-            Code.MODEL_NOT_AVAILABLE, f"{self.order.ref} is not on this node, and {tried}", hint=STAGE_HINT
+            Code.MODEL_NOT_AVAILABLE,
+            f"{self.order.ref} is not on this node, and no other was named that has it",
+            hint=STAGE_HINT,
         )

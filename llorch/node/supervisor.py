@@ -17,23 +17,25 @@ import contextlib
 import fcntl
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from llorch.node.adoption import Left, Verdict
 
 from llorch import web, whole_file
-from llorch.errors import ConfigError
+from llorch.errors import ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.node import adoption
 from llorch.node import pool_events as ev
 from llorch.node.engine_checks import Checks
 from llorch.node.engine_process import EngineProcess, RuntimeDir
+from llorch.node.engine_record import Left, Verdict
 from llorch.node.engine_start import EngineStart, Starts, identity_of
+from llorch.node.engines.command import NAME as COMMAND
 from llorch.node.handoff import Handoff, Network, file_name, render
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
@@ -179,6 +181,17 @@ class Supervisor:
             self._wishes = wishes
             self._told.wishes(wishes)
 
+    def running(self) -> list[EngineStart]:
+        """The engines of ours that run or start."""
+        return list(self._running.values())
+
+    def _forget(self, pool_id: str) -> None:
+        """The logs of a pool's engines, none of which runs."""
+        name = re.compile(rf"{re.escape(pool_id)}-r\d+\.log(\.\d+)?")
+        for path in self.files.logs.iterdir():
+            if name.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
     def configure(self, plans: Iterable[Plan]) -> None:
         """The settings have these pools now, and each of them can be started."""
         plans = tuple(plans)
@@ -191,6 +204,8 @@ class Supervisor:
         match action:
             case ev.Spawn():
                 self._run(EngineStart(action, self.plans[action.pool_id]))
+            case ev.Prepare():
+                self._guard.spawn(self._prepare(action), f"prepare.{action.pool_id}")
             case ev.TakeOver():
                 left = self._left.pop((action.pool_id, action.replica_id))
                 spawn = ev.Spawn(action.pool_id, action.replica_id, action.run, action.handoff.model, "")
@@ -211,7 +226,7 @@ class Supervisor:
             case ev.EndTasks():
                 self._told.end_tasks(action)
             case ev.Forget(pool_id):
-                self.files.forget(pool_id)
+                self._forget(pool_id)
             case ev.Note():
                 self._note(action)
 
@@ -279,24 +294,36 @@ class Supervisor:
             start.remove_files()
         self.post(ev.Exited(*key, spawn.run, end.reason, random.random(), end.said, end.hopeless))
 
+    async def _prepare(self, wish: ev.Prepare) -> None:
+        """Have the model of a reload here, and see whether there is room for it beside what runs."""
+        plan = self.plans[wish.pool_id]
+
+        def said(text: str) -> None:
+            self.post(ev.Progress(wish.pool_id, None, 0, text))
+
+        try:
+            model = await self._starts.local(plan, wish.ref, said)
+            beside = await self._starts.beside(plan, model)
+        except LlorchError as error:
+            self.post(ev.Prepared(wish.pool_id, wish.model, refusal=error.message))
+            return
+        self.post(ev.Prepared(wish.pool_id, wish.model, beside=beside))
+
     # ------------------------------------------------------------ what an earlier agent left
 
     async def _take_over(self, http: aiohttp.ClientSession) -> None:
         """Its engines go on if they are what the settings ask for, are ended if not; strangers are left alone."""
         lefts = await adoption.look(self.files)
         await asyncio.gather(*(self._judge(left, http) for left in lefts))
+        adoption.clear_strays(self.files)
 
     async def _judge(self, left: Left, http: aiohttp.ClientSession) -> None:
-        if left.verdict is not Verdict.OURS:
+        if left.verdict in (Verdict.GONE, Verdict.STRANGER):
             adoption.forget(self.files, left)
             return
-        why_not = await self._why_not(left, http)
-        if why_not is None:
-            log.info("engine.adopted", name=left.name, pid=left.pid, port=left.port)
-            return
-        log.warning("engine.unwanted", name=left.name, pid=left.pid, why=why_not)
-        await adoption.end(self.files, left, self._stop_grace_s)
-        adoption.forget(self.files, left)
+        why_not = left.why if left.verdict is Verdict.UNTENDED else await self._why_not(left, http)
+        if why_not is not None:
+            await adoption.end(self.files, replace(left, why=why_not), self._stop_grace_s)
 
     async def _why_not(self, left: Left, http: aiohttp.ClientSession) -> str | None:
         """Why a running engine is not taken over; None if it now is."""
@@ -306,7 +333,7 @@ class Supervisor:
             return "no pool of the settings wants it"
         if not await self._starts.same(plan, identity, left):
             return "the settings ask for another engine than this one"
-        why_not = await adoption.challenge(http, left)
+        why_not = await adoption.challenge(http, left, keyed=plan.spec.engine != COMMAND)
         if why_not is not None:
             return why_not
         key = (identity.pool_id, identity.replica_id)

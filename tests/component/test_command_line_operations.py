@@ -368,6 +368,7 @@ async def test_lists_and_status_say_why_a_pool_takes_no_tasks(control: ScriptedC
     control.on("GET /v2/pools", answer({"pools": [*pools, {**pools[0], "node_id": "n2"}]}))
     control.on("GET /v2/nodes", answer({"nodes": [NODE, drained]}))
     control.on("GET /v2/nodes/n2", answer(drained))
+    control.on("GET /v2/catalog", answer({"models": {}, "nodes": {}}))
     control.on("GET /readyz", answer({"status": "ok", "version": "9", "role": "control"}))
     rows = (await llorch("pool", "ls")).out.splitlines()[1:]
     words = [

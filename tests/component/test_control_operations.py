@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from llorch import sse
-from llorch.control import routes_pools
-from llorch.errors import Code
-from tests.component.control_harness import Asking, a_control, eventually, pool
+from llorch.cli import operations
+from llorch.control import routes_pools, sweep, waiting
+from llorch.errors import Code, LlorchError
+from tests.component.command_line import CommandLine
+from tests.component.control_harness import TOKENS, Asking, a_control, eventually, pool
 from tests.component.scripted_operations import operated
 from tests.component.test_control_audit import ROOT, of, says
 
@@ -220,6 +222,20 @@ async def test_what_a_drained_pool_says_keeps_tasks_away_from_then_on() -> None:
             await asking.answer()
 
 
+async def test_slots_that_an_operation_frees_go_to_who_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((waiting, "WAIT_TICK_S"), (sweep, "EXPIRE_EVERY_S")):
+        monkeypatch.setattr(module, name, 60.0)  # or they would be found by the clock
+    async with a_control() as control:
+        node = await control.join("a", pool(slots_free=0))
+        asking = control.submit()
+        await control.waiting(1)
+        async with operated(node) as at:
+            at.on("POST /v2/pools/p0/restart", {"pool": pool()})
+            await control.post("/v2/nodes/a/pools/p0/restart", {}, who="admin")
+            (await node.asked()).begin().end()
+            await asking.answer()
+
+
 # ---------------------------------------------------------------- on record
 
 
@@ -246,8 +262,6 @@ async def test_who_asked_what_of_which_node_and_pool_is_on_record_and_so_is_a_re
 
 
 async def test_nothing_is_done_that_can_not_be_put_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llorch.errors import LlorchError
-
     async with a_control() as control:
         node = await control.join("a")
 
@@ -354,3 +368,34 @@ async def test_as_many_logs_are_followed_as_may_be() -> None:
             answer = await control.ask("GET", "/v2/nodes/a/pools/p0/logs?follow=1", who="admin").answer()
             assert (answer.status, answer.code) == (429, "RATE_LIMITED")
             assert (await control.ask("GET", "/v2/nodes/a/pools/p0/logs", who="admin").answer()).status == 200
+
+
+async def test_while_nodes_may_come_back_one_that_is_looked_at_is_not_said_not_to_exist() -> None:
+    async with a_control(recovery_window=60.0) as control:
+        answer = await control.ask("GET", "/v2/nodes/a").answer()
+        assert (answer.status, answer.code) == (503, "RECOVERING")
+
+
+# ---------------------------------------------------------------- a command, a control, a node
+
+
+async def test_a_command_follows_what_the_node_does_to_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(operations, "LOOK_EVERY_S", 0.01)
+    line = CommandLine(monkeypatch, tmp_path)
+    async with a_control() as control:
+        line.env(LLORCH_URL=control.url, LLORCH_TOKEN=TOKENS["admin"])
+        node = await control.join("a")
+        drain: dict[str, Any] = {"draining": True, "held": ["operator: new disk"]}
+        async with operated(node) as at:
+            at.on("POST /v2/pools/p0/drain", {"pool": pool(**drain, operation=running("drain"))})
+            at.on(LOGS, lines("one", "two"))
+            asking = asyncio.create_task(line("pool", "drain", "a/p0", "--reason", "new disk"))
+            await eventually(lambda: at.asked, within_s=10, what="the wish at the node")
+            assert not asking.done()
+            done = pool(slots=0, **drain, operation=running("drain") | {"state": "done"})
+            await node.beat(delta=True, pools=[done])
+            ran = await asyncio.wait_for(asking, 10)
+            assert (ran.code, ran.out, ran.err.splitlines()[-1]) == (0, "", "a/p0: drained")
+            assert at.bodies("POST /v2/pools/p0/drain") == [{"reason": "new disk"}]
+            assert "draining (operator: new disk)" in (await line("pool", "ls")).out
+            assert (await line("logs", "a/p0")).out == "one\ntwo\n"

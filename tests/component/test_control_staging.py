@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +14,7 @@ from aiohttp import web as aioweb
 
 from llorch import tickets
 from llorch.control import stager
-from llorch.errors import MEANINGS, Code
+from llorch.errors import MEANINGS, Code, LlorchError
 from llorch.records import Type
 from tests.component.control_harness import (
     TOKENS,
@@ -335,3 +336,21 @@ async def test_what_admins_do_with_models_is_on_record_without_what_a_url_is_sig
     assert says(staged, principal="root", scope="admin", model="https://host/x.gguf", nodes="a", decision="allowed")
     assert says(of(tmp_path, "model.verify")[0], principal="root", model="m", nodes="all")
     assert says(of(tmp_path, "model.remove")[0], principal="root", model="m", nodes="a")
+
+
+async def test_a_source_with_a_certificate_checks_tickets_with_the_key_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with a_control() as control:
+        _, b = await join(control, "a", report()), await join(control, "b")
+        for node in control.control.registry.nodes.values():
+            node.certified = True
+        trust = SimpleNamespace(ticket_key="the cluster's")
+        monkeypatch.setattr(control.control.access, "authority", SimpleNamespace(trust=trust))
+        await ask(control, ID, ["b"])
+        (source,) = json.loads((await call_of(b)).body)["sources"]
+        wanted: Any = {"model": ID, "digest": DIGEST, "source": "a", "destination": "b", "now": time.time()}
+        tickets.check(["the cluster's"], source["ticket"], **wanted)
+        with pytest.raises(LlorchError):
+            tickets.check([tickets.key_of(TOKENS["service"])], source["ticket"], **wanted)
+        monkeypatch.setattr(control.control.access, "authority", None)

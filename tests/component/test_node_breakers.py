@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from llorch.node import execution
 from llorch.node import pool_events as ev
-from llorch.node import runner
 from llorch.node.handoff import Handoff
 from llorch.records import Type
 from tests.component.node_harness import (
@@ -141,7 +141,7 @@ async def test_an_engine_that_breaks_off_counts_too_and_one_good_answer_begins_t
 async def test_an_engine_that_hangs_when_it_is_tried_is_given_up_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "TRIAL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(execution, "TRIAL_TIMEOUT_S", 0.1)
     async with two_engines(tmp_path) as two:
         for _ in range(5):
             await two.fails()

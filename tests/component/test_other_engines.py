@@ -59,7 +59,7 @@ def plan(name: str, folder: Path, *args: str, **changes: Any) -> Plan:
     )
     env = (("PYTHONPATH", f"{folder}:{ROOT}"), *changes.pop("env", ()))
     made = PoolSpec(id="p", engine=name, model="hf:org/m", slots=2, ctx=CTX, args=args, env=env, gpus=(0, 1))
-    return Plan(replace(made, **changes), ENGINES.get(name, COMMAND), "org/m", "/models/m")
+    return Plan(replace(made, **changes), ENGINES.get(name, COMMAND), {"org/m": "hf:org/m"})
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Node:
 
 @asynccontextmanager
 async def node(folder: Path, made: Plan, **settings: Any) -> AsyncIterator[Node]:
-    pools = Pools([made.spec], {made.spec.id: made.model_id})
+    pools = Pools([made.wanted])
     supervisor = Supervisor(pools, [made], runtime_dir=folder / "run", **{"stop_grace_s": 5.0} | settings)
     await supervisor.start()
     try:
@@ -256,8 +256,8 @@ async def test_a_port_that_its_parts_open_is_told_from_its_own(name: str, tmp_pa
 def command(*words: str, **changes: Any) -> Plan:
     program = (sys.executable, "-m", "tests.standins.vllm_standin", "serve")
     env = (("PYTHONPATH", str(ROOT)),)
-    made = PoolSpec(id="p", engine="command", command=(*program, *words), model="org/m", slots=2, ctx=CTX, env=env)
-    return Plan(replace(made, **changes), COMMAND, "org/m", "/models/m")
+    made = PoolSpec(id="p", engine="command", command=(*program, *words), model="hf:org/m", slots=2, ctx=CTX, env=env)
+    return Plan(replace(made, **changes), COMMAND, {"org/m": "hf:org/m"})
 
 
 async def test_a_command_is_filled_with_what_it_is_to_serve_and_finds_its_key(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ async def test_a_command_is_filled_with_what_it_is_to_serve_and_finds_its_key(tm
         words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[4:-1]
         port = running.handoff.url.rpartition(":")[2]
         assert words == [
-            "/models/m", "--served-model-name", "org/m", "--port", port, "--max-num-seqs=2",
+            "org/m", "--served-model-name", "org/m", "--port", port, "--max-num-seqs=2",
             "--max-model-len", str(CTX), "--dtype", '{"a": 1}',
         ]  # fmt: skip
         environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -284,7 +284,7 @@ async def test_a_command_that_is_not_there_says_so_and_the_node_stays(tmp_path: 
     made = replace(command(), spec=replace(command().spec, command=("/opt/nothing/here", "--port", "{port}")))
     async with node(tmp_path, made) as running:
         error = await eventually(lambda: running.supervisor.pools.health("p")["last_error"])
-        assert "/opt/nothing/here: No such file or directory" in error
+        assert "there is no program /opt/nothing/here" in error
 
 
 # ---------------------------------------------------------------- an engine of someone else
@@ -308,7 +308,7 @@ def offer(folder: Path, handoff: Handoff) -> None:
 @asynccontextmanager
 async def offered(folder: Path, handoff: Handoff) -> AsyncIterator[Node]:
     """A node whose only pool was handed over."""
-    pools = Pools([], {})
+    pools = Pools()
     supervisor = Supervisor(pools, [], runtime_dir=folder / "run")
     await supervisor.start()
     try:
@@ -344,7 +344,7 @@ async def test_an_ollama_that_runs_already_serves_under_our_name_for_its_model(t
 async def test_a_name_that_an_engine_does_not_know_is_told_with_the_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llorch.node.supervisor.QUIET_S", 0.0)
+    monkeypatch.setattr("llorch.node.engine_checks.QUIET_S", 0.0)
     async with (
         ollama("qwen3:8b") as (_, url),
         offered(tmp_path, Handoff("p", "external", url, "qwen3")) as running,

@@ -20,7 +20,7 @@ import aiohttp
 import pytest
 from aiohttp import web as aiohttp_web
 
-from llorch import listen, pki, tls, web
+from llorch import listen, pki, tickets, tls, web
 from llorch.auth import Scope
 from llorch.config import ControlSettings, NodeSettings
 from llorch.config_kinds import HostPort
@@ -64,9 +64,13 @@ SCOPES: dict[str, dict[str, set[Scope]]] = {
     "node": {
         "GET /livez": {OPEN}, "GET /readyz": {OPEN}, "GET /health": {OPEN}, "GET /openapi.json": {OPEN},
         "GET /metrics": {METRICS}, "GET /v2/pools": {CONTROL}, "GET /v2/pools/{pool}": {CONTROL},
+        "POST /v2/drain": {CONTROL}, "POST /v2/undrain": {CONTROL}, "GET /v2/pools/{pool}/logs": {CONTROL},
+        **{f"POST /v2/pools/{{pool}}/{kind}": {CONTROL} for kind in POOL_OPERATIONS},
         "GET /v2/pools/{pool}/health": {CONTROL}, "POST /v2/pools/{pool}/infer": {CONTROL},
         "GET /v2/tasks": {CONTROL}, "GET /v2/tasks/{task}": {CONTROL}, "DELETE /v2/tasks/{task}": {CONTROL},
-        "GET /v2/tasks/{task}/log": {CONTROL}, "GET /v2/catalog": {CONTROL},
+        "GET /v2/tasks/{task}/log": {CONTROL}, "GET /v2/catalog": {CONTROL}, "POST /v2/catalog/stage": {CONTROL},
+        "DELETE /v2/catalog/{model}": {CONTROL}, "POST /v2/catalog/{model}/verify": {CONTROL},
+        "GET /v2/catalog/{model}/blob": {CONTROL, NODE},
     },
 }  # fmt: skip
 
@@ -163,7 +167,7 @@ async def ground(role: str, folder: Path) -> AsyncIterator[Ground]:
     old = pair("old", now - 5)
     authority.revoke("old", now - 1)
     control_pair = authority.control_pair("desk", [], now, DAY)
-    node_may: set[Scope] = {NODE} if role == "control" else set()
+    node_may: set[Scope] = {NODE}  # at a node: to come with a ticket for a model's bytes
     common = [
         Shown("nobody", None),
         Shown("a wrong token", None, secrets.token_hex(32)),
@@ -202,6 +206,8 @@ async def ground(role: str, folder: Path) -> AsyncIterator[Ground]:
             kinds = [
                 *common,
                 Shown("the service token", CONTROL_MAY, fixed["service"]),
+                Shown("what nodes knock with", {NODE}, tickets.knock_of(fixed["service"])),
+                Shown("the key of the tickets", None, tickets.key_of(fixed["service"])),
                 Shown("the node's own token", None, fixed["node"]),
                 Shown("a client's token", None, fixed["api"]),
                 Shown("an admin's token", None, fixed["admin"]),

@@ -157,7 +157,7 @@ async def test_what_is_no_usable_model_is_not_kept(tmp_path: Path, place: BlobSe
             await ensure(stager, f"{place.url}/m.gguf")
         assert failed.value.code is Code.MODEL_NOT_AVAILABLE and not failed.value.retriable
         assert stager.catalog.report()[0].state == "failed"
-    assert [path for path in (tmp_path / "models").rglob("*.gguf")] == []
+    assert list((tmp_path / "models").rglob("*.gguf")) == []
 
 
 async def test_what_a_place_may_not_do(tmp_path: Path, place: BlobServer) -> None:

@@ -19,14 +19,16 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from llorch import demo
 from llorch.config_pools import PoolSpec
 from llorch.errors import Code, ConfigError, LlorchError
 from llorch.messages import TaskBody
 from llorch.node import pool_events as ev
 from llorch.node import probing
+from llorch.node.catalog import Catalog
 from llorch.node.engine_keys import read_key
+from llorch.node.engine_log import tail
 from llorch.node.engine_process import start_time
+from llorch.node.engine_start import Starts
 from llorch.node.engines.external import External
 from llorch.node.engines.llamacpp import LlamaCpp
 from llorch.node.engines.openai_api import NativeDecoder, TaskFacts, encode_native
@@ -35,15 +37,16 @@ from llorch.node.engines.spec import Launch
 from llorch.node.handoff import Handoff, render
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
-from llorch.node.supervisor import Supervisor
+from llorch.node.supervisor import Supervisor, Told
 from llorch.web import client_session
 
 DEADLINE_S = 30.0
+DEMO = Starts(Catalog().ensure)
 
 
 def plan(*args: str, **changes: Any) -> Plan:
     spec = replace(PoolSpec(id="p", engine="simulated", model="m", slots=2, args=args), **changes)
-    return Plan(spec, External() if spec.engine == "external" else Simulated(sys.executable), "m")
+    return Plan(spec, External() if spec.engine == "external" else Simulated(sys.executable), {"m": "m"})
 
 
 async def until(fact: Callable[[], Any]) -> None:
@@ -54,7 +57,7 @@ async def until(fact: Callable[[], Any]) -> None:
 
 @asynccontextmanager
 async def supervised(root: Path, *plans: Plan, **settings: Any) -> AsyncIterator[Supervisor]:
-    pools = Pools([one.spec for one in plans], {one.spec.id: one.model_id for one in plans})
+    pools = Pools(one.wanted for one in plans)
     supervisor = Supervisor(pools, plans, runtime_dir=root, **{"stop_grace_s": 5.0} | settings)
     await supervisor.start()
     try:
@@ -94,7 +97,7 @@ async def test_a_pool_of_the_settings_becomes_ready_and_ends_with_its_agent(tmp_
         pids = [pid_of(tmp_path, "p-r0"), pid_of(tmp_path, "p-r1")]
         assert all(os.getpgid(pid) == pid for pid in pids)
         wire = json.loads((tmp_path / "pids" / "p-r0.json").read_text())
-        assert set(wire) == {"pid", "start_time", "argv_digest", "port", "api_key_file", "log"}
+        assert {"pid", "start_time", "argv_digest", "port", "api_key_file", "log", "shim", "agent"} <= set(wire)
         assert wire["start_time"] == start_time(wire["pid"])
         lease = supervisor.pools.acquire("p", "t")
         assert lease.api_key_file is not None and lease.url.startswith("http://127.0.0.1:")
@@ -158,10 +161,10 @@ http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Engine).serve_for
 
 
 async def test_an_engine_that_others_can_reach_is_ended_and_never_ready(tmp_path: Path) -> None:
-    bad = Plan(PoolSpec(id="p", engine="simulated", model="m"), Everywhere(), "m")
+    bad = Plan(PoolSpec(id="p", engine="simulated", model="m"), Everywhere(), {"m": "m"})
     notes: list[ev.Note] = []
     seen: set[bool] = set()
-    async with supervised(tmp_path, bad, on_note=notes.append) as supervisor:
+    async with supervised(tmp_path, bad, told=Told(note=notes.append)) as supervisor:
         supervisor.pools.subscribe(lambda _pool: seen.add(ready(supervisor)))
         # A first start may end by itself: its port, free on loopback, need not be free everywhere.
         await until(lambda: "it listens on 0.0.0.0:" in (supervisor.pools.health("p")["last_error"] or ""))
@@ -176,7 +179,7 @@ async def test_an_engine_that_is_killed_is_started_again_and_the_log_says_whose_
 ) -> None:
     caplog.set_level("INFO", "llorch")
     notes: list[ev.Note] = []
-    async with supervised(tmp_path, plan(), on_note=notes.append, node_id="n1", clock=hurried()) as supervisor:
+    async with supervised(tmp_path, plan(), told=Told(note=notes.append), node_id="n1", clock=hurried()) as supervisor:
         await until(lambda: ready(supervisor))
         first = pid_of(tmp_path)
         os.kill(first, signal.SIGKILL)
@@ -197,7 +200,7 @@ async def test_an_engine_that_cannot_start_fails_its_pool_and_says_why(tmp_path:
         await until(lambda: supervisor.pools.pool_report("p")["state"] == "failed")
         error = supervisor.pools.health("p")["last_error"]
         assert error.startswith("exited with code 2") and "no-such-flag" in error
-        assert any("no-such-flag" in line for line in supervisor.tail("p"))
+        assert any("no-such-flag" in line for line in tail(supervisor.files.logs / "p-r0.log", 50))
         await until(lambda: ready(supervisor, "q"))
         assert not any(Path(name).name.startswith("p-") for name in left(tmp_path))
 
@@ -240,7 +243,7 @@ async def test_stopped_before_its_start_has_begun_it_does_end(tmp_path: Path) ->
 async def test_a_removed_handoff_stops_the_engine_and_a_foreign_one_is_rewritten(tmp_path: Path) -> None:
     notes: list[ev.Note] = []
     file = tmp_path / "engines" / "p-r0.json"
-    async with supervised(tmp_path, plan(), on_note=notes.append) as supervisor:
+    async with supervised(tmp_path, plan(), told=Told(note=notes.append)) as supervisor:
         await until(lambda: ready(supervisor))
         own, pid = file.read_bytes(), pid_of(tmp_path)
         file.write_bytes(own.replace(b'"slots": 2', b'"slots": 9'))
@@ -274,7 +277,7 @@ async def test_a_loading_engine_is_given_its_time_and_no_more(tmp_path: Path) ->
 async def test_a_second_agent_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     async with supervised(tmp_path, plan()) as supervisor:
         await until(lambda: ready(supervisor))
-        other = Supervisor(Pools([], {}), [], runtime_dir=tmp_path)
+        other = Supervisor(Pools(), [], runtime_dir=tmp_path)
         with pytest.raises(ConfigError, match="another agent"):
             await other.start()
         await other.close()
@@ -285,7 +288,7 @@ async def test_a_second_agent_in_the_same_directory_is_refused(tmp_path: Path) -
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 async def test_real_llama_cpp_becomes_ready_and_answers_through_its_lease(tmp_path: Path) -> None:
     spec = PoolSpec(id="p", engine="llamacpp", model="demo", slots=2, ctx=256, gpus=())
-    async with supervised(tmp_path, Plan(spec, LlamaCpp(sys.executable), "demo", demo.model_path())) as supervisor:
+    async with supervised(tmp_path, Plan(spec, LlamaCpp(sys.executable), {"demo": "demo"}), starts=DEMO) as supervisor:
         await until(lambda: ready(supervisor))
         report = supervisor.pools.pool_report("p")
         assert (report["slots_total"], report["ctx"], report["last_error"]) == (2, 256, None)
@@ -315,8 +318,8 @@ async def test_real_llama_cpp_becomes_ready_and_answers_through_its_lease(tmp_pa
 @pytest.fixture
 def outspoken(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is not ready yet is news at once, and asked again soon."""
-    monkeypatch.setattr("llorch.node.supervisor.QUIET_S", 0.0)
-    monkeypatch.setattr("llorch.node.supervisor.PROBE_MOST_S", 0.05)
+    monkeypatch.setattr("llorch.node.engine_checks.QUIET_S", 0.0)
+    monkeypatch.setattr("llorch.node.engine_checks.PROBE_MOST_S", 0.05)
 
 
 @asynccontextmanager
@@ -408,7 +411,7 @@ async def test_its_key_is_read_from_its_file(tmp_path: Path, outspoken: None) ->
 async def test_an_engine_that_goes_away_is_noticed_and_one_that_comes_back_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llorch.node.supervisor.CHECK_S", 0.05)
+    monkeypatch.setattr("llorch.node.engine_checks.CHECK_S", 0.05)
     async with supervised(tmp_path) as supervisor:
         async with engine() as url:
             offer(tmp_path, url)
@@ -421,7 +424,7 @@ async def test_an_engine_that_goes_away_is_noticed_and_one_that_comes_back_too(
 
 async def test_an_external_pool_is_offered_and_withdrawn_and_its_engine_is_left_alone(tmp_path: Path) -> None:
     async with engine() as url:
-        external = replace(plan(engine="external", url=url), model_id="big")
+        external = replace(plan(engine="external", url=url), choices={"big": "big"})
         async with supervised(tmp_path, external) as supervisor:
             await until(lambda: ready(supervisor))
             report = supervisor.pools.pool_report("p")
@@ -465,31 +468,7 @@ async def test_what_a_killed_agent_left_is_cleared_by_the_next(tmp_path: Path) -
     finally:
         agent.kill()
         await agent.wait()
-    await until(lambda: not alive(orphan))
-    assert left(tmp_path) != []
+    await until(lambda: not alive(orphan) and left(tmp_path) == [])
+    (tmp_path / "pids" / "torn-r0.json").write_text('{"pid": ')
     async with supervised(tmp_path) as supervisor:
         assert left(tmp_path) == [] and supervisor.pools.ids() == []
-
-
-async def test_a_leftover_engine_is_ended_and_a_stranger_with_its_pid_is_not(tmp_path: Path) -> None:
-    sleeper = ("-c", "import time; time.sleep(600)")
-    ours = await asyncio.create_subprocess_exec(sys.executable, *sleeper, start_new_session=True)
-    stranger = await asyncio.create_subprocess_exec(sys.executable, *sleeper, start_new_session=True)
-    try:
-        (tmp_path / "pids").mkdir()
-        for name, process, shift in (("a-r0", ours, 0), ("b-r0", stranger, 1)):
-            started = start_time(process.pid)
-            assert started is not None
-            wire = {"pid": process.pid, "start_time": started + shift}
-            (tmp_path / "pids" / f"{name}.json").write_text(json.dumps(wire))
-        (tmp_path / "pids" / "torn-r0.json").write_text('{"pid": ')
-        async with supervised(tmp_path):
-            assert left(tmp_path) == []
-            async with asyncio.timeout(DEADLINE_S):
-                await ours.wait()
-            assert stranger.returncode is None and alive(stranger.pid)
-    finally:
-        for process in (ours, stranger):
-            if process.returncode is None:
-                process.kill()
-            await process.wait()

@@ -25,6 +25,11 @@ def engines(llorch: Cluster, node: str) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
+def another_than(before: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The one engine there is, once it is not that one any more."""
+    return next((each for each in found.values() if each["pid"] != before["pid"]), None)
+
+
 def gone(pids: list[int]) -> bool:
     return not any(alive(pid) for pid in pids)
 
@@ -144,10 +149,14 @@ async def test_an_engine_that_the_settings_want_otherwise_is_not_taken_over(llor
     [before] = engines(llorch, "a").values()
     node.kill()
     await llorch.start_node("a", [simulated("p0", "sim", 2)], LLORCH_ORPHAN_GRACE="60s")
-    [after] = engines(llorch, "a").values()
-    assert after["pid"] != before["pid"]
+    after = await eventually(lambda: another_than(before, engines(llorch, "a")))
     await eventually(lambda: gone(pids_of(before)))
-    assert (await llorch.get("/v2/nodes/a"))["pools"][0]["slots_total"] == 2
+
+    async def slots() -> bool:
+        return bool((await llorch.get("/v2/nodes/a"))["pools"][0]["slots_total"] == 2)
+
+    await eventually(slots)
+    assert alive(after["pid"])
 
 
 async def test_an_engine_that_nobody_adopts_ends_after_its_grace(llorch: Cluster) -> None:
@@ -178,9 +187,8 @@ async def test_a_stranger_with_the_pid_of_an_engine_is_neither_adopted_nor_kille
         path.write_text(json.dumps(engine | {"pid": stranger.pid}))
         path.chmod(0o600)
         await llorch.start_node("a", LLORCH_ORPHAN_GRACE="60s")
+        await eventually(lambda: another_than(engine | {"pid": stranger.pid}, engines(llorch, "a")))
         assert stranger.returncode is None and alive(stranger.pid)
-        [after] = engines(llorch, "a").values()
-        assert after["pid"] not in (stranger.pid, engine["pid"])
     finally:
         stranger.kill()
         await stranger.wait()

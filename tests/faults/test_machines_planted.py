@@ -197,7 +197,7 @@ CLUSTER_BUGS: dict[str, Plant] = {
     "a claim is not released": planted(WaitingRoom, "release", lambda old: lambda self, claim: None),
     "a slot is handed to nobody": planted(WaitingRoom, "pump", lambda old: lambda self, *more: None),
     "a node that is full is asked again at once": planted(
-        Registry, "busy", lambda old: lambda self, claim, now, full: None
+        Registry, "busy", lambda old: lambda self, claim, now, **more: None
     ),
     "a lost node is as good as before": planted(Registry, "link_lost", lambda old: lambda self, node_id, now: False),
     "what has shown bytes is tried elsewhere": _shows_more_elsewhere,

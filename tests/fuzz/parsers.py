@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import json
 import math
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from multidict import CIMultiDict
 
-from llorch import openai_paths, pki, records, sse
+from llorch import openai_paths, pki, records, sse, tickets
 from llorch.auth import Principal, Scope, TokenRing, authorize, parse_tokens, presented_token
 from llorch.cli import contexts
 from llorch.client.events import read_event
@@ -53,7 +54,8 @@ from llorch.messages import (
     model_id_ok,
     parse,
 )
-from llorch.node import dial, fit, handoff
+from llorch.node import catalog_file, dial, fit, handoff, hub_files
+from llorch.node.catalog import check_ref
 from llorch.node.engines import gguf, openai_api, progress
 from llorch.node.engines.chunks import Meter, normalise_error
 from llorch.node.modelref import model_id
@@ -67,6 +69,8 @@ from tests.fuzz.watch import Shape, Target
 NOW, WALL = 1_000.0, "2026-01-02T03:04:05Z"
 PEER = "10.1.2.3"  # who registers, beats and advertises addresses: not this machine
 TOKEN = "t" * 40
+TICKET_KEY = "k" * 64
+TICKET = tickets.mint(TICKET_KEY, digest="d" * 64, source="a", destination="b", expires_at=NOW + 60, model="m")
 JSON_WORDS = (
     b'"model": "sim"',
     b'"prompt": "x"',
@@ -519,6 +523,33 @@ def gguf_header(data: bytes) -> None:
     assert 0 <= needed.weights_bytes <= len(data) and needed.kv_bytes >= 0, "an estimate that can't be"
 
 
+def catalog_of_a_node(data: bytes) -> None:
+    found = catalog_file.load(data)
+    assert catalog_file.load(catalog_file.dump(found.values())) == found, "what was read is not what is written"
+    folder = Path("/data/models")
+    for called, entry in found.items():
+        assert called == entry.id and (folder / catalog_file.folder_name(called)).parent == folder
+        assert catalog_file.id_of_folder(catalog_file.folder_name(called)) == called
+        for file in entry.files:
+            inside = (folder / file.name).parent == folder and file.name not in (".", "..")
+            assert inside or (entry.outside and file.name.startswith("/")), "a file that lies somewhere else"
+            assert "\0" not in file.name
+
+
+def partial_state(data: bytes) -> None:
+    state = catalog_file.load_partial(data)
+    assert catalog_file.load_partial(catalog_file.dump_partial(state)) == state
+    assert state.continues(state) or (state.validator is None and state.sha256 is None)
+
+
+def presented_ticket(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    found = tickets.check(
+        (TICKET_KEY,), text, model="m", digest="d" * 64, source="a", destination="b", now=NOW
+    )  # fmt: skip
+    assert found == tickets.Ticket("d" * 64, "m", "a", "b", NOW + 60) and text == TICKET, "a ticket that nobody signed"
+
+
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     """For files that their readers open themselves; in memory where there is such a place."""
@@ -623,6 +654,13 @@ def model_refs(data: bytes) -> None:
         ref = ""
     assert ".." not in ref.partition("?")[0].split("/"), "a reference leads out of its folder"
     assert not (model_id_ok(text) and ".." in text), "an id that leads somewhere else"
+    try:
+        staged = check_ref(text)
+        wish = hub_files.parse_hub(staged) if staged.startswith("hf:") else None
+    except ConfigError:
+        staged, wish = "", None
+    assert not staged.startswith("-") and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", staged), "a hidden character"
+    assert wish is None or not {"", ".", ".."} & set(f"{wish.repo}/{wish.file or 'x'}".split("/")), "a path that climbs"
     for model, field in ((TaskBody, "model"), (PoolReport, "pool_id"), (Register, "node_id")):
         try:
             parse(model, {field: text, **({"prompt": ""} if model is TaskBody else {})})
@@ -788,6 +826,23 @@ def targets() -> tuple[Target, ...]:
             words=HOST_WORDS,
         ),
         Target("gguf_header", gguf_header, (seeds.GGUF,), (ValueError,), BINARY),
+        Target(
+            "catalog_of_a_node",
+            catalog_of_a_node,
+            (seeds.CATALOG, seeds.CATALOG.replace(b"m.gguf", b"/x/m.gguf")),
+            (ValueError,),
+            words=JSON_WORDS + REF_WORDS,
+            schemas=(catalog_file.Entry,),
+        ),
+        Target(
+            "partial_state",
+            partial_state,
+            (seeds.PARTIAL,),
+            (ValueError,),
+            words=JSON_WORDS,
+            schemas=(catalog_file.PartialState,),
+        ),
+        Target("presented_ticket", presented_ticket, (TICKET.encode(),), refused, BINARY, (b"v1.", b".", b"=", b"-_")),
         Target("roster_file", roster_file, (b'{"nodes": ["n0", "n1"]}',)),
         Target(
             "contexts_file",

@@ -176,3 +176,27 @@ COUNTERS = (
     b'vllm:generation_tokens_total{engine="0",model_name="m"} 40.0\nvllm:kv_cache_usage_perc{model_name="m"} 0.5\n'
     b'sglang:realtime_tokens_total{mode="decode"} 3.0e+01 1395066363000\nsglang:token_usage{model_name="m"} 0.28\n'
 )
+_A, _B = "a" * 64, "b" * 64
+CATALOG = json.dumps(
+    {
+        "version": 1,
+        "models": [
+            {
+                "id": "org/m:Q4", "ref": "hf:org/m:Q4", "sha256": _A, "size_bytes": 9, "state": "staged",
+                "ctx_train": 4096,
+                "files": [{"name": "m.gguf", "size_bytes": 9, "sha256": _A, "stamp": [1, 9, 1_700_000_000_000_000]}],
+            },
+            {
+                "id": "n", "state": "staging",
+                "order": {
+                    "ref": "n", "model": "n",
+                    "sources": [{"node_id": "a", "url": "http://10.0.0.1:9200", "ticket": "v1.x.y"}],
+                },
+            },
+            {"id": "o", "state": "failed", "error": "DIGEST_MISMATCH: x"},
+        ],
+    }
+).encode()  # fmt: skip
+PARTIAL = json.dumps(
+    {"source": _A, "validator": '"v1"', "sha256": _B, "size_bytes": 200, "synced": 100, "boot": "0f"}
+).encode()

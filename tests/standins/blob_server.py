@@ -1,4 +1,4 @@
-"""A stand-in for a place on the web that has files: with ranges and validators, and as unreliable as a test wants it."""
+"""A stand-in for a place on the web that has files: with ranges and validators, and as unreliable as a test wants."""
 
 from __future__ import annotations
 

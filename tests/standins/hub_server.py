@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face hub: the routes of it that `huggingface_hub` and a fetch of one file use.
 
     GET /api/models/{org}/{repo}?blobs=true        its files, their sizes and, of large ones, their SHA-256
-    GET /{org}/{repo}/resolve/{commit}/{path}      a redirect to where the bytes are, on another host, as the real one does
+    GET /{org}/{repo}/resolve/{commit}/{path}      a redirect to where the bytes are, on another host, as there
 
 As documented at https://huggingface.co/docs/hub/api, and as seen in the library's own calls.
 """

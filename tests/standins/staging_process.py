@@ -1,7 +1,7 @@
 """A stand-in for a node, as far as staging goes: a catalog and a stager in a process of their own, that may be killed.
 
-`python -m tests.standins.staging_process DATA ORDER`: ORDER is a StageOrder as JSON, or `-` for what an earlier run left.
-Prints one line of JSON when it is done: the model's entry, or the error.
+`python -m tests.standins.staging_process DATA ORDER`: a StageOrder as JSON, or `-` for what an earlier run left. Prints
+one line of JSON when it is done: the model, or the error.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Owns its flags. It takes its key from nothing but its command line, or from a file that names all flags; so the few
 lines that start it read the key from the environment and give it to the parser, where no list of processes shows it.
 It would write its arguments into its log, key and all, at any level below `warning`. Its parts find each other through
-PyTorch's TCPStore, which listens on every address: a packet filter closes that, `llorch config firewall node`.
+PyTorch's TCPStore, which listens on every address, without a key: only the machine's packet filter closes that.
 Flags: `sglang serve --help` of 0.5.23, whose middleware leaves only `/health*`, `/ready*` and `/metrics` without key.
 """
 

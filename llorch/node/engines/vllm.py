@@ -2,8 +2,8 @@
 
 Owns its flags. Its key goes by the environment, and guards only `/v1`: `/invocations`, `/pause`, `/update_weights` and
 others stay open to whoever reaches its port, so it is on loopback, and a node calls the paths of one table alone. Its
-parts find each other through PyTorch's TCPStore, which listens on every address: a packet filter closes that, `llorch
-config firewall node`. Flags: docs/cli of 0.33; docs/usage/security.md.
+parts find each other through PyTorch's TCPStore, which listens on every address, without a key: only the machine's
+packet filter closes that. Flags: docs/cli of 0.33; docs/usage/security.md.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_a_model_that_no_engine_could_open_is_told_at_once(tmp_path: Path, monke
         (f"file:{text}", "is not a usable GGUF", "-m demo, or"),
         (f"file:{tmp_path}", "is not a file", "-m demo, or"),
         ("notes.gguf", "no model notes.gguf", f"-m file:{text}"),
-        ("hf:org/repo", "not available yet", "-m demo, or"),
+        ("hf:org/repo", "is not staged here", "-m demo, or"),
     ):
         with pytest.raises(ConfigError) as caught:
             dev_checks.check_model(ref)

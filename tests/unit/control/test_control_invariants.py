@@ -24,6 +24,7 @@ QUEUE_LIMIT = 8  # for one principal of two: 2
 BODY_LIMIT = 1_000
 QUEUE_TIMEOUT_S = 60.0
 MODELS = {"p0": "m", "p1": "n"}
+SHARED = "p1"  # it can load both models, one at a time
 TASKS = st.tuples(
     st.sampled_from(["ann", "ann", "bob"]), st.sampled_from([INTERACTIVE, BATCH]), st.sampled_from([50, 400])
 )
@@ -45,6 +46,7 @@ class RealNode:
         self.boot = 1
         self.lease_id = ""
         self.draining = False
+        self.model = dict(MODELS)
         self.ready = dict.fromkeys(MODELS, True)
         self.others = dict.fromkeys(MODELS, 0)
         self.running: dict[str, set[Claim]] = {pool_id: set() for pool_id in MODELS}
@@ -52,16 +54,27 @@ class RealNode:
     def free(self, pool_id: str) -> int:
         return SLOTS - self.others[pool_id] - len(self.running[pool_id])
 
+    def swappable(self, pool_id: str) -> bool:
+        return pool_id == SHARED and self.ready[pool_id] and self.free(pool_id) == SLOTS
+
+    def takes(self, pool_id: str, model: str) -> bool:
+        """An OPEN arrives; loading takes no time here."""
+        if self.model[pool_id] != model and self.swappable(pool_id):
+            self.model[pool_id] = model
+        return self.model[pool_id] == model and self.free(pool_id) > 0
+
     def reports(self) -> list[dict[str, Any]]:
         return [
             {
                 "pool_id": pool_id,
-                "model": model,
+                "model": model if self.ready[pool_id] or pool_id != SHARED else None,
+                "models": list(MODELS.values()) if pool_id == SHARED else [model],
+                "swappable": self.swappable(pool_id),
                 "ready": self.ready[pool_id],
                 "slots_total": SLOTS,
                 "slots_free": self.free(pool_id),
             }
-            for pool_id, model in MODELS.items()
+            for pool_id, model in self.model.items()
         ]
 
 
@@ -91,10 +104,14 @@ class Control(RuleBasedStateMachine):
             return None
         node = self.registry.nodes[key[0]]
         pool = node.pools[key[1]]
+        (fact,) = [each for each in self.registry.pool_facts(self.now) if each.key == key]
         assert node.online and node.reachable and not node.suspect(self.now) and not node.draining
-        assert pool.bound and pool.report.ready and pool.report.model == waiter.wish.model
+        assert (
+            pool.bound and pool.report.ready and (fact.takes == waiter.wish.model or fact.may_load(waiter.wish.model))
+        )
+        assert fact.takes == waiter.wish.model or pool.claimed == 0
         assert pool.breaker.takes
-        return self.registry.claim(*key, waiter.task_id, self.fresh())
+        return self.registry.claim(*key, waiter.task_id, self.fresh(), waiter.wish.model)
 
     def pump(self) -> None:
         placed = self.admission.match(self.place, self.now)
@@ -132,11 +149,12 @@ class Control(RuleBasedStateMachine):
     def a_node_answers_an_open(self, index: int) -> None:
         waiter, claim = self.opening.pop(index % len(self.opening))
         real = self.real[claim.node_id]
-        if claim.node_id in self.registry.nodes and real.free(claim.pool_id) > 0:
+        if claim.node_id in self.registry.nodes and real.takes(claim.pool_id, waiter.wish.model):
             real.running[claim.pool_id].add(claim)
             self.held[claim] = waiter
+            self.registry.accepted(claim)
             return
-        self.registry.busy(claim, self.now)
+        self.registry.busy(claim, self.now, another=real.model[claim.pool_id] != waiter.wish.model)
         self.release(claim)
         self.admission.enqueue(replace(waiter, front=True), self.now, SLOTS)
         self.pump()
@@ -357,7 +375,16 @@ class Control(RuleBasedStateMachine):
         assert self.registry.pool_facts(self.now) == kept
         for model in ("m", "n"):
             narrowed = [fact.key for fact in self.registry.pool_facts(self.now, model)]
-            assert sorted(narrowed) == sorted(fact.key for fact in kept if fact.model == model)
+            assert sorted(narrowed) == sorted(fact.key for fact in kept if model in fact.models)
+
+    @invariant()
+    def a_pledge_is_that_of_claims_which_are_held_or_was_accepted(self) -> None:
+        for node in self.registry.nodes.values():
+            for pool in node.pools.values():
+                if pool.pledge is not None:
+                    mine = {c.key for c in self.claims() if (c.node_id, c.pool_id) == (pool.node_id, pool.pool_id)}
+                    assert pool.pledge.claims <= mine
+                    assert pool.pledge.claims or pool.pledge.accepted
 
     @invariant()
     def at_most_half_of_a_models_pools_are_out(self) -> None:
@@ -397,6 +424,7 @@ class Control(RuleBasedStateMachine):
         for node_id, real in self.real.items():
             real.others, real.ready, real.draining = dict.fromkeys(MODELS, 0), dict.fromkeys(MODELS, True), False
             real.running = {pool_id: set() for pool_id in MODELS}
+            real.model = dict(MODELS)
             self.registry.deregister(node_id, self.now)
             message = Register.model_validate({"node_id": node_id, "boot_id": "last", "pools": real.reports()})
             self.registry.register(message, now=self.now, wall=WALL, peer=None, lease_id="last")

@@ -312,11 +312,20 @@ def test_what_a_node_says_of_its_failure_is_read_as_a_code_where_it_begins_with_
         assert message in error.message and error.hint
 
 
+def test_what_a_node_answers_is_how_far_it_is_until_it_reports() -> None:
+    world = World().add("a", "b")
+    world.reports("b", report())
+    job = world.job(ID, ["a"])
+    world.taken(world.orders[0], progress=0.4)
+    shown = job_view(job, world.now)["nodes"]["a"]
+    assert (shown["progress"], shown["bytes_done"], shown["bytes_total"]) == (0.4, 400_000, SIZE)
+
+
 def test_progress_and_speed_are_what_the_reports_and_this_controls_clock_say() -> None:
     world = World().add("a")
     job = world.job()
     world.taken(world.orders[0])
-    for progress in (0.0, 0.1, 0.2, 0.3):
+    for progress in (0.1, 0.2, 0.3):
         world.reports("a", report("staging", progress=progress))
         world.step(1)
     shown = job_view(job, world.now)["nodes"]["a"]
@@ -347,6 +356,20 @@ def test_a_model_that_a_node_reports_nothing_of_is_asked_for_again_and_given_up_
         world.step(2)
     error = job.shares["a"].error
     assert asked == ORDER_TRIES and error is not None and "reports nothing of it" in error.message
+
+
+def test_a_node_that_was_heard_of_again_has_all_its_tries_again() -> None:
+    world = World().add("a")
+    job = world.job()
+    for _ in range(ORDER_TRIES - 1):
+        world.refused(world.orders[0], Code.NODE_LOST)
+        world.step(40)
+    world.taken(world.orders[0])
+    world.reports("a", report("staging", progress=0.1))
+    world.step(1)
+    world.reports("a")
+    assert [order.node_id for order in world.step(ABSENT_S + 1)] == ["a"]
+    assert job.state == "running"
 
 
 def test_two_origins_that_give_different_bytes_are_a_conflict() -> None:

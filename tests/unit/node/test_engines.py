@@ -289,26 +289,28 @@ def test_an_engine_that_was_asked_for_by_name_is_not_replaced() -> None:
 
 
 def plan(spec: PoolSpec, facts: EngineFacts = WHEEL, gpu_count: int = 0, allow_cpu: bool = False) -> Plan:
-    return plan_pool(spec, facts, lambda ref: f"/found/{ref}", gpu_count=gpu_count, allow_cpu=allow_cpu)
+    return plan_pool(spec, facts, lambda ref: ref, gpus=frozenset(range(gpu_count)), allow_cpu=allow_cpu)
 
 
 def test_a_plan_names_the_engine_that_was_chosen() -> None:
     made = plan(replace(SPEC, engine="auto"))
-    assert (made.spec.engine, made.engine.name, made.model_id) == ("llamacpp", "llamacpp", "demo")
-    assert made.model_path == "/found/demo"
+    assert made.engine is not None
+    assert (made.spec.engine, made.engine.name, made.choices) == ("llamacpp", "llamacpp", {"demo": "demo"})
+    assert made.takes_files and made.wanted.choices == {"demo": "demo"}
 
 
 def test_an_engine_without_a_model_file_needs_none() -> None:
     made = plan(replace(SPEC, engine="simulated", model="llama-3-8b", gpus=(7,)), NOTHING)
-    assert (made.model_id, made.model_path) == ("llama-3-8b", None)
-    assert plan(replace(SPEC, engine="external", model=None, url="http://127.0.0.1:1"), NOTHING).model_id == "p"
+    assert (made.choices, made.takes_files) == ({"llama-3-8b": "llama-3-8b"}, False)
+    made = plan(replace(SPEC, engine="external", model=None, url="http://127.0.0.1:1"), NOTHING)
+    assert made.choices == {"p": "p"}
 
 
 @pytest.mark.parametrize(
     ("changes", "gpu_count", "why"),
     [
         ({"model": None}, 0, "pool p: it needs a model"),
-        ({"gpus": (2,)}, 2, "pool p: there is no GPU 2: this machine has 2"),
+        ({"gpus": (2,)}, 2, "pool p: there is no GPU 2: this machine has 0, 1"),
         ({"gpus": None}, 1, "pool p: this machine has a GPU"),
         ({"gpus": (0,)}, 1, "pool p: this machine has a GPU"),
     ],
@@ -320,8 +322,8 @@ def test_a_plan_that_cannot_work_is_refused(changes: dict[str, Any], gpu_count: 
 
 
 def test_a_pool_kept_off_the_gpus_may_use_the_cpu() -> None:
-    assert plan(replace(SPEC, engine="auto", gpus=()), gpu_count=1).engine.name == "llamacpp"
-    assert plan(replace(SPEC, engine="auto"), gpu_count=1, allow_cpu=True).engine.name == "llamacpp"
+    assert plan(replace(SPEC, engine="auto", gpus=()), gpu_count=1).spec.engine == "llamacpp"
+    assert plan(replace(SPEC, engine="auto"), gpu_count=1, allow_cpu=True).spec.engine == "llamacpp"
 
 
 @pytest.mark.parametrize(

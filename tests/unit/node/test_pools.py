@@ -73,7 +73,7 @@ def state(pools: Pools, pool_id: str = "p", replica: str = "r0") -> ev.ReplicaSt
 def test_a_spawned_replica_goes_from_spawn_to_handoff_to_probe_to_ready() -> None:
     pools = pools_of(spec())
     assert pools.pool_report("p")["state"] == "stopped"
-    assert pools.handle(ev.Start(), 0) == [ev.Spawn("p", "r0", 1, "m", "m")]
+    assert only(pools.handle(ev.Start(), 0), ev.Spawn) == [ev.Spawn("p", "r0", 1, "m", "m")]
     assert pools.pool_report("p")["state"] == "starting"
     assert pools.handle(ev.Spawned(1, own()), 1) == [ev.WriteHandoff(own())]
     assert pools.handle(ev.HandoffSeen(own()), 1) == [ev.Probe("p", "r0", 1, own())]
@@ -96,7 +96,7 @@ def test_a_handed_off_engine_makes_a_pool_and_tells_its_own_slots() -> None:
 
 def test_an_external_pool_is_offered_by_a_handoff_and_never_spawned_or_terminated() -> None:
     pools = pools_of(spec(engine="external", url="http://127.0.0.1:7000", api_key_file="/k"))
-    [write] = pools.handle(ev.Start(), 0)
+    [write] = only(pools.handle(ev.Start(), 0), ev.WriteHandoff)
     assert isinstance(write, ev.WriteHandoff)
     assert (write.handoff.url, write.handoff.pid, write.handoff.api_key_file) == ("http://127.0.0.1:7000", None, "/k")
     offer(pools, write.handoff)

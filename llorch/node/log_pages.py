@@ -1,0 +1,87 @@
+"""The logs of a pool's engines, from afar: the newest lines, or those that came after a cursor.
+
+Owns the cursor: how far each replica's log was read, and of which file, for they are rotated. Blocking, and short:
+what is read at once is bounded. Never shows a control character.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llorch.logs import printable
+from llorch.node.engine_log import MAX_LINE_CHARS, tail
+from llorch.node.engines.shim_files import generations
+
+READ_BYTES = 128 * 1024  # of one log at once: a follower asks twice a second
+
+Place = tuple[int, int]  # a file's number, and how far it was read
+
+
+def read(logs: Path, pool_id: str, replicas: Sequence[str], lines: int, after: str | None) -> dict[str, Any]:
+    """`{"lines": [{"replica", "text"}], "cursor"}`. A cursor that is not ours means the newest lines."""
+    places = _places(after)
+    found: list[dict[str, str]] = []
+    cursors: list[str] = []
+    for replica in replicas:
+        path = logs / f"{pool_id}-{replica}.log"
+        place = places.get(replica)
+        if place is None:
+            texts, place = tail(path, lines), _end(path)
+        else:
+            texts, place = _after(path, place, lines)
+        found += [{"replica": replica, "text": text} for text in texts]
+        cursors.append(f"{replica}={place[0]}:{place[1]}")
+    return {"lines": found[-lines:] if after is None else found, "cursor": ",".join(cursors)}
+
+
+def _places(after: str | None) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    for part in (after or "")[:4_096].split(","):
+        replica, _, place = part.partition("=")
+        file, _, offset = place.partition(":")
+        if file.isdecimal() and offset.isdecimal() and len(place) < 64:
+            places[replica] = (int(file), int(offset))
+    return places
+
+
+def _end(path: Path) -> Place:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_size
+
+
+def _after(path: Path, place: Place, lines: int) -> tuple[list[str], Place]:
+    """The whole lines since `place`, the oldest first and no more than `lines`; over a rotation, too."""
+    texts: list[str] = []
+    for name in _since(path, place[0]):
+        try:
+            with name.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                start = place[1] if number == place[0] else 0
+                file.seek(start)
+                raw = file.read(READ_BYTES)
+        except OSError:
+            continue
+        whole = raw.splitlines(keepends=True)
+        if whole and not whole[-1].endswith(b"\n") and len(raw) < READ_BYTES:
+            whole.pop()  # it is still being written
+        whole = whole[: lines - len(texts)]
+        texts += [printable(line.decode("utf-8", "replace").rstrip("\r\n"))[:MAX_LINE_CHARS] for line in whole]
+        place = (number, start + sum(map(len, whole)))
+        if len(texts) >= lines or len(raw) == READ_BYTES:
+            break
+    return texts, place
+
+
+def _since(path: Path, number: int) -> list[Path]:
+    """The log and what it was rotated to, the oldest first, from the file with that number on; all if that is gone."""
+    files = [Path(name) for name in generations(str(path)) if os.path.lexists(name)]
+    for count, file in enumerate(files, 1):
+        if _end(file)[0] == number:
+            return files[:count][::-1]
+    return files[:1]

@@ -57,6 +57,8 @@ class World:
         self.files: dict[str, Handoff] = {}
         self.known: dict[str, Handoff] = {}  # to the watcher
         self.probes: dict[Key, tuple[int, Handoff]] = {}
+        self.prepares: list[ev.Prepare] = []  # models that are fetched for a reload
+        self.room = True  # for two models
         self.tasks: dict[str, Task] = {}
         self.notes: list[ev.Note] = []
         self.ended: dict[str, ev.EndTasks] = {}
@@ -72,7 +74,7 @@ class World:
     def boot(self, wishes: Any = None) -> None:
         """An agent starts, and finds the engines that another left."""
         self.pools = pools = Pools(wanted(spec) for spec in self.settings.values())
-        self.known, self.probes, self.tasks, self.last_run = {}, {}, {}, {}
+        self.known, self.probes, self.prepares, self.tasks, self.last_run = {}, {}, [], {}, {}
         self.reports: dict[str, dict[str, Any]] = {}
         pools.subscribe(lambda pool_id: self._told(pools, pool_id))
         pools.restore(wishes)
@@ -112,6 +114,8 @@ class World:
                 self.last_run[pool_id] = run
                 asked = self.settings[pool_id]
                 self.processes[pool_id, replica_id] = Process(run, model, ref, asked.slots, asked.ctx)
+            case ev.Prepare():
+                self.prepares.append(action)
             case ev.TakeOver(pool_id, replica_id, run, handoff):
                 assert self.adopting == (pool_id, replica_id)
                 assert self.processes[self.adopting].handoff == handoff
@@ -242,6 +246,11 @@ class World:
             assert process is None or process.handoff == handoff, "another engine is asked than the one that runs"
             self.do(ev.ProbeOk(*key, number))
 
+    def prepared(self, refusal: str | None = None) -> None:
+        """The model that is fetched for the longest time is here, or can't be had."""
+        asked = self.prepares.pop(0)
+        self.do(ev.Prepared(asked.pool_id, asked.model, self.room, refusal, asked.ref))
+
     def gives_up(self, key: Key) -> None:
         """Of one of others nobody does: it is asked again as long as it is offered."""
         ours = key in self.processes
@@ -249,7 +258,7 @@ class World:
         self.do(ev.ProbeFailed(*key, number, "it was not ready in time", gave_up=ours))
 
     def ready(self) -> list[Key]:
-        return [key for *key, state, _ in self.pools.replicas() if state is ev.ReplicaState.READY]  # type: ignore[misc]
+        return [(pool, replica) for pool, replica, state, _ in self.pools.replicas() if state is ev.ReplicaState.READY]
 
     # ------------------------------------------------------------ tasks
 
@@ -319,6 +328,8 @@ class World:
         for key in list(self.processes):
             if key in self.processes:
                 self.comes_up(key)
+        while self.prepares:
+            self.prepared()
         self.scan()
         for key in list(self.probes):
             if key in self.probes:
@@ -368,3 +379,24 @@ def on_demand(pool_id: str = "d", **changes: Any) -> PoolSpec:
 def external(pool_id: str = "e", **changes: Any) -> PoolSpec:
     made = PoolSpec(id=pool_id, engine="external", model="x", url="http://127.0.0.1:7000", slots=2)
     return replace(made, **changes)
+
+
+def started(*specs: PoolSpec) -> World:
+    """A world in which whatever the settings ask for is ready."""
+    world = World(*specs)
+    world.start()
+    world.settle(20)
+    return world
+
+
+def refused(world: World, event: ev.Event) -> LlorchError:
+    """The refusal of a wish; that it changed nothing was checked."""
+    try:
+        world.do(event)
+    except LlorchError as error:
+        return error
+    raise AssertionError(f"{event} was granted")
+
+
+def of(actions: Iterable[ev.Action], kind: type[ev.Action]) -> list[Any]:
+    return [action for action in actions if isinstance(action, kind)]

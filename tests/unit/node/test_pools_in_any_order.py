@@ -112,10 +112,21 @@ class AnyOrder(RuleBasedStateMachine):
     def operator_loads(self, model: str) -> None:
         self.wish(ev.Load("d", model))
 
-    @rule(data=st.data(), ref=st.sampled_from(["m", "m#2", "a", "a#2", "b"]), beside=st.booleans())
-    def operator_reloads(self, data: st.DataObject, ref: str, beside: bool) -> None:
+    @rule(data=st.data(), ref=st.sampled_from(["m", "m#2", "a", "a#2", "b"]), at_once=st.booleans())
+    def operator_reloads(self, data: st.DataObject, ref: str, at_once: bool) -> None:
         pool = data.draw(st.sampled_from(self.POOLS))
-        self.wish(ev.Reload(pool, ref.partition("#")[0], ref, beside))
+        self.wish(ev.Reload(pool, ref.partition("#")[0], ref))
+        if at_once and self.world.prepares:
+            self.world.prepared()
+
+    @precondition(lambda self: self.world.prepares)
+    @rule(refusal=st.sampled_from([None, None, "it can't be had"]))
+    def model_is_fetched(self, refusal: str | None) -> None:
+        self.world.prepared(refusal)
+
+    @rule(room=st.booleans())
+    def there_is_room_for_two(self, room: bool) -> None:
+        self.world.room = room
 
     @rule(data=st.data(), deadline_s=st.sampled_from([None, 0.0, 10.0]))
     def drain(self, data: st.DataObject, deadline_s: float | None) -> None:

@@ -63,6 +63,7 @@ class World:
         self.notes: list[ev.Note] = []
         self.ended: dict[str, ev.EndTasks] = {}
         self.last_run: dict[str, int] = {}
+        self.reloads: dict[str, tuple[str, list[str], dict[str, str]]] = {}  # ref, models and choices before
         self.ports = 10_000
         self.numbers = 0
         self.adopting: Key | None = None
@@ -74,7 +75,7 @@ class World:
     def boot(self, wishes: Any = None) -> None:
         """An agent starts, and finds the engines that another left."""
         self.pools = pools = Pools(wanted(spec) for spec in self.settings.values())
-        self.known, self.probes, self.prepares, self.tasks, self.last_run = {}, {}, [], {}, {}
+        self.known, self.probes, self.prepares, self.tasks, self.last_run, self.reloads = {}, {}, [], {}, {}, {}
         self.reports: dict[str, dict[str, Any]] = {}
         pools.subscribe(lambda pool_id: self._told(pools, pool_id))
         pools.restore(wishes)
@@ -95,7 +96,7 @@ class World:
 
     def do(self, event: ev.Event) -> list[ev.Action]:
         """Tell the pools, and do what they ask for. A wish that is refused changes nothing."""
-        before, wishes = self.pools.report(), self.pools.wishes()
+        before, wishes, choices = self.pools.report(), self.pools.wishes(), self._choices()
         try:
             actions = self.pools.handle(event, self.now)
         except LlorchError:
@@ -103,6 +104,12 @@ class World:
             raise
         for action in actions:
             self._act(action)
+        if isinstance(event, ev.Reload) and of(actions, ev.Prepare):
+            self.reloads[event.pool_id] = (
+                event.ref,
+                next(each["models"] for each in before if each["pool_id"] == event.pool_id),
+                choices[event.pool_id],
+            )
         self.check()
         return actions
 
@@ -169,6 +176,24 @@ class World:
             assert held <= self.processes[key].slots, "more than the engine has slots"
         for pool_id, report in reports.items():
             self._check_promise(pool_id, report)
+            self._check_reload(pool_id, report)
+
+    def _choices(self) -> dict[str, dict[str, str]]:
+        return {pool.id: dict(pool.choices) for pool, _ in self.pools.specs()}
+
+    def _check_reload(self, pool_id: str, report: dict[str, Any]) -> None:
+        """One that ended otherwise than well has changed nothing."""
+        operation = report["operation"]
+        if pool_id not in self.reloads or (operation["kind"], operation["state"]) == ("reload", "running"):
+            return
+        ref, models, before = self.reloads.pop(pool_id)
+        after = self._choices().get(pool_id, before)
+        if (operation["kind"], operation["state"]) == ("reload", "done"):
+            assert after[operation["model"]] == ref
+        else:
+            assert after == before
+            on_demand = len(before) > 1
+            assert on_demand or models == report["models"]
 
     def _check_promise(self, pool_id: str, report: dict[str, Any]) -> None:
         """What may be sent, is taken."""
@@ -315,6 +340,9 @@ class World:
         return adopted
 
     def configure(self, *specs: PoolSpec) -> list[ev.Action]:
+        changed = self.settings.items() ^ {spec.id: spec for spec in specs}.items()
+        for pool_id, _ in changed:
+            self.reloads.pop(pool_id, None)
         self.settings = {spec.id: spec for spec in specs}
         return self.do(ev.Configure(tuple(map(wanted, specs))))
 

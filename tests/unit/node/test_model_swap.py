@@ -1,4 +1,4 @@
-"""Pools whose models come and go: which task turns a pool, who waits with a slot, what happens when a model won't load."""
+"""Pools whose models come and go: which task turns a pool, who waits with a slot, what if a model does not load."""
 
 from __future__ import annotations
 

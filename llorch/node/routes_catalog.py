@@ -78,10 +78,9 @@ async def remove(node: Node, ask: Ask) -> Reply:
 async def verify(node: Node, ask: Ask) -> Reply:
     """What was found, once all of it is read; with `?wait=false` at once, and it shows in the model's state. Whoever
     stops waiting stops nothing."""
-    model, verifying = ask.params["model"], stager_of(node).verify(ask.params["model"])
-    if not _flag(ask, "wait", otherwise=True):
-        return 202, {"model": model, "state": "verifying"}
-    return 200, await asyncio.shield(verifying)
+    model, waits = ask.params["model"], _flag(ask, "wait", otherwise=True)
+    verifying = stager_of(node).verify(model)
+    return (200, await asyncio.shield(verifying)) if waits else (202, {"model": model, "state": "verifying"})
 
 
 def _flag(ask: Ask, name: str, *, otherwise: bool) -> bool:

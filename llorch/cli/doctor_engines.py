@@ -82,7 +82,7 @@ def look_at_engines(settings: NodeSettings, gpu_count: int) -> Engines:
         there.append(f"llama-server {facts.llama_server_version or 'of unknown version'}{_gpu(facts.llama_server_gpu)}")
     if facts.xllamacpp_version is not None:
         there.append(f"xllamacpp {facts.xllamacpp_version}{_gpu(facts.xllamacpp_gpu)}")
-    catalog, pools = Catalog(), []
+    catalog, pools = Catalog(settings.data_dir, kept=False), []
     try:
         for spec in settings.effective_pools():
             allow_cpu = settings.allow_cpu or settings.dev

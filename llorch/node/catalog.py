@@ -76,13 +76,18 @@ class Stages(Protocol):
 class Catalog:
     """Every model that is here or on its way, by its id. `in_use`: the ids that pools have.
 
-    Without a `data_dir` nothing is staged and nothing kept.
+    Without a `data_dir` nothing is staged and nothing kept; one that is not to be `kept` is only looked at.
     """
 
     def __init__(
-        self, data_dir: str | Path | None = None, *, in_use: Callable[[], Collection[str]] = frozenset
+        self,
+        data_dir: str | Path | None = None,
+        *,
+        in_use: Callable[[], Collection[str]] = frozenset,
+        kept: bool = True,
     ) -> None:
-        self._data = Path(data_dir) if data_dir is not None else None
+        self._data = Path(data_dir).expanduser() if data_dir is not None else None
+        self._kept = kept
         self._in_use = in_use
         self._lock = threading.RLock()
         self._closed = threading.Event()
@@ -353,7 +358,7 @@ class Catalog:
     # ------------------------------------------------------------ on disk
 
     def _save(self) -> None:
-        if self._data is None:
+        if self._data is None or not self._kept:
             return
         try:
             self._data.mkdir(mode=0o700, parents=True, exist_ok=True)

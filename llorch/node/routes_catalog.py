@@ -167,7 +167,7 @@ async def _send(request: web.Request, stager: Stager, entry: Entry, place: int, 
             connection = request.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PEER_WINDOW_BYTES)
         await response.prepare(request)
-        log.info("blob.sent", model=entry.id, to=request[PRINCIPAL].name, offset=start, bytes=end - start)
+        log.info("blob.asked", model=entry.id, to=request[PRINCIPAL].name, offset=start, bytes=end - start)
         while start < end:
             data = await asyncio.to_thread(os.pread, descriptor, min(CHUNK_BYTES, end - start), start)
             if not data:

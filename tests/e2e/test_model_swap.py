@@ -29,6 +29,10 @@ async def pool_of(llorch: Cluster, pool_id: str = "p") -> dict[str, Any]:
     return next(pool for pool in node["pools"] if pool["pool_id"] == pool_id)
 
 
+def left_of(pids: set[int]) -> str:
+    return ", ".join(Path(f"/proc/{pid}/cmdline").read_text().replace(chr(0), " ") for pid in pids if alive(pid))
+
+
 @pytest.mark.slow
 @pytest.mark.llama
 @needs_llama
@@ -67,7 +71,10 @@ async def test_two_models_of_one_pool_serve_200_interleaved_tasks(llorch: Cluste
         return pool["model"] is None and not pool["ready"]
 
     await eventually(unloaded, within_s=KEPT_S + 15.0)
-    await eventually(lambda: not any(alive(pid) for pid in engine), within_s=15.0)
+    try:
+        await eventually(lambda: not any(alive(pid) for pid in engine), within_s=15.0)
+    except AssertionError:
+        raise AssertionError(f"still there: {left_of(engine)}") from None
     before = loads(node)
     assert (await llorch.complete("second", 4))["text"]
     assert loads(node) == before + 1

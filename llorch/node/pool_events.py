@@ -282,13 +282,14 @@ class Reload:
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """The model of a Reload is here. `beside`: there is memory for both, so the old one serves until the new one is
-    proven. `refusal`: it can't be had, and why.
+    proven. `refusal`: it can't be had, and why. `ref`: which one was prepared, where one name may stand for two.
     """
 
     pool_id: str
     model: str
     beside: bool = False
     refusal: str | None = None
+    ref: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

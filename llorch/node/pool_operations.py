@@ -72,9 +72,11 @@ class Operations:
     def reload(self, pool: Pool, wish: ev.Reload, now: float) -> list[Action]:
         """Serve another model; the old one until the new one is proven, where there is memory for both."""
         _must_be_ours(pool)
-        if pool.reloading is not None and pool.reloading.model == wish.model:
+        if pool.reloading is not None and (pool.reloading.model, pool.reloading.ref) == (wish.model, wish.ref):
             return []
         _must_be_free(pool)
+        if pool.reloading is not None:
+            raise _reloading(pool)
         if pool.parked:
             raise LlorchError(
                 Code.CONFLICT,
@@ -87,17 +89,20 @@ class Operations:
         if wish.model == pool.model and pool.choices.get(wish.model) == wish.ref and pool.ready:
             operation.end("it serves that model already")
             return actions + self._told(pool)
-        operation.preparing = wish.ref
+        operation.ref, operation.preparing = wish.ref, True
         return [*actions, ev.Prepare(pool.id, wish.model, wish.ref)]
 
     def prepared(self, pool: Pool, event: ev.Prepared, now: float) -> list[Action]:
         """The other model is here, or can't be had; until now nothing has changed."""
         operation, spec = pool.reloading, pool.spec
-        if operation is None or operation.preparing is None or operation.model != event.model or spec is None:
+        if operation is None or not operation.preparing or operation.model != event.model or spec is None:
+            return []
+        if event.ref not in (None, operation.ref):
             return []
         if event.refusal is not None:
             return self._give_up_reload(pool, event.refusal, now)
-        ref, operation.preparing, operation.message = operation.preparing, None, None
+        ref, operation.preparing, operation.message = operation.ref, False, None
+        assert ref is not None  # whoever asks for a reload says which
         pool.troubles.pop(event.model, None)
         pool.not_before.pop(event.model, None)
         actions: list[Action] = []
@@ -140,7 +145,7 @@ class Operations:
 
     def begin_load(self, pool: Pool, now: float) -> list[Action]:
         """When the node starts: what its settings ask for is an operation like others."""
-        wanted = pool.spec is not None and pool.model is not None and pool.may_run
+        wanted = pool.spec is not None and pool.may_run
         actions = self._begin(pool, "load", None, pool.model) if wanted else []
         return actions + self.settle(pool, now)
 
@@ -160,7 +165,8 @@ class Operations:
     def purge(self, pool: Pool, wish: ev.Purge) -> list[Action]:
         """What went wrong is forgotten, so what failed is tried again. Raises CONFLICT for a pool of which something
         runs: its log and its key are in use."""
-        if pool.reloading is not None or any(r.owned and r.state not in DOWN for r in pool.replicas.values()):
+        _must_be_free(pool)
+        if any(replica.owned and replica.state not in DOWN for replica in pool.replicas.values()):
             raise LlorchError(
                 Code.CONFLICT, f"engines of pool {pool.id} run", hint=f"llorch pool unload NODE/{pool.id} first"
             )
@@ -266,6 +272,7 @@ class Operations:
         if pool.task_deadline is not None and now >= pool.task_deadline:
             pool.task_deadline = None
             if tasks := _tasks(pool):
+                pool.waiting.update(dict.fromkeys(pool.waiting))
                 actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what=f"pool {pool.id}")))
         return [*actions, *self._models.pass_time(pool, now), *self.settle(pool, now)]
 
@@ -273,7 +280,7 @@ class Operations:
 
     def settle(self, pool: Pool, now: float) -> list[Action]:
         """Start what should run and can, drain and stop what should not; then see how far the operation is."""
-        if pool.reloading is not None and not pool.may_run:
+        if pool.reloading is not None and (pool.parked or pool.leaves):
             return self._give_up_reload(pool, f"not now: {', '.join(pool.held_by())}", now)
         actions = self._models.end_waiting(pool)
         for replica in list(pool.replicas.values()):
@@ -342,9 +349,12 @@ class Operations:
     # ------------------------------------------------------------ operations and their ends
 
     def _begin(self, pool: Pool, kind: str, at: str | None, model: str | None) -> list[Action]:
-        """The same again goes on as it is. A reload is not hidden by a drain."""
+        """The same again goes on as it is. A reload is not hidden by a drain; it ends for a wish that is granted before
+        it has changed anything."""
         running = pool.operation if pool.operation is not None and pool.operation.running else None
-        if running is not None and (running.kind == RELOAD or (running.kind, running.model) == (kind, model)):
+        if running is not None and (running.kind, running.model) == (kind, model):
+            return []
+        if running is not None and running.kind == RELOAD and kind in ("drain", "undrain"):
             return []
         actions: list[Action] = []
         if running is not None:
@@ -371,7 +381,7 @@ class Operations:
     def _look(self, pool: Pool, operation: Operation) -> None:
         spawned = [replica for replica in pool.replicas.values() if replica.spawned]
         up = [replica for replica in spawned if replica.state not in DOWN]
-        if operation.preparing is not None:
+        if operation.preparing:
             return
         if operation.kind == "drain":
             self._look_at_drain(pool, operation)
@@ -408,15 +418,18 @@ class Operations:
 
 
 def _must_be_free(pool: Pool) -> None:
-    """Raises CONFLICT for a pool that is being reloaded or goes away."""
+    """Raises CONFLICT for a pool that is being reloaded, its model being here, or goes away."""
     if pool.leaves:
         raise LlorchError(Code.CONFLICT, f"pool {pool.id} is no more in this node's settings, and goes")
-    if pool.reloading is not None:
-        raise LlorchError(
-            Code.CONFLICT,
-            f"pool {pool.id} is being reloaded to {pool.reloading.model}",
-            retry_after_ms=RELOAD_AGAIN_MS,
-        )
+    if pool.reloading is not None and not pool.reloading.preparing:
+        raise _reloading(pool)
+
+
+def _reloading(pool: Pool) -> LlorchError:
+    model = pool.reloading.model if pool.reloading is not None else None
+    return LlorchError(
+        Code.CONFLICT, f"pool {pool.id} is being reloaded to {model}", retry_after_ms=RELOAD_AGAIN_MS
+    )
 
 
 def _must_be_declared(pool: Pool) -> None:

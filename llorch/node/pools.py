@@ -171,7 +171,10 @@ class Pools:
             case ev.Drain(None) | ev.Undrain(None):
                 return self._drain_node(event, now)
             case ev.HandoffSeen():
-                return self._handoffs.seen(event.handoff, now)
+                actions = self._handoffs.seen(event.handoff, now)
+                if (pool := self._pools.get(event.handoff.pool_id)) is not None:
+                    pool.node_drained = self.drained  # it may be new
+                return actions
             case ev.HandoffBad():
                 return self._handoffs.bad(event.name, event.reason, now)
             case ev.HandoffGone():
@@ -253,6 +256,8 @@ class Pools:
         if self._task_deadline is not None and now >= self._task_deadline:
             self._task_deadline = None
             if tasks := tuple(self._slots.holders()):
+                for pool in self._pools.values():
+                    pool.waiting.update(dict.fromkeys(pool.waiting))
                 actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node")))
         return actions
 
@@ -329,7 +334,7 @@ class Pools:
             found = self._life.find(event.pool_id, event.replica_id)
             if found is None or found[1].run != event.run:
                 return []
-        elif pool.reloading is None or pool.reloading.preparing is None:
+        elif pool.reloading is None or not pool.reloading.preparing:
             return []
         operation = pool.operation
         text = event.text[:MAX_WHY_CHARS]
@@ -351,8 +356,9 @@ class Pools:
             old = self._pools.get(pool_id)
             if old is None:
                 pool = self._pools[pool_id] = _made(each)
+                pool.node_drained = self.drained
                 self._changed(pool)
-                actions += [ev.Note("pool.added", pool_id, None, ""), *self._operations.settle(pool, now)]
+                actions += [ev.Note("pool.added", pool_id, None, ""), *self._operations.begin_load(pool, now)]
             elif old.spec is None:  # others have handed over engines of that name
                 actions += self._operations.configure(old, each, now)
             elif old.leaves or (old.spec.engine == EXTERNAL) != (each.spec.engine == EXTERNAL):

@@ -40,6 +40,7 @@ class Life:
     def __init__(self, pools: Mapping[str, Pool], changed: Callable[[Pool], None]) -> None:
         self._pools = pools
         self._changed = changed
+        self._runs = self._probes = 0  # no number is used twice, though names are
 
     def find(self, pool_id: str, replica_id: str) -> tuple[Pool, Replica] | None:
         pool = self._pools.get(pool_id)
@@ -66,8 +67,8 @@ class Life:
             replica.offered = None
         replica.revision, replica.retry_at, replica.started_at = pool.revision, None, now
         replica.slots = pool.spec.slots if pool.spec is not None else replica.slots
-        pool.runs += 1
-        replica.run = pool.runs
+        self._runs += 1
+        replica.run = self._runs
         replica.served = False
         self._changed(pool)
 
@@ -110,8 +111,8 @@ class Life:
         replica.state = step(replica.state, why)
         replica.handoff = handoff
         replica.ready_at = None
-        pool.probes += 1
-        replica.probe = pool.probes
+        self._probes += 1
+        replica.probe = self._probes
         self._changed(pool)
         return [ev.Probe(pool.id, replica.id, replica.probe, handoff)]
 
@@ -164,14 +165,15 @@ class Life:
             return []
         pool, replica = found
         pool.last_error = event.reason[:MAX_ERROR_CHARS]
-        tasks = ev.EndTasks(tuple(sorted(replica.held)), Code.ENGINE_STALLED, event.reason)
-        note = ev.Note("engine.stalled", pool.id, replica.id, event.reason)
+        actions: list[Action] = [ev.Note("engine.stalled", pool.id, replica.id, event.reason)]
+        if replica.held:
+            actions.append(ev.EndTasks(tuple(sorted(replica.held)), Code.ENGINE_STALLED, event.reason))
         self._steady(pool, replica, now)
         if replica.owned:
             replica.verdict = event.reason
-            return [note, tasks, *self.drain(pool, replica)]
+            return actions + self.drain(pool, replica)
         assert replica.handoff is not None  # a ready replica was probed at its handoff
-        return [note, tasks, *self.probe(pool, replica, replica.handoff, Step.LOST)]
+        return actions + self.probe(pool, replica, replica.handoff, Step.LOST)
 
     # ------------------------------------------------------------ down
 

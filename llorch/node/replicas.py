@@ -134,7 +134,8 @@ class Operation:
     message: str | None = None
     began: str | None = None
     before: Before | None = None
-    preparing: str | None = None  # the reference of a model that is not here yet, for which nothing has changed
+    ref: str | None = None  # of a reload
+    preparing: bool = False  # its model is not here yet, and nothing has changed for it
 
     @property
     def running(self) -> bool:
@@ -162,8 +163,6 @@ class Pool:
     loaded: bool = True  # the operator's wish: not unloaded
     leaves: bool = False  # it is no more in the settings: it goes once its engines have
     revision: int = 0
-    runs: int = 0  # starts there were, of all replicas: no number is used twice, though names are
-    probes: int = 0
     waiting: dict[str, str | None] = field(
         default_factory=dict
     )  # tasks → the model that they wait for; None: told to end
@@ -261,7 +260,7 @@ class Pool:
         """Whether a task for any of its models may come now, whatever is resident."""
         if not self.on_demand or not self.loaded or self.draining or self.busy or not self.capacity:
             return False
-        if self.reloading is not None:
+        if self.reloading is not None and not self.reloading.preparing:
             return False
         return self.model is None or (self.kept and any(replica.free for replica in self.serving))
 

@@ -427,9 +427,7 @@ def _must_be_free(pool: Pool) -> None:
 
 def _reloading(pool: Pool) -> LlorchError:
     model = pool.reloading.model if pool.reloading is not None else None
-    return LlorchError(
-        Code.CONFLICT, f"pool {pool.id} is being reloaded to {model}", retry_after_ms=RELOAD_AGAIN_MS
-    )
+    return LlorchError(Code.CONFLICT, f"pool {pool.id} is being reloaded to {model}", retry_after_ms=RELOAD_AGAIN_MS)
 
 
 def _must_be_declared(pool: Pool) -> None:

@@ -1,7 +1,7 @@
 """A simulated machine for the pools: processes, handoff files and who watches them, probes, tasks, operators, a clock.
 
 It does what pools ask for, as late as it is told to, and checks with everything that happens what must hold always:
-nothing runs twice, nothing of others is ended, nothing is accepted beyond the slots, whatever a report promises is kept,
+nothing runs twice, nothing of others is ended, nothing is accepted beyond the slots, what a report promises is kept,
 and no report changes untold.
 """
 

@@ -235,7 +235,8 @@ class Operations:
         if before is not None:  # there was no memory for both models
             pool.choices, pool.loaded = dict(before.choices), before.loaded
             self._models.turn_to(pool, before.model, now)
-        operation.end(f"{why}; {'back to ' if before else ''}{pool.model or 'no model'}", failed=True)
+        rest = f"back to {pool.model}" if before else f"{pool.model or 'nothing'} goes on"
+        operation.end(f"{why}; {rest}", failed=True)
         for replica in pool.replicas.values():
             if replica.next and not replica.leaves:
                 replica.leaves = True

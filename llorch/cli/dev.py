@@ -203,7 +203,7 @@ class _Dev:
         bind = ["--bind", f"127.0.0.1:{port}"]
         await cluster.start_role("control", ["control", *common, str(cluster.state / "control.d"), *bind, *AT_ONCE])
         for name in self._nodes:
-            own = [str(cluster.state / f"{name}.d"), "--node-id", name, "--join", url]
+            own = [str(cluster.state / f"{name}.d"), "--node-id", name, "--join", url, "--orphan-grace", "0"]
             await cluster.start_role(name, ["node", *common, *own, *self._node_words])
         return await cluster.ready_url("control")
 

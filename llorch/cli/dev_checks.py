@@ -90,9 +90,11 @@ def check_model(ref: str) -> None:
     """That a node could open it. Raises ConfigError with what to do."""
     if ref == "demo":
         return
-    from llorch.node.catalog import Catalog
+    from llorch.node.catalog import Catalog, check_ref
 
     try:
+        if check_ref(ref).startswith(("hf:", "https:", "http:")):
+            return  # the node fetches it
         Catalog().find(ref)
     except ConfigError as error:
         hint = f"-m file:{Path(ref).absolute()}" if Path(ref).is_file() else "-m demo, or -m file:/abs/path.gguf"

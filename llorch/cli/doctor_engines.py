@@ -75,7 +75,7 @@ def look_at_driver() -> Driver:
 def look_at_engines(settings: NodeSettings, gpu_count: int) -> Engines:
     from llorch.node.catalog import Catalog
     from llorch.node.engines.detect import detect
-    from llorch.node.plans import plan_pool
+    from llorch.node.planner import Planner
 
     facts = detect(settings.llama_server, env=os.environ, look_for_gpus=gpu_count > 0)
     there = []
@@ -87,11 +87,10 @@ def look_at_engines(settings: NodeSettings, gpu_count: int) -> Engines:
         there.append(f"vllm {facts.vllm_version or 'of unknown version'}")
     if facts.sglang_python is not None:
         there.append(f"sglang {facts.sglang_version or 'of unknown version'}")
-    catalog, pools = Catalog(), []
+    planner, pools = Planner(settings, Catalog(settings.data_dir, kept=False), frozenset(range(gpu_count))), []
     try:
         for spec in settings.effective_pools():
-            allow_cpu = settings.allow_cpu or settings.dev
-            plan = plan_pool(spec, facts, catalog.find, gpus=frozenset(range(gpu_count)), allow_cpu=allow_cpu)
+            plan = planner.plan(spec, facts)
             pools.append(f"{spec.id}: {', '.join(plan.choices)} on {plan.spec.engine}")
     except ConfigError as error:
         return Engines(tuple(there), tuple(pools), error.message, error.hint)

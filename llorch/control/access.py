@@ -165,8 +165,9 @@ class Access:
         """What nodes are told of the authorities with every answer, so that they notice when others are trusted."""
         return {} if self.authority is None else {"authorities": self.authority.trust.bundle_id}
 
-    def told_at_registration(self, principal: Principal) -> dict[str, str]:
-        """The same, and to a node that has shown a certificate the key of the cluster's tickets."""
+    def told_to_node(self, principal: Principal) -> dict[str, str]:
+        """The same, and to a node that has shown a certificate the key of the cluster's tickets: another one after the
+        authority was rotated."""
         if self.authority is None or principal.joined is None:
             return self.told()
         return {**self.told(), "ticket_key": self.authority.trust.ticket_key}

@@ -83,7 +83,7 @@ async def register(request: web.Request) -> web.StreamResponse:
             "epoch": control.registry.epoch,
             "heartbeat_interval_ms": round(control.heartbeat_interval_s * 1_000),
             "offline_after_ms": round(control.offline_after_s * 1_000),
-            **control.access.told_at_registration(request[PRINCIPAL]),
+            **control.access.told_to_node(request[PRINCIPAL]),
         }
     )
 
@@ -109,7 +109,9 @@ async def heartbeat(request: web.Request) -> web.StreamResponse:
         control.dispatcher.surplus.cancel(node_id)
     control.dispatcher.registry_changed()
     next_ms = round(control.heartbeat_interval_s * 1_000)
-    return json_response({"success": True, "next_heartbeat_ms": next_ms, **control.access.told()})
+    return json_response(
+        {"success": True, "next_heartbeat_ms": next_ms, **control.access.told_to_node(request[PRINCIPAL])}
+    )
 
 
 async def deregister(request: web.Request) -> web.StreamResponse:

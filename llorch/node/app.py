@@ -200,7 +200,7 @@ class _Parts:
             read_models=self.catalog.report,
             gpus=gpus,
             stager=self.stager,
-            post=self.supervisor.post,
+            post=self.supervisor.ask,
             read_log=partial(log_pages.read, self.supervisor.files.logs),
             stopping=stop.wanted,
         )
@@ -221,8 +221,9 @@ class _Parts:
         """What the machine says now, and what follows from it for pools that yield or have hours."""
         await self.node.refresh()
         self.machine.learn(self.supervisor.running())
-        for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
-            self.supervisor.post(hold)
+        if self.supervisor.started:
+            for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
+                self.supervisor.ask(hold)
         self.changed()
         return REFRESH_S
 

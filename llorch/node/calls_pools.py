@@ -23,7 +23,7 @@ MAX_LOG_LINES = 2_000
 
 
 def _at() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _drain(node: Node, ask: Ask) -> Reply:

@@ -76,13 +76,18 @@ class Stages(Protocol):
 class Catalog:
     """Every model that is here or on its way, by its id. `in_use`: the ids that pools have.
 
-    Without a `data_dir` nothing is staged and nothing kept.
+    Without a `data_dir` nothing is staged and nothing kept; one that is not to be `kept` is only looked at.
     """
 
     def __init__(
-        self, data_dir: str | Path | None = None, *, in_use: Callable[[], Collection[str]] = frozenset
+        self,
+        data_dir: str | Path | None = None,
+        *,
+        in_use: Callable[[], Collection[str]] = frozenset,
+        kept: bool = True,
     ) -> None:
-        self._data = Path(data_dir) if data_dir is not None else None
+        self._data = Path(data_dir).expanduser() if data_dir is not None else None
+        self._kept = kept
         self._in_use = in_use
         self._lock = threading.RLock()
         self._closed = threading.Event()
@@ -292,15 +297,18 @@ class Catalog:
             pairs = [(old.sha256, new.sha256) for old, new in zip(entry.files, files, strict=True)]
             bad = next(((old, new) for old, new in pairs if old is not None and old != new), None)
             why = None if bad is None else f"it has the digest {str(bad[1])[:12]}..., and had {str(bad[0])[:12]}..."
-        if why is None and files is not None:
-            opened = self.open(entry.model_copy(update={"files": files}))  # its header, too
-            if opened is not None:
-                state = "staged" if entry.state == "failed" else entry.state
-                self.put(entry.model_copy(update={**totals(files), "state": state, "error": None}))
-                return
+        if why is None and self.open(entry) is None:  # its header, too
             why = "its header is not that of a usable GGUF"
+        with self._lock:
+            now = self._entries.get(model)
+            if now is None or [file.name for file in now.files] != [file.name for file in entry.files]:
+                raise LlorchError(Code.CONFLICT, f"{model} became another one meanwhile", hint="verify it again")
+            if why is None and files is not None:
+                state = "staged" if now.state == "failed" else now.state
+                self.put(now.model_copy(update={**totals(files), "state": state, "error": None}))
+                return
+            self.put(now.model_copy(update={"state": "failed", "error": f"verified: {why}"}))
         log.error("catalog.verify_failed", model=model, reason=why)
-        self.put(entry.model_copy(update={"state": "failed", "error": f"verified: {why}"}))
         raise LlorchError(Code.DIGEST_MISMATCH, f"{model}: {why}", hint=STAGE_HINT)
 
     def retire(self, model: str) -> Entry:
@@ -350,7 +358,7 @@ class Catalog:
     # ------------------------------------------------------------ on disk
 
     def _save(self) -> None:
-        if self._data is None:
+        if self._data is None or not self._kept:
             return
         try:
             self._data.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from llorch.node import pool_events as ev
 from llorch.node import probing
 from llorch.node.engine_start import EngineStart
 from llorch.node.handoff import Handoff
-from llorch.node.listeners import exposed
+from llorch.node.listeners import Holder, exposed
 from llorch.node.pools import Pools
 from llorch.node.watchdog import Watchdog
 from llorch.tasks import Guard
@@ -24,6 +24,7 @@ CHECK_S = 5.0  # how often a ready engine is asked whether it is still there
 CHECKS_LOST = 2  # in a row: one refused connection may be a full backlog
 PROBE_FIRST_S, PROBE_MOST_S = 0.05, 0.5  # between two questions; a handoff is to be routable within 2 s
 QUIET_S = 3.0  # an engine that isn't there yet is no news before this
+NOT_THERE = "nothing listens at its url"
 SHOWN_ADDRESSES = 3  # of an engine that listens where it should not
 WATCHES_PER_STALL, WATCH_MOST_S = 12, 10.0  # how finely the time of a stall is seen
 
@@ -77,6 +78,7 @@ class Checks:
         while True:
             answer, reason = None, ""
             try:
+                await self._is_its(key)
                 answer = await probing.generates(self._http, probe.handoff)
             except probing.NotYet as error:
                 reason = str(error)
@@ -98,6 +100,14 @@ class Checks:
                 self._post(ev.ProbeFailed(*key, probe.probe, reason))
             await asyncio.sleep(pause_s)
             pause_s = min(PROBE_MOST_S, pause_s * 2)
+
+    async def _is_its(self, key: Key) -> None:
+        """Raises NotYet while the port of an engine of ours is not its own: nobody else is to see its key."""
+        start = self._running.get(key)
+        if start is not None and start.process is not None:
+            whose = await start.process.port_holder()
+            if whose not in (Holder.ITS, Holder.UNKNOWN):
+                raise probing.NotYet(NOT_THERE if whose is Holder.NOBODY else "another program listens on its port")
 
     async def _exposed(self, key: Key) -> list[str]:
         """Where an engine of ours can be reached from other machines. Others' engines are their owners' to judge."""

@@ -153,8 +153,7 @@ class EngineProcess:
                 "meta": dict(meta),
             },
         }
-        # From this thread: where the orphan grace is none, its end is the shim's. It takes a millisecond.
-        child = subprocess.Popen(  # noqa: ASYNC220
+        child = subprocess.Popen(  # noqa: ASYNC220 - a millisecond, and from here on it can be ended
             [sys.executable, "-S", "-P", "-m", SHIM, self._name.removesuffix(".json")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_shim_env(env), start_new_session=True,
         )  # fmt: skip

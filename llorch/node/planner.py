@@ -38,7 +38,7 @@ class Planner:
         errors: list[ConfigError] = []
         for spec in self._specs:
             try:
-                plans.append(self._plan(spec, facts))
+                plans.append(self.plan(spec, facts))
             except ConfigError as error:
                 errors.append(error)
                 plans.append(refused(spec, error))
@@ -54,15 +54,16 @@ class Planner:
         if specs == self._specs:
             return None
         facts = self._facts(specs)
-        plans = [self._plan(spec, facts) for spec in specs]
+        plans = [self.plan(spec, facts) for spec in specs]
         self._specs = specs
         return plans
 
     async def again(self, spec: PoolSpec) -> Plan:
         """One that could not be planned. Raises ConfigError if it still can't."""
-        return await asyncio.to_thread(lambda: self._plan(spec, self._facts((spec,))))
+        return await asyncio.to_thread(lambda: self.plan(spec, self._facts((spec,))))
 
-    def _plan(self, spec: PoolSpec, facts: EngineFacts) -> Plan:
+    def plan(self, spec: PoolSpec, facts: EngineFacts) -> Plan:
+        """One pool, with what is known of the engines here. Raises ConfigError."""
         allow_cpu = self._settings.allow_cpu or self._settings.dev
         return plan_pool(spec, facts, self._check, gpus=self._gpus, allow_cpu=allow_cpu)
 

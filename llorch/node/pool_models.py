@@ -99,7 +99,7 @@ class Models:
         idle_s = pool.spec.idle_unload_s if pool.spec is not None else None
         ready_at = max(replica.ready_at or 0.0 for replica in pool.serving)
         operating = pool.operation is not None and pool.operation.running
-        if idle_s is None or pool.busy or operating or now - max(pool.idle_since, ready_at) < idle_s:
+        if idle_s is None or not pool.kept or pool.busy or operating or now - max(pool.idle_since, ready_at) < idle_s:
             return []
         note = ev.Note("model.idle", pool.id, None, f"{pool.model}: no task for {idle_s:g} s")
         self.turn_to(pool, None, now)

@@ -237,7 +237,8 @@ class Operations:
             pool.choices, pool.loaded = dict(before.choices), before.loaded
             self._try_again(pool)
             self._models.turn_to(pool, before.model, now)
-        operation.end(f"{why}; {'back to ' if before else ''}{pool.model or 'no model'}", failed=True)
+        rest = f"back to {pool.model}" if before else f"{pool.model or 'nothing'} goes on"
+        operation.end(f"{why}; {rest}", failed=True)
         for replica in pool.replicas.values():
             if replica.next and not replica.leaves:
                 replica.leaves = True

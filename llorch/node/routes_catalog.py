@@ -71,10 +71,9 @@ async def remove(node: Node, ask: Ask) -> Reply:
 async def verify(node: Node, ask: Ask) -> Reply:
     """What was found, once all of it is read; with `?wait=false` at once, and it shows in the model's state. Whoever
     stops waiting stops nothing."""
-    model, verifying = ask.params["model"], stager_of(node).verify(ask.params["model"])
-    if not _flag(ask, "wait", otherwise=True):
-        return 202, {"model": model, "state": "verifying"}
-    return 200, await asyncio.shield(verifying)
+    model, waits = ask.params["model"], _flag(ask, "wait", otherwise=True)
+    verifying = stager_of(node).verify(model)
+    return (200, await asyncio.shield(verifying)) if waits else (202, {"model": model, "state": "verifying"})
 
 
 def _flag(ask: Ask, name: str, *, otherwise: bool) -> bool:
@@ -159,7 +158,7 @@ async def _send(request: web.Request, stager: Stager, entry: Entry, place: int, 
             connection = request.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PEER_WINDOW_BYTES)
         await response.prepare(request)
-        log.info("blob.sent", model=entry.id, to=request[PRINCIPAL].name, offset=start, bytes=end - start)
+        log.info("blob.asked", model=entry.id, to=request[PRINCIPAL].name, offset=start, bytes=end - start)
         while start < end:
             data = await asyncio.to_thread(os.pread, descriptor, min(CHUNK_BYTES, end - start), start)
             if not data:

@@ -151,9 +151,10 @@ class Stager:
 
     def verify(self, model: str) -> asyncio.Task[dict[str, object]]:
         """Read its files again, in the background: `{model, ok, state, sha256?, error?}`. Asked twice, it is one."""
-        if self.catalog.get(model) is None:
+        entry = self.catalog.get(model)
+        if entry is None:
             raise not_here(model)
-        if model in self._jobs:
+        if entry.state == "staging":
             raise LlorchError(Code.CONFLICT, f"{model} is being staged")
         if model not in self._verifying:
             self._verifying[model] = self._guard.spawn(self._verify(model), f"verify.{model}")

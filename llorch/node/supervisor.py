@@ -3,6 +3,7 @@
 Surface:
     Supervisor(pools, plans, ...)                    start(), close()
     post(event)                                      tell the pools what happened, and do what follows
+    ask(event)                                       the same for what somebody wants of them
     configure(plans)                                 other pools in the settings
 
 Owns every engine process and the files that belong to it under the runtime directory, and the one watcher of handoffs.
@@ -27,7 +28,7 @@ from typing import Any
 import aiohttp
 
 from llorch import web, whole_file
-from llorch.errors import ConfigError, LlorchError
+from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.node import adoption
 from llorch.node import pool_events as ev
@@ -108,6 +109,7 @@ class Supervisor:
         self._unwritten: dict[str, Handoff] = {}  # by file name: offered, and not yet on disk
         self._offered: set[str] = set()  # handoffs of external engines that we wrote
         self._wishes: dict[str, Any] = pools.wishes()
+        self.started = False
         self._closing = False
         self._exits = contextlib.AsyncExitStack()
         self._checks: Checks | None = None
@@ -134,6 +136,7 @@ class Supervisor:
         await self._take_over(http)
         await self._watcher.start()
         self.post(ev.Start())
+        self.started = True
         self._guard.loop(self._tick, "tick")
         self._guard.loop(self._checks.check, "check")
         self._guard.loop(self._checks.watch, "watchdog")
@@ -169,6 +172,13 @@ class Supervisor:
         for name in self._offered:
             self._withdraw(name)
         await self._exits.aclose()
+
+    def ask(self, wish: ev.Event) -> None:
+        """What an operator wants, or the machine's owner. Raises LlorchError where that can't be granted, or not yet:
+        what an earlier agent left comes first."""
+        if not self.started:
+            raise LlorchError(Code.RECOVERING, "this node has just been started", retry_after_ms=1_000)
+        self.post(wish)
 
     def post(self, event: ev.Event) -> None:
         """Tell the pools, and do what they ask for. Raises LlorchError for a wish that can't be granted."""

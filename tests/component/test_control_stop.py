@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from llorch.control import app
+from llorch.control.audience import ShuttingDown
 from llorch.reload import Source
 from tests.component.control_harness import ControlUnderTest, a_control, eventually, pool, settings
 
@@ -160,3 +161,18 @@ async def test_the_end_of_a_control_does_not_wait_for_its_readers() -> None:
         ended_at = time.monotonic()
     assert time.monotonic() - ended_at < 2.0
     assert following.done
+
+
+async def test_a_task_that_comes_back_while_the_control_stops_does_not_wait_for_a_slot() -> None:
+    """Its node was lost a moment before, so it was neither on a node nor in the queue when all were let go."""
+    async with a_control() as control:
+        node = await control.join("a")
+        control.submit()
+        await node.asked()
+        (task,) = control.control.dispatcher.tasks.running_tasks()
+        control.control.dispatcher.stop()
+
+        async def said(position: int, eta_ms: int | None) -> None: ...
+
+        with pytest.raises(ShuttingDown):
+            await control.control.dispatcher._room.claim(task, said, front=True)

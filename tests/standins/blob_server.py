@@ -98,7 +98,7 @@ class BlobServer:
                     count = min(count, begun + cut - start)
                     if count <= 0:
                         assert request.transport is not None
-                        request.transport.abort()
+                        request.transport.close()  # an abort would take back what the other has not read yet
                         return
                 if file is not None:
                     file.seek(start)

@@ -31,7 +31,6 @@ from llorch.node.engines.shim_files import RotatedLog, remove, replace
 TICK_S = 1.0  # how often it is asked whether somebody claims the engine
 SWEEP_S = 60.0  # a process that has not gone so long after SIGKILL is stuck in the kernel
 SWEEP_AGAIN_S = 0.05
-PARENT_ENDS_S = 5.0  # its death is told when one of its threads has ended, which may not be the last
 OOM_WINDOW_S = 30.0  # an engine whose worker was killed for memory may take so long to give up
 READ_BYTES = 64 * 1024
 LAST_READS = 64  # of what is still in the pipe when everything has ended
@@ -122,7 +121,7 @@ class Shim:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         self.poll.register(self.woken, select.POLLIN)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, _: self.told.add(number))
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -179,8 +178,7 @@ class Shim:
             if self.told:
                 told, self.told = self.told, set()
                 self.claim.held()  # the grace is the one that stands there now
-                orphaned = signal.SIGUSR2 in told
-                self._end("orphan" if orphaned else "asked", at_once=orphaned or signal.SIGUSR1 in told)
+                self._end("asked", at_once=signal.SIGUSR1 in told)
             now = time.monotonic()
             if now >= self.next_tick:
                 self.next_tick = now + TICK_S
@@ -307,9 +305,6 @@ class Shim:
             replace(self.files["end"], content)
         except OSError:
             pass
-        until = time.monotonic() + PARENT_ENDS_S
-        while self.why == "orphan" and self.claim.held() and time.monotonic() < until:
-            self._wait(SWEEP_AGAIN_S)
         if not self.claim.held():
             self.claim.give_up(self.files["handoff"], self.files["key"])
         self.log.close()
@@ -337,8 +332,8 @@ class Shim:
             self._wait(SWEEP_AGAIN_S)
 
 
-def harden(parent: int | None) -> None:
-    """What holds for this program and for all that it starts. `parent`: whose end is to be this one's, too."""
+def harden() -> None:
+    """What holds for this program and for all that it starts."""
     if os.getpid() != os.getsid(0):
         os.setsid()
     os.umask(0o077)
@@ -347,8 +342,6 @@ def harden(parent: int | None) -> None:
     # the driver's device files have to be there: the agent's own look at the GPUs, which comes first, makes them.
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
-    if parent is not None:  # Linux means the parent's *thread* that started this: one that lives as long as the agent
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGUSR2)
 
 
 def tell(content: Json) -> None:
@@ -366,9 +359,8 @@ def tell(content: Json) -> None:
 def main() -> int:
     with os.fdopen(0, "rb", closefd=False) as stdin:
         shim = Shim(json.loads(stdin.read()))
-    agent = identity(shim.record.get("agent"))
     try:
-        harden(agent[0] if agent is not None and shim.claim.orphan_grace_s == 0 else None)
+        harden()
         shim.start()
     except CannotStart as error:
         tell(error.said)

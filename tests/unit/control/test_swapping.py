@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llorch.control.decision import Outcome, decide
-from llorch.control.line import BATCH
+from llorch.control.line import BATCH, Waiter
 from llorch.control.placement import Wish, pick
 from llorch.control.registry import Registry
+from llorch.control.swapping import Next, choose, explained
 from llorch.messages import Heartbeat, Register
 from tests.unit.control.swap_simulation import KEPT_S, Arrival, Simulation, SwapPool
 
@@ -218,6 +219,17 @@ def test_a_pool_that_loads_counts_as_loading_until_its_model_is_there() -> None:
 def test_a_pool_that_was_stopped_and_would_load_is_bound_and_no_pool_without_that_is() -> None:
     bound = lambda **more: a_registry(model=None, ready=False, state="stopped", **more).nodes["n"].pools["p"].bound  # noqa: E731
     assert bound(swappable=True) and not bound(swappable=False) and not bound(swappable=True, draining=True)
+
+
+def test_what_was_set_aside_for_one_model_is_not_loaded_with_another_meanwhile() -> None:
+    pools = a_registry().pool_facts(1.0)
+    aside = {("n", "p"): Next("b", 0.5)}
+    late, early = Waiter("t", Wish("c"), "o", 1.0), Waiter("t", Wish("c"), "o", 0.0)
+    assert choose(late, pools, aside, 1.0, lambda: pools) is None
+    assert choose(early, pools, aside, 1.0, lambda: pools) is None
+    assert choose(Waiter("t", Wish("b"), "o", 1.0), pools, aside, 1.0, lambda: pools) == ("n", "p")
+    (told,) = explained(late, pools, aside, 1.0)
+    assert told.barred == "b is to be loaded there next: a task for it has waited longer"
 
 
 def test_an_explanation_says_what_is_loaded_and_when_it_may_be_swapped() -> None:

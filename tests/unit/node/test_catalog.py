@@ -232,3 +232,9 @@ def test_a_fifo_is_no_model_and_nobody_waits_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match="is not a file"):
         Catalog().find(f"file:{tmp_path}/m.gguf")
+
+
+def test_a_catalog_that_is_only_looked_at_writes_nothing(tmp_path: Path) -> None:
+    put(tmp_path, "m", "m.gguf")
+    catalog = Catalog(tmp_path, kept=False)
+    assert catalog.find("m") and catalog.find("demo") and not (tmp_path / "catalog.json").exists()

@@ -208,7 +208,7 @@ def test_nothing_changes_while_the_model_of_a_reload_is_fetched() -> None:
     assert world.do(ev.Reload("p", "m2", "m2")) == []
     assert refused(world, ev.Reload("p", "m2", "m#2")).code is Code.CONFLICT
     world.prepared("no such model")
-    assert ends_with(world, "failed") == "no such model; m"
+    assert ends_with(world, "failed") == "no such model; m goes on"
     assert world.processes == old
 
 

@@ -48,7 +48,7 @@ class Operations:
         pool.loaded = True
         self._try_again(pool)
         if pool.model != model:
-            self._models.turn_to(pool, model, now)
+            self._models.turn_to(pool, model)
         return actions + self.settle(pool, now)
 
     def unload(self, pool: Pool, wish: ev.Unload, now: float) -> list[Action]:
@@ -66,7 +66,7 @@ class Operations:
         actions = self._begin(pool, "restart", wish.at, pool.model)
         pool.loaded = True
         self._try_again(pool)
-        self._models.turn_to(pool, pool.model, now)
+        self._models.turn_to(pool, pool.model)
         return actions + self.settle(pool, now)
 
     def reload(self, pool: Pool, wish: ev.Reload, now: float) -> list[Action]:
@@ -116,7 +116,7 @@ class Operations:
         pool.choices = {**(pool.choices if pool.on_demand else {}), event.model: ref}
         pool.loaded = True
         self._try_again(pool)
-        self._models.turn_to(pool, event.model, now)
+        self._models.turn_to(pool, event.model)
         return actions + self.settle(pool, now)
 
     def drain(self, pool: Pool, wish: ev.Drain, now: float) -> list[Action]:
@@ -190,7 +190,7 @@ class Operations:
             others = [each for each in pool.replicas.values() if not each.spawned and each.state not in DOWN]
             actions += [action for each in others for action in self._life.withdrawn(pool, each)]
         self._try_again(pool)
-        self._models.turn_to(pool, first_model(wanted), now)
+        self._models.turn_to(pool, first_model(wanted))
         actions += self._models.end_waiting(pool, why, all_of_them=True)
         return [ev.Note("pool.changed", pool.id, None, ""), *actions, *self.settle(pool, now)]
 
@@ -236,7 +236,7 @@ class Operations:
         if before is not None:  # there was no memory for both models
             pool.choices, pool.loaded = dict(before.choices), before.loaded
             self._try_again(pool)
-            self._models.turn_to(pool, before.model, now)
+            self._models.turn_to(pool, before.model)
         rest = f"back to {pool.model or 'no model'}" if before else f"{pool.model or 'nothing'} goes on"
         operation.end(f"{why}; {rest}", failed=True)
         for replica in pool.replicas.values():
@@ -262,7 +262,7 @@ class Operations:
         previous, model, ref = pool.model, replica.model, replica.ref
         assert model is not None and ref is not None  # it was started with both
         pool.choices = {**(pool.choices if pool.on_demand else {}), model: ref}
-        self._models.turn_to(pool, model, now)
+        self._models.turn_to(pool, model)
         for other in pool.replicas.values():
             if other.next:
                 other.next, other.revision = False, pool.revision
@@ -464,10 +464,8 @@ def outfit(pool: Pool, wanted: Wanted) -> None:
     spec = pool.spec = wanted.spec
     pool.engine, pool.choices, pool.on_demand = spec.engine, dict(wanted.choices), comes_and_goes(spec)
     pool.ctx, pool.device_mask = spec.ctx, ",".join(map(str, spec.gpus or ())) or None
-    there = [replica for replica in pool.replicas.values() if replica.spawned]
-    there.sort(key=lambda replica: (replica.next, replica.leaves))
-    for number, replica in enumerate(there):
-        replica.leaves = replica.next or number >= spec.replicas
+    for replica in pool.own[spec.replicas :]:
+        replica.leaves = True
     for _ in range(spec.replicas - len(pool.own)):
         another(pool)
 

@@ -447,7 +447,9 @@ def _made(wanted: Wanted) -> Pool:
 
 def _over(replica: Replica) -> bool:
     """Whether nothing of it is left that would be in the way of the pool's end."""
-    return not replica.spawned or (replica.state in DOWN and not replica.held)
+    if replica.state not in DOWN:
+        return not replica.spawned
+    return not replica.held
 
 
 def _wish(pool: Pool) -> dict[str, Any]:

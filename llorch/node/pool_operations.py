@@ -212,10 +212,11 @@ class Operations:
         pool, replica = ended.pool, ended.replica
         if replica.next and not replica.leaves:
             return self._give_up_reload(pool, ended.why, now)
-        if ended.asked or not pool.should_run(replica) or not pool.current(replica):
+        stays = pool.current(replica) and not replica.leaves
+        if stays and pool.reloading is not None and pool.reloading.before is not None:
+            return self._give_up_reload(pool, pool.last_error or ended.why, now)
+        if ended.asked or not stays or not pool.should_run(replica):
             return self.settle(pool, now)
-        if pool.reloading is not None and pool.reloading.before is not None:
-            return self._give_up_reload(pool, ended.why, now)
         actions = self._life.failed(ended, event, now)
         operation = pool.operation if pool.operation is not None and pool.operation.running else None
         if pool.on_demand and not pool.ready and not any(other.state in COMING for other in pool.own):
@@ -234,6 +235,7 @@ class Operations:
         before, actions = operation.before, list[Action]()
         if before is not None:  # there was no memory for both models
             pool.choices, pool.loaded = dict(before.choices), before.loaded
+            self._try_again(pool)
             self._models.turn_to(pool, before.model, now)
         rest = f"back to {pool.model}" if before else f"{pool.model or 'nothing'} goes on"
         operation.end(f"{why}; {rest}", failed=True)

@@ -409,6 +409,31 @@ def test_an_old_engine_that_ends_while_it_drains_for_a_reload_is_no_failure_of_t
     assert world.serves("p") == [ref]
 
 
+def test_a_reload_whose_handoff_somebody_removes_rolls_back_too() -> None:
+    world = started(spec())
+    reload(world, beside=False)
+    world.exits(R0)
+    world.comes_up(R0)
+    world.scan()
+    del world.files["p-r0.json"]
+    world.settle()
+    assert "removed; back to m" in ends_with(world, "failed")
+    assert world.serves("p") == ["m"]
+
+
+def test_an_engine_that_fails_once_it_was_proven_is_a_failure_of_the_pool_and_not_of_the_reload() -> None:
+    world = started(spec())
+    task = world.task("p")
+    reload(world, beside=True)
+    world.settle()
+    world.exits(("p", "r1"), "out of memory", hopeless=True)
+    assert ends_with(world, "failed") == "out of memory"
+    assert world.report("p")["models"] == ["m2"] and task in world.tasks
+    world.do(ev.Load("p"))
+    world.settle()
+    assert world.serves("p") == ["m2"]
+
+
 def test_a_failed_reload_of_an_unloaded_pool_leaves_it_unloaded() -> None:
     world = started(spec())
     world.do(ev.Unload("p"))

@@ -36,6 +36,7 @@ from llorch.node.heartbeat import Membership
 from llorch.node.machine import Machine
 from llorch.node.metrics import NodeMetrics
 from llorch.node.planner import Planner
+from llorch.node.plans import Plan
 from llorch.node.pools import Pools
 from llorch.node.reports import Identity
 from llorch.node.routes import routes
@@ -134,6 +135,7 @@ class _Parts:
     metrics: NodeMetrics
 
     def __init__(self) -> None:
+        self.next_plans: list[Plan] | None = None
         self.listeners: list[Callable[[], None]] = []
 
     @classmethod
@@ -243,14 +245,20 @@ class _Parts:
             await self.node.refresh()
             self.changed()
 
+    def prepare(self, settings: NodeSettings) -> None:
+        """Plans for settings that were read anew. Blocking. Raises ConfigError."""
+        self.next_plans = self.planner.other(settings)
+
     def settle(self, access: Access, settings: NodeSettings) -> None:
-        """Settings that were read anew. Raises ConfigError with nothing changed."""
-        plans = self.planner.other(settings)
+        """Put them in force. Raises ConfigError with nothing changed."""
+        if not self.supervisor.started:
+            raise ConfigError("this node has just been started", hint="the file is read again at its next change")
         access.settled(settings)
         logs.configure(settings.log_level)
         self.stager.settle(_staging_limits(settings))
-        if plans is not None:
-            self.supervisor.configure(plans)
+        if self.next_plans is not None:
+            self.planner.took(settings)
+            self.supervisor.configure(self.next_plans)
 
 
 def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
@@ -323,7 +331,7 @@ def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], a
     guard.loop(parts.progress, "progress")
     guard.spawn(parts.digest(), "digests")
     guard.loop(access.step, "access")
-    reloader = Reloader(settings, source, LIVE, partial(parts.settle, access))
+    reloader = Reloader(settings, source, LIVE, partial(parts.settle, access), parts.prepare)
     guard.loop(reloader.step, "reload")
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
 

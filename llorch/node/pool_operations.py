@@ -13,7 +13,8 @@ from collections.abc import Callable
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
-from llorch.node.pool_models import EXTERNAL, MODEL_KEPT_S, Models, comes_and_goes, first_model
+from llorch.node.pool_models import MODEL_KEPT_S, Models, comes_and_goes, first_model
+from llorch.node.pool_outfit import another, outfit, reloaded_to, same_engines
 from llorch.node.replica_life import Ended, Life
 from llorch.node.replicas import COMING, DOWN, OPERATOR, RELOAD, Before, Operation, Pool, Replica
 
@@ -56,6 +57,7 @@ class Operations:
         _must_be_free(pool)
         actions = self._begin(pool, "unload", wish.at, pool.model)
         pool.loaded = False
+        _give_tasks(pool, wish.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def restart(self, pool: Pool, wish: ev.Restart, now: float) -> list[Action]:
@@ -65,6 +67,7 @@ class Operations:
             return []
         actions = self._begin(pool, "restart", wish.at, pool.model)
         pool.loaded = True
+        _give_tasks(pool, wish.deadline_s, now)
         self._try_again(pool)
         self._models.turn_to(pool, pool.model, now)
         return actions + self.settle(pool, now)
@@ -89,7 +92,7 @@ class Operations:
         if wish.model == pool.model and pool.choices.get(wish.model) == wish.ref and pool.ready:
             operation.end("it serves that model already")
             return actions + self._told(pool)
-        operation.ref, operation.preparing = wish.ref, True
+        operation.ref, operation.preparing, operation.deadline_s = wish.ref, True, wish.deadline_s
         return [*actions, ev.Prepare(pool.id, wish.model, wish.ref)]
 
     def prepared(self, pool: Pool, event: ev.Prepared, now: float) -> list[Action]:
@@ -117,13 +120,14 @@ class Operations:
         pool.loaded = True
         self._try_again(pool)
         self._models.turn_to(pool, event.model, now)
+        _give_tasks(pool, operation.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def drain(self, pool: Pool, wish: ev.Drain, now: float) -> list[Action]:
         """It takes effect during a reload too, which remains the operation that is told."""
         actions = self._begin(pool, "drain", wish.at, None)
         pool.holds[OPERATOR] = wish.reason
-        pool.task_deadline = None if wish.deadline_s is None else now + wish.deadline_s
+        _give_tasks(pool, wish.deadline_s, now)
         self._changed(pool)
         return actions + self._proceed(pool)
 
@@ -182,15 +186,23 @@ class Operations:
     def configure(self, pool: Pool, wanted: Wanted, now: float) -> list[Action]:
         """The settings say other things of this pool now: its engines are started anew, after their tasks."""
         why = "the settings have changed"
+        pool.holds = {who: held for who, held in pool.holds.items() if who == OPERATOR}  # the others are told again
+        if pool.spec is not None and same_engines(pool.spec, wanted.spec) and not pool.leaves:
+            pool.spec, pool.on_demand = wanted.spec, comes_and_goes(wanted.spec)
+            self._changed(pool)
+            return [ev.Note("pool.changed", pool.id, None, "its engines stay"), *self.settle(pool, now)]
         actions = self._give_up_reload(pool, why, now) if pool.reloading is not None else []
         pool.leaves = False
         actions += self._begin(pool, "restart", None, None)
+        reloaded = reloaded_to(pool, wanted)
         outfit(pool, wanted)
+        if reloaded is not None:
+            pool.choices = reloaded
         if pool.on_demand:
             others = [each for each in pool.replicas.values() if not each.spawned and each.state not in DOWN]
             actions += [action for each in others for action in self._life.withdrawn(pool, each)]
         self._try_again(pool)
-        self._models.turn_to(pool, first_model(wanted), now)
+        self._models.turn_to(pool, first_model(wanted) if reloaded is None else next(iter(reloaded)), now)
         actions += self._models.end_waiting(pool, why, all_of_them=True)
         return [ev.Note("pool.changed", pool.id, None, ""), *actions, *self.settle(pool, now)]
 
@@ -263,6 +275,8 @@ class Operations:
         assert model is not None and ref is not None  # it was started with both
         pool.choices = {**(pool.choices if pool.on_demand else {}), model: ref}
         self._models.turn_to(pool, model, now)
+        if pool.operation is not None and pool.operation.kind == RELOAD:
+            _give_tasks(pool, pool.operation.deadline_s, now)
         for other in pool.replicas.values():
             if other.next:
                 other.next, other.revision = False, pool.revision
@@ -274,8 +288,8 @@ class Operations:
         actions: list[Action] = []
         if pool.task_deadline is not None and now >= pool.task_deadline:
             pool.task_deadline = None
-            if tasks := _tasks(pool):
-                pool.waiting.update(dict.fromkeys(pool.waiting))
+            if tasks := _waited_for(pool):
+                pool.waiting.update((task_id, None) for task_id in tasks if task_id in pool.waiting)
                 actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what=f"pool {pool.id}")))
         return [*actions, *self._models.pass_time(pool, now), *self.settle(pool, now)]
 
@@ -451,32 +465,13 @@ def _must_be_ours(pool: Pool) -> None:
         )
 
 
-def _tasks(pool: Pool) -> tuple[str, ...]:
-    held = (task_id for replica in pool.replicas.values() for task_id in replica.held)
-    return tuple(sorted([*pool.waiting, *held]))
+def _waited_for(pool: Pool) -> tuple[str, ...]:
+    """The tasks that a wish with a deadline waits for: all, where none is to run here; else those of what gives way."""
+    all_of_them = OPERATOR in pool.holds or not pool.loaded
+    ending = [r for r in pool.replicas.values() if all_of_them or r.state is ReplicaState.DRAINING]
+    held = (task_id for replica in ending for task_id in replica.held)
+    return tuple(sorted([*(pool.waiting if all_of_them else ()), *held]))
 
 
-# ---------------------------------------------------------------- from settings to replicas
-
-
-def outfit(pool: Pool, wanted: Wanted) -> None:
-    """Give the pool what the settings say, and as many replicas: those that it has stay, as far as they are wanted."""
-    spec = pool.spec = wanted.spec
-    pool.engine, pool.choices, pool.on_demand = spec.engine, dict(wanted.choices), comes_and_goes(spec)
-    pool.ctx, pool.device_mask = spec.ctx, ",".join(map(str, spec.gpus or ())) or None
-    there = [replica for replica in pool.replicas.values() if replica.spawned]
-    there.sort(key=lambda replica: (replica.next, replica.leaves))
-    for number, replica in enumerate(there):
-        replica.leaves = replica.next or number >= spec.replicas
-    for _ in range(spec.replicas - len(pool.own)):
-        another(pool)
-
-
-def another(pool: Pool) -> Replica:
-    """A replica more, under the lowest number that is free."""
-    spec = pool.spec
-    assert spec is not None  # only pools of the settings get any
-    number = next(number for number in range(len(pool.replicas) + 1) if f"r{number}" not in pool.replicas)
-    replica = Replica(f"r{number}", owned=spec.engine != EXTERNAL, spawned=True, slots=spec.slots)
-    pool.replicas[replica.id] = replica
-    return replica
+def _give_tasks(pool: Pool, deadline_s: float | None, now: float) -> None:
+    pool.task_deadline = None if deadline_s is None else now + deadline_s

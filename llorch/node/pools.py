@@ -28,7 +28,8 @@ from llorch.node.handoff import Handoff
 from llorch.node.pool_events import Action, Event, ReplicaState, Step, Wanted, step
 from llorch.node.pool_handoffs import Handoffs
 from llorch.node.pool_models import EXTERNAL, Models, first_model
-from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations, outfit
+from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations
+from llorch.node.pool_outfit import outfit
 from llorch.node.replica_life import Life
 from llorch.node.replicas import DOWN, MAX_WHY_CHARS, OPERATOR, Lease, Pool, Replica, average
 from llorch.node.slots import Slots

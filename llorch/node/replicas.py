@@ -135,6 +135,7 @@ class Operation:
     began: str | None = None
     before: Before | None = None
     ref: str | None = None  # of a reload
+    deadline_s: float | None = None  # of a reload: for the tasks of what gives way
     preparing: bool = False  # its model is not here yet, and nothing has changed for it
 
     @property
@@ -171,7 +172,7 @@ class Pool:
     idle_since: float = 0.0
     troubles: dict[str, Failures] = field(default_factory=dict)  # of models that are loaded on demand
     not_before: dict[str, float] = field(default_factory=dict)
-    task_deadline: float | None = None  # of an operator's drain: when what still runs is ended
+    task_deadline: float | None = None  # when tasks are ended that an operator's wish waits for
     operation: Operation | None = None
     generation: int = 0
     version: str | None = None

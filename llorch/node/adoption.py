@@ -123,6 +123,8 @@ async def challenge(http: aiohttp.ClientSession, left: Left, *, keyed: bool = Tr
     whose = await asyncio.to_thread(holder, record.engine.pid, record.port)
     if whose is Holder.NOBODY:
         return None
+    if whose is Holder.UNKNOWN:
+        return None  # nobody may look; its pid, its start and its argv are what they were
     if whose is not Holder.ITS:
         return f"another program listens on its port {record.port}"
     if not keyed:

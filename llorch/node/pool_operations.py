@@ -251,7 +251,7 @@ class Operations:
             pool.choices, pool.loaded = dict(before.choices), before.loaded
             self._try_again(pool)
             self._models.turn_to(pool, before.model, now)
-        rest = f"back to {pool.model}" if before else f"{pool.model or 'nothing'} goes on"
+        rest = f"back to {pool.model or 'no model'}" if before else f"{pool.model or 'nothing'} goes on"
         operation.end(f"{why}; {rest}", failed=True)
         for replica in pool.replicas.values():
             if replica.next and not replica.leaves:

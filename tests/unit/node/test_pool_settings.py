@@ -8,7 +8,7 @@ from llorch.config_pools import PoolSpec
 from llorch.errors import Code
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
-from tests.pool_world import World, external, of, on_demand, refused, spec, started
+from tests.pool_world import World, external, on_demand, refused, spec, started
 
 R0 = ("p", "r0")
 
@@ -294,12 +294,9 @@ def test_what_others_handed_over_stays_when_the_settings_drop_their_pool() -> No
 def test_a_node_has_room_for_new_names_of_engines_that_others_hand_over() -> None:
     world = started(spec())
     for number in range(300):
-        name = hand_over(world, replica=f"x{number}") if number % 50 == 0 else f"p-x{number}.json"
         made = Handoff("p", "vllm", "http://127.0.0.1:6000", "m", f"x{number}", slots=1)
-        world.do(ev.HandoffSeen(made))
-        world.do(ev.HandoffGone(made.file_name))
-        world.files.pop(name, None)
-        world.known.pop(name, None)
+        world.pools.handle(ev.HandoffSeen(made), world.now)
+        world.pools.handle(ev.HandoffGone(made.file_name), world.now)
+    assert len(world.report("p")["replicas"]) == 256
     hand_over(world, replica="last")
     assert ("p", "last") in world.ready()
-    assert not of(world.do(ev.Tick()), ev.Spawn)

@@ -35,13 +35,22 @@ class Source(Generic[S]):
 
 
 class Reloader(Generic[S]):
-    """`step` is a loop's. `live`: the fields that `apply` takes over; if it raises ConfigError, nothing has changed."""
+    """`step` is a loop's. `live`: the fields that `apply` takes over; if it raises ConfigError, nothing has changed.
+    `prepare` comes before, in a thread, for what takes its time; it may refuse in the same way.
+    """
 
-    def __init__(self, settings: S, source: Source[S], live: Iterable[str], apply: Callable[[S], None]) -> None:
+    def __init__(
+        self,
+        settings: S,
+        source: Source[S],
+        live: Iterable[str],
+        apply: Callable[[S], None],
+        prepare: Callable[[S], None] = lambda _settings: None,
+    ) -> None:
         self.settings = settings
         self._source = source
         self._live = frozenset(live)
-        self._apply = apply
+        self._apply, self._prepare = apply, prepare
         self._stamps = self._look()
         self._asked = asyncio.Event()
 
@@ -59,16 +68,17 @@ class Reloader(Generic[S]):
         self._asked.clear()
         self._stamps = stamps
         try:
-            self._take(await asyncio.to_thread(self._source.read))
+            await self._take(await asyncio.to_thread(self._source.read))
         except ConfigError as error:
             log.error("settings.refused", reason=error.message, hint="what was in force before stays in force")
         return LOOK_EVERY_S
 
-    def _take(self, new: S) -> None:
+    async def _take(self, new: S) -> None:
         names = [field.name for field in dataclasses.fields(new)]
         changed = [name for name in names if getattr(new, name) != getattr(self.settings, name)]
         live = {name: getattr(new, name) for name in changed if name in self._live}
         settings = dataclasses.replace(self.settings, **live)
+        await asyncio.to_thread(self._prepare, settings)
         self._apply(settings)
         self.settings = settings
         waiting = [name.replace("_", "-") for name in changed if name not in self._live]

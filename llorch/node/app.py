@@ -36,6 +36,7 @@ from llorch.node.heartbeat import Membership
 from llorch.node.machine import Machine
 from llorch.node.metrics import NodeMetrics
 from llorch.node.planner import Planner
+from llorch.node.plans import Plan
 from llorch.node.pools import Pools
 from llorch.node.reports import Identity
 from llorch.node.routes import routes
@@ -49,7 +50,6 @@ from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
-PROGRESS_S = 0.5  # of models that are being staged
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
 WISHES = "wishes.json"
 
@@ -134,6 +134,7 @@ class _Parts:
     metrics: NodeMetrics
 
     def __init__(self) -> None:
+        self.next_plans: list[Plan] | None = None
         self.listeners: list[Callable[[], None]] = []
 
     @classmethod
@@ -227,12 +228,6 @@ class _Parts:
         self.changed()
         return REFRESH_S
 
-    async def progress(self) -> float:
-        """While models are staged, how far they are."""
-        if self.catalog.progress:
-            self.staged()
-        return PROGRESS_S
-
     def staged(self) -> None:
         self.node.models = self.catalog.report()
         self.changed()
@@ -243,14 +238,20 @@ class _Parts:
             await self.node.refresh()
             self.changed()
 
+    def prepare(self, settings: NodeSettings) -> None:
+        """Plans for settings that were read anew. Blocking. Raises ConfigError."""
+        self.next_plans = self.planner.other(settings)
+
     def settle(self, access: Access, settings: NodeSettings) -> None:
-        """Settings that were read anew. Raises ConfigError with nothing changed."""
-        plans = self.planner.other(settings)
+        """Put them in force. Raises ConfigError with nothing changed."""
+        if not self.supervisor.started:
+            raise ConfigError("this node has just been started", hint="the file is read again at its next change")
         access.settled(settings)
         logs.configure(settings.log_level)
         self.stager.settle(_staging_limits(settings))
-        if plans is not None:
-            self.supervisor.configure(plans)
+        if self.next_plans is not None:
+            self.planner.took(settings)
+            self.supervisor.configure(self.next_plans)
 
 
 def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
@@ -320,10 +321,9 @@ async def _listen(settings: NodeSettings, access: Access, parts: _Parts, exits: 
 def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts) -> None:
     guard.loop(parts.runner.sweep, "sweep")
     guard.loop(parts.refresh, "refresh")
-    guard.loop(parts.progress, "progress")
     guard.spawn(parts.digest(), "digests")
     guard.loop(access.step, "access")
-    reloader = Reloader(settings, source, LIVE, partial(parts.settle, access))
+    reloader = Reloader(settings, source, LIVE, partial(parts.settle, access), parts.prepare)
     guard.loop(reloader.step, "reload")
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
 

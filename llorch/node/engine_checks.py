@@ -56,6 +56,7 @@ class Checks:
         self._guard = Guard("checks")
         self._probes: dict[Key, asyncio.Task[None]] = {}
         self._missed: dict[Key, int] = {}
+        self._counts: set[Key] = set()  # those that were heard to count something, since they became ready
 
     async def close(self) -> None:
         await self._guard.close()
@@ -65,6 +66,7 @@ class Checks:
     def begin(self, probe: ev.Probe) -> None:
         key = (probe.pool_id, probe.replica_id)
         self.stop(key)
+        self._forget(key)
         self._probes[key] = self._guard.spawn(self._probe(key, probe), f"probe.{key[0]}.{key[1]}")
 
     def stop(self, key: Key) -> None:
@@ -89,6 +91,7 @@ class Checks:
             if answer is not None:
                 self._missed.pop(key, None)
                 self._post(ev.ProbeOk(*key, probe.probe, slots=answer.slots, ctx=answer.ctx))
+                await self._watch_one(key, probe.handoff)
                 return
             said, waited_s = reason, self._clock() - began
             start = self._running.get(key)
@@ -145,14 +148,18 @@ class Checks:
 
     async def watch(self) -> float:
         """Whether the busy ones go on: their counters move, or bytes come."""
-        await asyncio.gather(*(self._watch_one(*each) for each in self._ready()))
+        ready = self._ready()
+        for key in self._counts.difference(key for key, _ in ready):
+            self._forget(key)
+        await asyncio.gather(*(self._watch_one(*each) for each in ready))
         return min(WATCH_MOST_S, self._stall_timeout_s / WATCHES_PER_STALL)
 
     async def _watch_one(self, key: Key, handoff: Handoff) -> None:
-        if not self._pools.busy(*key):
-            self._watchdog.forget(key)
-            return
-        progress = await probing.progress(self._http, handoff)
+        """An idle one is asked until it has told what it counts: it may go deaf before it is asked while it is busy."""
+        asked = self._pools.busy(*key) or key not in self._counts
+        progress = await probing.progress(self._http, handoff) if asked else None
+        if progress is not None:
+            self._counts.add(key)
         stalled = self._watchdog.look(
             key,
             busy=self._pools.busy(*key) and (progress is None or progress.busy != 0),
@@ -164,3 +171,8 @@ class Checks:
         if stalled:
             reason = f"it has tasks, and made no token for {self._stall_timeout_s:.0f} s"
             self._post(ev.Stalled(*key, reason))
+
+    def _forget(self, key: Key) -> None:
+        """What is ready under this name next is another engine."""
+        self._counts.discard(key)
+        self._watchdog.forget(key)

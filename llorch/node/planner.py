@@ -1,7 +1,7 @@
 """Plans for the pools of the settings, on this machine: at the start, when the settings change, and once more later.
 
-Owns the look at which engines there are, which is slow and done once, and what becomes of a pool that can't be planned:
-at the start the others serve all the same, in settings that are read anew none of it counts. Blocking.
+Owns the look at which engines there are, and what becomes of a pool that can't be planned: at the start the others
+serve all the same, in settings that are read anew none of it counts. Blocking, for seconds: engines are asked.
 """
 
 from __future__ import annotations
@@ -49,14 +49,18 @@ class Planner:
         return plans
 
     def other(self, settings: NodeSettings) -> list[Plan] | None:
-        """In settings that were read anew; None if the pools are as they were. Raises ConfigError for any of them."""
+        """In settings that were read anew; None if the pools are as they were. Raises ConfigError for any of them.
+
+        Whoever puts them in force says so by `took`.
+        """
         specs = tuple(settings.effective_pools())
         if specs == self._specs:
             return None
         facts = self._facts(specs)
-        plans = [self.plan(spec, facts) for spec in specs]
-        self._specs = specs
-        return plans
+        return [self.plan(spec, facts) for spec in specs]
+
+    def took(self, settings: NodeSettings) -> None:
+        self._specs = tuple(settings.effective_pools())
 
     async def again(self, spec: PoolSpec) -> Plan:
         """One that could not be planned. Raises ConfigError if it still can't."""

@@ -14,7 +14,6 @@ from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
 from llorch.node.replicas import Pool, Replica
 
-MODEL_KEPT_S = 30.0  # once loaded, so that two controls can't have models loaded by turns for nothing
 EXTERNAL = "external"  # engines that someone else runs
 
 

@@ -28,7 +28,8 @@ from llorch.node.handoff import Handoff
 from llorch.node.pool_events import Action, Event, ReplicaState, Step, Wanted, step
 from llorch.node.pool_handoffs import Handoffs
 from llorch.node.pool_models import EXTERNAL, Models, first_model
-from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations, outfit
+from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations
+from llorch.node.pool_outfit import outfit
 from llorch.node.replica_life import Life
 from llorch.node.replicas import DOWN, MAX_WHY_CHARS, OPERATOR, Lease, Pool, Replica, average
 from llorch.node.slots import Slots
@@ -258,7 +259,9 @@ class Pools:
             if tasks := tuple(self._slots.holders()):
                 for pool in self._pools.values():
                     pool.waiting.update(dict.fromkeys(pool.waiting))
-                actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node")))
+                actions.append(
+                    ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node", why="drained"))
+                )
         return actions
 
     def _gone(self, pool: Pool, now: float) -> list[Action]:
@@ -401,8 +404,14 @@ class Pools:
         return self._pool(pool_id).choices.get(model)
 
     def models(self) -> set[str]:
-        """The ids of all models that some pool runs or may load."""
-        return {model for pool in self._pools.values() for model in pool.choices}
+        """The ids of all models that some pool runs, may load, is reloaded to, or goes back to if that fails."""
+        found = {model for pool in self._pools.values() for model in pool.choices}
+        found.update(replica.model for _, replica in self._each() if replica.model is not None)
+        for pool in self._pools.values():
+            if pool.reloading is not None:
+                found.add(pool.reloading.model or "")
+                found.update(pool.reloading.before.choices if pool.reloading.before is not None else ())
+        return found
 
     def pids(self) -> list[int]:
         """Of the engines that said theirs."""

@@ -34,7 +34,7 @@ BUGS = (
     # ---- claims and slots
     bug(
         "a claim is not released", "calm", "left over, slots, stuck",
-        ("control/registry.py", "            pool.claimed -= 1\n", ""),
+        ("control/nodes.py", "        self.claimed -= 1\n", ""),
     ),
     bug(
         "claims beyond the slots", "crowd", "slots",
@@ -60,7 +60,7 @@ BUGS = (
     ),
     bug(
         "the slot of a trial is not given back", "ejections", "left over, slots, stuck",
-        ("control/registry.py", "            pool.claimed -= 1\n", "            pool.claimed -= not claim.trial\n"),
+        ("control/nodes.py", "        self.claimed -= 1\n", "        self.claimed -= not claim.trial\n"),
     ),
     # ---- cancels, readers that go
     bug(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from llorch.config_pools import MODEL_KEPT_S
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
-from llorch.node.pool_models import MODEL_KEPT_S
 from tests.pool_world import World, of, on_demand, spec, started
 
 R0 = ("d", "r0")

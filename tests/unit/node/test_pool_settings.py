@@ -68,6 +68,19 @@ def test_a_new_pool_is_started_and_held_if_the_node_is() -> None:
     assert world.report("p")["held"] == [] and world.task("p") is not None
 
 
+def test_a_removed_pool_whose_engine_ends_goes_once_the_task_that_it_had_is_over() -> None:
+    world = started(spec())
+    task = world.task("p")
+    assert task is not None
+    world.configure()
+    world.exits(R0)
+    world.time_passes(1.0)
+    assert world.pools.ids() == ["p"]
+    world.ends(task)
+    world.time_passes(1.0)
+    assert world.pools.ids() == []
+
+
 def test_a_removed_pool_takes_no_tasks_and_goes_with_its_last_one() -> None:
     world = started(spec(replicas=2))
     task = world.task("p")
@@ -232,12 +245,11 @@ def test_what_operators_asked_for_outlives_other_settings_until_those_name_anoth
 
 def test_settings_of_when_a_pool_serves_leave_its_engines_alone() -> None:
     world = started(spec())
-    run, task = world.processes[R0].run, world.task("p")
+    run = world.processes[R0].run
     for changes in ({"idle_unload_s": 900.0}, {"yield_to_owner": True}, {}):
         world.configure(spec(**changes))
         world.settle()
-        assert world.processes[R0].run == run and task in world.tasks
-    assert task is not None and not world.tasks[task].told_to_end
+        assert world.processes[R0].run == run and world.report("p")["ready"]
 
 
 def test_a_pool_that_is_idle_no_more_by_its_settings_comes_up() -> None:
@@ -265,6 +277,12 @@ def test_other_settings_are_another_chance_for_a_pool_that_has_failed() -> None:
     world = started(spec())
     world.exits(R0, hopeless=True)
     world.configure(spec(ctx=2048))
+    world.settle()
+    assert world.report("p")["ready"]
+    del world.files["p-r0.json"]
+    world.settle()
+    assert not world.processes
+    world.configure(spec())
     world.settle()
     assert world.report("p")["ready"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -35,9 +35,13 @@ class Source(Generic[S]):
 
 
 class Reloader(Generic[S]):
-    """`step` is a loop's. `live`: the fields that `apply` takes over; if it raises ConfigError, nothing has changed."""
+    """`step` is a loop's. `live`: the fields that `apply` takes over; if it raises ConfigError, nothing has changed.
+    What `apply` has to look at on disk it may do elsewhere, and return an awaitable.
+    """
 
-    def __init__(self, settings: S, source: Source[S], live: Iterable[str], apply: Callable[[S], None]) -> None:
+    def __init__(
+        self, settings: S, source: Source[S], live: Iterable[str], apply: Callable[[S], Awaitable[None] | None]
+    ) -> None:
         self.settings = settings
         self._source = source
         self._live = frozenset(live)
@@ -59,17 +63,19 @@ class Reloader(Generic[S]):
         self._asked.clear()
         self._stamps = stamps
         try:
-            self._take(await asyncio.to_thread(self._source.read))
+            await self._take(await asyncio.to_thread(self._source.read))
         except ConfigError as error:
             log.error("settings.refused", reason=error.message, hint="what was in force before stays in force")
         return LOOK_EVERY_S
 
-    def _take(self, new: S) -> None:
+    async def _take(self, new: S) -> None:
         names = [field.name for field in dataclasses.fields(new)]
         changed = [name for name in names if getattr(new, name) != getattr(self.settings, name)]
         live = {name: getattr(new, name) for name in changed if name in self._live}
         settings = dataclasses.replace(self.settings, **live)
-        self._apply(settings)
+        applying = self._apply(settings)
+        if applying is not None:
+            await applying
         self.settings = settings
         waiting = [name.replace("_", "-") for name in changed if name not in self._live]
         log.info(

@@ -102,6 +102,7 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
         parts.listeners += [membership.notify for membership in memberships]
         members = Guard("node.members")
         try:
+            parts.hold()  # what may not run at this hour is not started only to be stopped
             await parts.supervisor.start()
             for membership in memberships:
                 members.spawn(membership.run(), membership.url)
@@ -200,7 +201,7 @@ class _Parts:
             read_models=self.catalog.report,
             gpus=gpus,
             stager=self.stager,
-            post=self.supervisor.post,
+            post=self.supervisor.ask,
             read_log=partial(log_pages.read, self.supervisor.files.logs),
             stopping=stop.wanted,
         )
@@ -221,10 +222,13 @@ class _Parts:
         """What the machine says now, and what follows from it for pools that yield or have hours."""
         await self.node.refresh()
         self.machine.learn(self.supervisor.running())
-        for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
-            self.supervisor.post(hold)
+        self.hold()
         self.changed()
         return REFRESH_S
+
+    def hold(self) -> None:
+        for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
+            self.supervisor.post(hold)
 
     async def progress(self) -> float:
         """While models are staged, how far they are."""
@@ -242,13 +246,14 @@ class _Parts:
             await self.node.refresh()
             self.changed()
 
-    def settle(self, access: Access, settings: NodeSettings) -> None:
+    async def settle(self, access: Access, settings: NodeSettings) -> None:
         """Settings that were read anew. Raises ConfigError with nothing changed."""
-        plans = self.planner.other(settings)
+        plans = await asyncio.to_thread(self.planner.other, settings)  # asking engines what they can takes seconds
         access.settled(settings)
         logs.configure(settings.log_level)
         self.stager.settle(_staging_limits(settings))
         if plans is not None:
+            self.planner.settled(settings)
             self.supervisor.configure(plans)
 
 

@@ -264,8 +264,9 @@ class EngineStart:
         up: Callable[[Handoff], None],
     ) -> None:
         spawn = self.spawn
-        if self.plan.engine is None:
-            self.plan = await self._unless_ended(starts.plan(self.plan.spec))
+        if self.plan.engine is None:  # of several models one may be why: only this one has to be good
+            one = replace(self.plan.spec, model=spawn.ref, models=())
+            self.plan = await self._unless_ended(starts.plan(one))
         plan, engine = self.plan, self.plan.engine
         assert engine is not None  # else there is no plan
         path = _named_there(plan, spawn.ref)

@@ -49,14 +49,19 @@ class Planner:
         return plans
 
     def other(self, settings: NodeSettings) -> list[Plan] | None:
-        """In settings that were read anew; None if the pools are as they were. Raises ConfigError for any of them."""
+        """In settings that were read anew; None if the pools are as they were. Raises ConfigError for any of them.
+
+        Nothing is settled by that: whatever else there is may yet be refused. `settled` follows.
+        """
         specs = tuple(settings.effective_pools())
         if specs == self._specs:
             return None
         facts = self._facts(specs)
-        plans = [self.plan(spec, facts) for spec in specs]
-        self._specs = specs
-        return plans
+        return [self.plan(spec, facts) for spec in specs]
+
+    def settled(self, settings: NodeSettings) -> None:
+        """These are in force."""
+        self._specs = tuple(settings.effective_pools())
 
     async def again(self, spec: PoolSpec) -> Plan:
         """One that could not be planned. Raises ConfigError if it still can't."""

@@ -3,6 +3,7 @@
 Surface:
     Supervisor(pools, plans, ...)                    start(), close()
     post(event)                                      tell the pools what happened, and do what follows
+    ask(event)                                       the same for what somebody wishes, which may be refused
     configure(plans)                                 other pools in the settings
 
 Owns every engine process and the files that belong to it under the runtime directory, and the one watcher of handoffs.
@@ -27,7 +28,7 @@ from typing import Any
 import aiohttp
 
 from llorch import web, whole_file
-from llorch.errors import ConfigError, LlorchError
+from llorch.errors import Code, ConfigError, LlorchError
 from llorch.logs import Log
 from llorch.node import adoption
 from llorch.node import pool_events as ev
@@ -43,6 +44,7 @@ from llorch.node.watcher import Watcher
 from llorch.tasks import Guard
 
 TICK_S = 0.2  # what a restart or the end of a drain may come late
+STARTING_AGAIN_MS = 1_000
 LOCK_TRIES, LOCK_PAUSE_S = 20, 0.1  # an agent that was killed a moment ago may still hold it
 
 log = Log("supervisor")
@@ -109,6 +111,8 @@ class Supervisor:
         self._offered: set[str] = set()  # handoffs of external engines that we wrote
         self._wishes: dict[str, Any] = pools.wishes()
         self._closing = False
+        self._settled = False  # what an earlier agent left is taken over, or gone
+        self._early: list[ev.Event] = []  # what happened before that
         self._exits = contextlib.AsyncExitStack()
         self._checks: Checks | None = None
 
@@ -117,10 +121,17 @@ class Supervisor:
     async def start(self) -> None:
         """Take the runtime directory, go on with what an earlier agent left, start what the settings ask for.
 
-        Raises ConfigError when another agent uses the directory.
+        Raises ConfigError when another agent uses the directory, or when it can't be used at all.
         """
-        self.files.make()
-        await self._lock()
+        try:
+            self.files.make()
+            await self._lock()
+        except OSError as error:
+            why = "it is no directory" if isinstance(error, FileExistsError) else error.strerror
+            raise ConfigError(
+                f"the runtime directory can't be used: {error.filename or self.files.root}: {why}",
+                hint="make it writable for the agent's user, or give another --runtime-dir",
+            ) from None
         http = await self._exits.enter_async_context(web.client_session())
         self._checks = Checks(
             self.pools,
@@ -132,6 +143,9 @@ class Supervisor:
             heard_at=self._told.heard_at,
         )
         await self._take_over(http)
+        self._settled = True
+        for event in self._early:
+            self.post(event)
         await self._watcher.start()
         self.post(ev.Start())
         self._guard.loop(self._tick, "tick")
@@ -170,9 +184,18 @@ class Supervisor:
             self._withdraw(name)
         await self._exits.aclose()
 
+    def ask(self, wish: ev.Event) -> None:
+        """What somebody wants of a pool. Raises LlorchError for a wish that can't be granted."""
+        if not self._settled:
+            raise LlorchError(Code.CONFLICT, "this node is still starting", retry_after_ms=STARTING_AGAIN_MS)
+        self.post(wish)
+
     def post(self, event: ev.Event) -> None:
-        """Tell the pools, and do what they ask for. Raises LlorchError for a wish that can't be granted."""
+        """Tell the pools, and do what they ask for; later, while it is not yet known which engines run already."""
         if self._closing:
+            return
+        if not self._settled:
+            self._early.append(event)
             return
         for action in self.pools.handle(event, self._clock()):
             self._do(action)
@@ -188,9 +211,12 @@ class Supervisor:
     def _forget(self, pool_id: str) -> None:
         """The logs of a pool's engines, none of which runs."""
         name = re.compile(rf"{re.escape(pool_id)}-r\d+\.log(\.\d+)?")
-        for path in self.files.logs.iterdir():
-            if name.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        try:
+            for path in self.files.logs.iterdir():
+                if name.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("logs.not_removed", **self._ids(pool_id, None), reason=error.strerror)
 
     def configure(self, plans: Iterable[Plan]) -> None:
         """The settings have these pools now, and each of them can be started."""
@@ -235,9 +261,9 @@ class Supervisor:
             log.warning(note.event, node_id=self._node_id, file=note.name, reason=note.reason, code="HANDOFF_INVALID")
         else:
             bad = note.event in ("pool.failed", "engine.stalled", "pool.not_reloaded")
-            (log.error if bad else log.info)(
-                note.event, **self._ids(note.pool_id, note.replica_id), reason=note.reason or None
-            )
+            ended = note.event == "engine.ended" and note.reason != "stopped"
+            tell = log.error if bad else log.warning if ended else log.info
+            tell(note.event, **self._ids(note.pool_id, note.replica_id), reason=note.reason or None)
         self._told.note(note)
 
     def _ids(self, pool_id: str | None, replica_id: str | None) -> dict[str, str]:
@@ -359,14 +385,18 @@ class Supervisor:
             whole_file.replace(self.files.engines / name, render(handoff), durable=False)
             self._unwritten.pop(name, None)
         except OSError as error:
-            if name not in self._unwritten:
+            told, self._unwritten[name] = name in self._unwritten, handoff
+            if not told:
                 log.error("handoff.unwritten", node_id=self._node_id, file=name, reason=error.strerror)
-            self._unwritten[name] = handoff
+                self.post(ev.HandoffBad(name, f"it can't be written: {error.strerror}"))
 
     def _withdraw(self, name: str) -> None:
         self._unwritten.pop(name, None)
-        (self.files.engines / name).unlink(missing_ok=True)
-        (self.files.pids / name).unlink(missing_ok=True)
+        for folder in (self.files.engines, self.files.pids):
+            try:
+                (folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                log.error("handoff.not_removed", node_id=self._node_id, file=name, reason=error.strerror)
 
     async def _tick(self) -> float:
         for handoff in list(self._unwritten.values()):

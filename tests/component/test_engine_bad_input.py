@@ -29,7 +29,7 @@ from llorch.node.supervisor import Supervisor
 from tests import gguf_bytes
 from tests.cluster import alive, eventually, expected_text
 from tests.component.node_harness import POOL, SERVICE_TOKEN
-from tests.component.test_engine_failures import Seen, command, error, pool_now, shown, state
+from tests.component.test_engine_failures import Seen, command, error, pool_now, state
 from tests.component.test_node_process import Process, node_process
 from tests.component.test_supervisor import hurried, left, pid_of, plan, ready, supervised, until
 

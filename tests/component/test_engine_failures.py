@@ -428,9 +428,7 @@ async def test_a_node_with_a_pool_that_fails_and_one_that_hangs_stays_online_and
         assert hangs.tail is not None and hangs.tail["error"]["code"] == "ENGINE_STALLED"
         assert hangs.text == expected_text(3) and hangs.events_seen[-1][0] == "error"
         await eventually(lambda: not alive(first))
-        await eventually(
-            lambda: pool_now(node.control, POOL).get("ready") and pid_of(pids, f"{POOL}-r0") != first
-        )
+        await eventually(lambda: pool_now(node.control, POOL).get("ready") and pid_of(pids, f"{POOL}-r0") != first)
         works = link.open({"model": "m", "prompt": "go", "max_tokens": 4})
         await eventually(lambda: works.tail is not None)
         assert works.text == expected_text(4)

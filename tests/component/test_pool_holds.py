@@ -1,5 +1,5 @@
-"""Pools that stand back, on a whole node: for the hour, and for who owns the GPU. They drain, their engines end, and they
-come back by themselves; the others never notice.
+"""Pools that stand back, on a whole node: for the hour, and for who owns the GPU. They drain, their engines end, and
+they come back by themselves; the others never notice.
 """
 
 from __future__ import annotations

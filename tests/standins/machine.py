@@ -1,7 +1,7 @@
 """A stand-in for a node's machine, for a node that is a process: a clock on the wall and one GPU, as a file has them.
 
-Imported before the node starts. `LLORCH_TEST_MACHINE` names the file: JSON with `wall` (ISO time) and `foreign` (bytes of
-the GPU that a program of somebody else's holds). The machine is read ten times a second, and its own clock is fast.
+Imported before the node starts. `LLORCH_TEST_MACHINE` names the file: JSON with `wall` (ISO time) and `foreign` (bytes
+of the GPU that a program of somebody else's holds). The machine is read ten times a second, and its own clock is fast.
 """
 
 from __future__ import annotations

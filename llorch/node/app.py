@@ -50,7 +50,6 @@ from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
-PROGRESS_S = 0.5  # of models that are being staged
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
 WISHES = "wishes.json"
 
@@ -229,12 +228,6 @@ class _Parts:
         self.changed()
         return REFRESH_S
 
-    async def progress(self) -> float:
-        """While models are staged, how far they are."""
-        if self.catalog.progress:
-            self.staged()
-        return PROGRESS_S
-
     def staged(self) -> None:
         self.node.models = self.catalog.report()
         self.changed()
@@ -328,7 +321,6 @@ async def _listen(settings: NodeSettings, access: Access, parts: _Parts, exits: 
 def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts) -> None:
     guard.loop(parts.runner.sweep, "sweep")
     guard.loop(parts.refresh, "refresh")
-    guard.loop(parts.progress, "progress")
     guard.spawn(parts.digest(), "digests")
     guard.loop(access.step, "access")
     reloader = Reloader(settings, source, LIVE, partial(parts.settle, access), parts.prepare)

@@ -62,16 +62,16 @@ async def _room_for_both(plan: Plan, model: LocalModel | None) -> bool:
     return True
 
 
-async def _any_room(plan: Plan, model: LocalModel) -> NoRoom | None:
+async def _any_room(start: object, plan: Plan, model: LocalModel) -> NoRoom | None:
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Starts:
-    """`model`: a reference's file, fetched first if need be. `room`: why it does not fit now; None if it does."""
+    """`model`: a reference's file, fetched first if need be. `room`: why a start has none now; None if it has."""
 
     model: Callable[[str, Said], Awaitable[Any]] = _no_models
-    room: Callable[[Plan, Any], Awaitable[NoRoom | None]] = _any_room
+    room: Callable[[object, Plan, Any], Awaitable[NoRoom | None]] = _any_room
     beside: Callable[[Plan, Any], Awaitable[bool]] = _room_for_both
     plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
     mask: Callable[[tuple[int, ...]], str] = lambda gpus: ",".join(map(str, gpus))
@@ -295,7 +295,7 @@ class EngineStart:
     async def _room(self, starts: Starts, model: LocalModel, said: Said) -> None:
         """Wait for memory that others have for now. Raises _Ended where waiting can't help, or did not."""
         waited_s = 0.0
-        while (no_room := await starts.room(self.plan, model)) is not None:
+        while (no_room := await starts.room(self, self.plan, model)) is not None:
             if no_room.hopeless or waited_s >= self.load_timeout_s:
                 raise _Ended(End(no_room.text, hopeless=no_room.hopeless))
             said(f"it waits for memory: {no_room.text}")

@@ -432,7 +432,7 @@ class EndTasks:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove what stopped engines of the pool have left: logs, keys."""
+    """Remove what stopped engines of the pool have left: their logs."""
 
     pool_id: str
 

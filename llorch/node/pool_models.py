@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llorch.config_pools import PoolSpec
+from llorch.config_pools import MODEL_KEPT_S, PoolSpec
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
 from llorch.node.replicas import Pool, Replica
 
-MODEL_KEPT_S = 30.0  # once loaded, so that two controls can't have models loaded by turns for nothing
 EXTERNAL = "external"  # engines that someone else runs
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llorch.config_pools import MODEL_KEPT_S
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
-from llorch.node.pool_models import MODEL_KEPT_S, Models, comes_and_goes, first_model
+from llorch.node.pool_models import Models, comes_and_goes, first_model
 from llorch.node.pool_outfit import another, outfit, reloaded_to, same_engines
 from llorch.node.replica_life import Ended, Life
 from llorch.node.replicas import COMING, DOWN, OPERATOR, RELOAD, Before, Operation, Pool, Replica
@@ -127,6 +128,7 @@ class Operations:
         """It takes effect during a reload too, which remains the operation that is told."""
         actions = self._begin(pool, "drain", wish.at, None)
         pool.holds[OPERATOR] = wish.reason
+        pool.task_deadline = None  # the latest drain says
         _give_tasks(pool, wish.deadline_s, now)
         self._changed(pool)
         return actions + self._proceed(pool)
@@ -187,7 +189,7 @@ class Operations:
         """The settings say other things of this pool now: its engines are started anew, after their tasks."""
         why = "the settings have changed"
         pool.holds = {who: held for who, held in pool.holds.items() if who == OPERATOR}  # the others are told again
-        if pool.spec is not None and same_engines(pool.spec, wanted.spec) and not pool.leaves:
+        if pool.spec is not None and pool.own and same_engines(pool.spec, wanted.spec) and not pool.leaves:
             pool.spec, pool.on_demand = wanted.spec, comes_and_goes(wanted.spec)
             self._changed(pool)
             return [ev.Note("pool.changed", pool.id, None, "its engines stay"), *self.settle(pool, now)]
@@ -249,7 +251,7 @@ class Operations:
             pool.choices, pool.loaded = dict(before.choices), before.loaded
             self._try_again(pool)
             self._models.turn_to(pool, before.model, now)
-        rest = f"back to {pool.model}" if before else f"{pool.model or 'nothing'} goes on"
+        rest = f"back to {pool.model or 'no model'}" if before else f"{pool.model or 'nothing'} goes on"
         operation.end(f"{why}; {rest}", failed=True)
         for replica in pool.replicas.values():
             if replica.next and not replica.leaves:
@@ -474,4 +476,8 @@ def _waited_for(pool: Pool) -> tuple[str, ...]:
 
 
 def _give_tasks(pool: Pool, deadline_s: float | None, now: float) -> None:
-    pool.task_deadline = None if deadline_s is None else now + deadline_s
+    """The sooner of two deadlines counts."""
+    if deadline_s is not None:
+        pool.task_deadline = min(
+            now + deadline_s, now + deadline_s if pool.task_deadline is None else pool.task_deadline
+        )

@@ -402,8 +402,14 @@ class Pools:
         return self._pool(pool_id).choices.get(model)
 
     def models(self) -> set[str]:
-        """The ids of all models that some pool runs or may load."""
-        return {model for pool in self._pools.values() for model in pool.choices}
+        """The ids of all models that some pool runs, may load, is reloaded to, or goes back to if that fails."""
+        found = {model for pool in self._pools.values() for model in pool.choices}
+        found.update(replica.model for _, replica in self._each() if replica.model is not None)
+        for pool in self._pools.values():
+            if pool.reloading is not None:
+                found.add(pool.reloading.model or "")
+                found.update(pool.reloading.before.choices if pool.reloading.before is not None else ())
+        return found
 
     def pids(self) -> list[int]:
         """Of the engines that said theirs."""

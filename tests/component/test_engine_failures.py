@@ -8,11 +8,10 @@ import asyncio
 import contextlib
 import os
 import re
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from llorch.node.supervisor import Supervisor, Told
 from tests.cluster import alive, descendants, eventually, expected_text
 from tests.component.memory_cgroup import memory_cgroup
 from tests.component.node_harness import POOL
-from tests.component.test_engine_process import EATS, LOADING, LASTS, nothing_listens
+from tests.component.test_engine_process import EATS, LASTS, LOADING, nothing_listens
 from tests.component.test_node_process import node_process
 from tests.component.test_supervisor import hurried, left, pid_of, plan, ready, supervised, until
 
@@ -215,9 +214,7 @@ async def test_one_that_never_gets_ready_has_its_load_time_and_that_of_its_model
     clock = hurried()
     never = command(sys.executable, "-c", LOADING, "{port}", f"{LASTS} # " + "{model}")
     with nothing_left(tmp_path, caplog):
-        async with supervised(
-            tmp_path, never, clock=clock, load_timeout_s=1.0, starts=Starts(model)
-        ) as supervisor:
+        async with supervised(tmp_path, never, clock=clock, load_timeout_s=1.0, starts=Starts(model)) as supervisor:
             await until(lambda: state(supervisor) == "loading")
             began, pid = clock(), pid_of(tmp_path)
             await until(lambda: not alive(pid))
@@ -257,9 +254,7 @@ async def test_one_that_hangs_while_it_loads_and_ignores_sigterm_is_killed_after
     seen = Seen()
     stubborn = command(*SHELL, DEAF_TO_SIGTERM)
     with nothing_left(tmp_path, caplog):
-        async with supervised(
-            tmp_path, stubborn, load_timeout_s=0.3, stop_grace_s=0.4, told=seen.told
-        ) as supervisor:
+        async with supervised(tmp_path, stubborn, load_timeout_s=0.3, stop_grace_s=0.4, told=seen.told) as supervisor:
             await until(lambda: seen.count("engine.ended") == 1)
             assert "not ready within" in error(supervisor)
             assert "engine.exited" in caplog.text and "killed by SIGKILL" in caplog.text
@@ -307,9 +302,7 @@ async def test_one_that_hangs_ends_its_tasks_is_drained_killed_and_comes_back(
     seen = Seen()
     obeys = plan("--obey", "--ignore-sigterm")
     with nothing_left(tmp_path, caplog) as engines:
-        async with supervised(
-            tmp_path, obeys, stall_timeout_s=0.5, stop_grace_s=0.2, told=seen.told
-        ) as supervisor:
+        async with supervised(tmp_path, obeys, stall_timeout_s=0.5, stop_grace_s=0.2, told=seen.told) as supervisor:
             await until(lambda: ready(supervisor))
             first = pid_of(tmp_path)
             task = asyncio.create_task(answer(supervisor, "t", f"go #x!{fault}@3", tokens=9))
@@ -435,7 +428,9 @@ async def test_a_node_with_a_pool_that_fails_and_one_that_hangs_stays_online_and
         assert hangs.tail is not None and hangs.tail["error"]["code"] == "ENGINE_STALLED"
         assert hangs.text == expected_text(3) and hangs.events_seen[-1][0] == "error"
         await eventually(lambda: not alive(first))
-        await eventually(lambda: pool_now(node.control.beats, POOL).get("ready") and pid_of(pids, f"{POOL}-r0") != first)
+        await eventually(
+            lambda: pool_now(node.control.beats, POOL).get("ready") and pid_of(pids, f"{POOL}-r0") != first
+        )
         works = link.open({"model": "m", "prompt": "go", "max_tokens": 4})
         await eventually(lambda: works.tail is not None)
         assert works.text == expected_text(4)

@@ -29,7 +29,9 @@ from tests.standins.blob_server import BlobServer, blob_server
 
 NODES = ("a", "b", "c")
 WINDOW_BYTES = 128 * 1024  # of a meter: what it holds itself of a line that breaks
-ON_ITS_WAY_BYTES = 4_000_000  # lost with a killed node, whatever the size: in its sockets, and between them and its disk
+ON_ITS_WAY_BYTES = (
+    4_000_000  # lost with a killed node, whatever the size: in its sockets, and between them and its disk
+)
 LINE = re.compile(r"([abc]): (staging|staged|waiting|offline|failed)\b.*")
 MOVING = re.compile(r"[abc]: staging \d+%( [\d.]+[BKM]/[\d.]+M( [\d.]+[BKM]/s)?)?( from a)?")
 
@@ -332,7 +334,9 @@ async def test_a_model_that_does_not_fit_is_refused_before_its_first_byte_with_t
         await there.start("a", pools=(simulated(),))
         code, _, err = await there.admin("model", "stage", there.ref("big.gguf"))
         assert code == 1 and "why: INSUFFICIENT_STORAGE\n" in err
-        assert re.search(r"a: big needs [\d.]+ GiB more, and [\d.]+ GiB are free, of which 2\.0 GiB are to stay so", err), err
+        assert re.search(
+            r"a: big needs [\d.]+ GiB more, and [\d.]+ GiB are free, of which 2\.0 GiB are to stay so", err
+        ), err
         assert there.partial("a", "big") == 0
         assert (await llorch.complete(tokens=4))["text"] == expected_text(4)
 

@@ -371,6 +371,8 @@ class Catalog:
             return {}
         path = self._data / FILE_NAME
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would keep the node waiting for ever
+                raise ValueError("it is not a regular file")
             with path.open("rb") as file:
                 entries = load(file.read(MAX_CATALOG_BYTES))
         except FileNotFoundError:

@@ -16,25 +16,32 @@ from llorch.node.engine_log import MAX_LINE_CHARS, tail
 from llorch.node.engines.shim_files import generations
 
 READ_BYTES = 128 * 1024  # of one log at once: a follower asks twice a second
+MAX_DIGITS = 20  # of a file's number, and of a place in it
+MOST_OFFSET = (1 << 63) - 1  # more than this no file has, and no file is asked for
 
 Place = tuple[int, int]  # a file's number, and how far it was read
 
 
 def read(logs: Path, pool_id: str, replicas: Sequence[str], lines: int, after: str | None) -> dict[str, Any]:
-    """`{"lines": [{"replica", "text"}], "cursor"}`. A cursor that is not ours means the newest lines."""
+    """`{"lines": [{"replica", "text"}], "cursor"}`. A cursor that is not ours means the newest lines.
+
+    Each replica has its share of `lines`, lest the words of one hide those of the others.
+    """
     places = _places(after)
+    each = max(1, lines // max(1, len(replicas)))
     found: list[dict[str, str]] = []
     cursors: list[str] = []
     for replica in replicas:
         path = logs / f"{pool_id}-{replica}.log"
         place = places.get(replica)
         if place is None:
-            texts, place = tail(path, lines), _end(path)
+            texts, place = tail(path, each), _end(path)
         else:
-            texts, place = _after(path, place, lines)
+            texts, place = _after(path, place, min(each, lines - len(found)))
+        texts = texts[max(0, len(texts) + len(found) - lines) :]
         found += [{"replica": replica, "text": text} for text in texts]
         cursors.append(f"{replica}={place[0]}:{place[1]}")
-    return {"lines": found[-lines:] if after is None else found, "cursor": ",".join(cursors)}
+    return {"lines": found, "cursor": ",".join(cursors)}
 
 
 def _places(after: str | None) -> dict[str, Place]:
@@ -42,8 +49,8 @@ def _places(after: str | None) -> dict[str, Place]:
     for part in (after or "")[:4_096].split(","):
         replica, _, place = part.partition("=")
         file, _, offset = place.partition(":")
-        if file.isdecimal() and offset.isdecimal() and len(place) < 64:
-            places[replica] = (int(file), int(offset))
+        if file.isdecimal() and offset.isdecimal() and max(len(file), len(offset)) <= MAX_DIGITS:
+            places[replica] = (int(file), min(int(offset), MOST_OFFSET))
     return places
 
 
@@ -56,13 +63,15 @@ def _end(path: Path) -> Place:
 
 
 def _after(path: Path, place: Place, lines: int) -> tuple[list[str], Place]:
-    """The whole lines since `place`, the oldest first and no more than `lines`; over a rotation, too."""
+    """The whole lines since `place`, the oldest first and no more than `lines`; over a rotation, too. A log that is
+    shorter than it was is another one, under a number that was free again."""
     texts: list[str] = []
-    for name in _since(path, place[0]):
+    for name in _since(path, place[0]) if lines > 0 else ():
         try:
             with name.open("rb") as file:
-                number = os.fstat(file.fileno()).st_ino
-                start = place[1] if number == place[0] else 0
+                found = os.fstat(file.fileno())
+                number = found.st_ino
+                start = place[1] if number == place[0] and place[1] <= found.st_size else 0
                 file.seek(start)
                 raw = file.read(READ_BYTES)
         except OSError:
@@ -84,4 +93,4 @@ def _since(path: Path, number: int) -> list[Path]:
     for count, file in enumerate(files, 1):
         if _end(file)[0] == number:
             return files[:count][::-1]
-    return files[:1]
+    return files[::-1]

@@ -249,7 +249,7 @@ class EngineStart:
         said: Said,
         up: Callable[[Handoff], None],
     ) -> End:
-        """To its end. It begins when `before` is done. `said` hears how far it is until there is a process, `up` of it."""
+        """To its end. It begins when `before` is done. `said` hears how far it is, `up` that there is a process."""
         try:
             if before is not None:
                 await self._unless_ended(asyncio.wait((before,)))

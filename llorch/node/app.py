@@ -24,7 +24,7 @@ import aiohttp
 from llorch import __version__, listen, logs, systemd, web
 from llorch.config import NodeSettings
 from llorch.doors import Limits as DoorLimits
-from llorch.errors import Code, ConfigError, LlorchError
+from llorch.errors import ConfigError, LlorchError
 from llorch.node import log_pages, standing
 from llorch.node import pool_events as ev
 from llorch.node.access import Access
@@ -262,7 +262,7 @@ def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
         runner.seated(seat.task_id, seat.replica_id, seat.url, seat.api_key_file, trial=seat.trial)
 
     return Told(
-        note=lambda note: _note(metrics, note),
+        note=partial(_note, metrics, set()),
         seated=seated,
         end_tasks=lambda ended: runner.end(ended.task_ids, LlorchError(ended.code, ended.reason)),
         wishes=partial(standing.write, wishes),
@@ -270,14 +270,18 @@ def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
     )
 
 
-def _note(metrics: NodeMetrics, note: ev.Note) -> None:
+def _note(metrics: NodeMetrics, stalled: set[tuple[str | None, str | None]], note: ev.Note) -> None:
+    """`stalled`: engines that did, and whose end is to come: it is counted once, for that."""
+    key = (note.pool_id, note.replica_id)
     if note.event == "handoff.invalid":
         metrics.handed_off(note.pool_id or "", "invalid")
     elif note.event == "pool.ready":
         metrics.handed_off(note.pool_id or "", "ready")
     elif note.event == "engine.stalled":
+        stalled.add(key)
         metrics.restarted(note.pool_id or "", "stalled")
-        metrics.failed(Code.ENGINE_STALLED.value)
+    elif note.event == "engine.ended" and key in stalled:
+        stalled.discard(key)
     elif note.event == "engine.ended" and note.reason != "stopped":
         metrics.restarted(note.pool_id or "", "ended")
 

@@ -329,7 +329,7 @@ class Catalog:
             raise not_here(model)
         if model in self._in_use():
             raise LlorchError(
-                Code.CONFLICT, f"a pool of this node uses {model}", hint="unload it first: `llorch pool unload`"
+                Code.CONFLICT, f"a pool of this node has {model}", hint="take it out of the node's settings first"
             )
 
     def remove(self, model: str) -> None:

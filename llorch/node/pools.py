@@ -25,6 +25,7 @@ from llorch.errors import Code, LlorchError
 from llorch.messages import model_id_ok
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
+from llorch.node.modelref import model_id
 from llorch.node.pool_events import Action, Event, ReplicaState, Step, Wanted, step
 from llorch.node.pool_handoffs import Handoffs
 from llorch.node.pool_models import EXTERNAL, Models, first_model
@@ -398,8 +399,13 @@ class Pools:
         return [(pool, pool.spec) for pool in self._pools.values() if pool.spec is not None]
 
     def ref_of(self, pool_id: str, model: str) -> str | None:
-        """The reference of one of a pool's models; None if it is not one of its. Raises POOL_NOT_FOUND."""
-        return self._pool(pool_id).choices.get(model)
+        """The reference of one of a pool's models, or of the one in its settings; None if it is none of those. Raises
+        POOL_NOT_FOUND."""
+        pool = self._pool(pool_id)
+        declared = pool.spec.model if pool.spec is not None else None
+        if declared is not None and model not in pool.choices and model_id(declared) == model:
+            return declared
+        return pool.choices.get(model)
 
     def models(self) -> set[str]:
         """The ids of all models that some pool runs, may load, is reloaded to, or goes back to if that fails."""

@@ -177,7 +177,12 @@ class _Parts:
             plans,
             runtime_dir=runtime_dir,
             starts=Starts(
-                self.catalog.ensure, self.machine.room, self.machine.beside, self.planner.again, self.machine.mask
+                self.catalog.ensure,
+                self.machine.room,
+                self.machine.beside,
+                self.planner.again,
+                self.machine.mask,
+                self.catalog.look,
             ),
             node_id=node_id,
             stop_grace_s=settings.stop_grace,

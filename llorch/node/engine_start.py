@@ -68,27 +68,32 @@ async def _any_room(plan: Plan, model: LocalModel) -> NoRoom | None:
 
 @dataclass(frozen=True, slots=True)
 class Starts:
-    """`model`: a reference's file, fetched first if need be. `room`: why it does not fit now; None if it does."""
+    """`model`: a reference's file, fetched first if need be. `here`: the same without fetching, None if it is not here;
+    blocking. `room`: why it does not fit now; None if it does.
+    """
 
     model: Callable[[str, Said], Awaitable[Any]] = _no_models
     room: Callable[[Plan, Any], Awaitable[NoRoom | None]] = _any_room
     beside: Callable[[Plan, Any], Awaitable[bool]] = _room_for_both
     plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
     mask: Callable[[tuple[int, ...]], str] = lambda gpus: ",".join(map(str, gpus))
+    here: Callable[[str], Any | None] = lambda _ref: None
 
     async def same(self, plan: Plan, identity: Identity, left: Left) -> bool:
-        """Whether a start by today's settings would run just what `left` runs."""
+        """Whether a start by today's settings would run just what `left` runs. Nothing is fetched to find that out."""
         if plan.engine is None or plan.choices.get(identity.model, identity.ref) != identity.ref:
             return False
+        path = _named_there(plan, identity.ref)
         try:
-            path = await self._path(plan, identity.ref, lambda _text: None)
+            if path is None and wants_model(plan.engine, plan.spec):
+                found = await asyncio.to_thread(self.here, identity.ref)
+                if found is None:
+                    return False
+                path = str(found.path)
             launch = self.launch(plan, identity.model, left.port, _key_file(left), path)
         except LlorchError:
             return False
         return _digest(launch) == identity.launch
-
-    async def _path(self, plan: Plan, ref: str, said: Said) -> str | None:
-        return str(found.path) if (found := await self.local(plan, ref, said)) is not None else _named_there(plan, ref)
 
     def launch(self, plan: Plan, model: str, port: int, key_file: str, path: str | None) -> Launch:
         """What its engine is started with. Raises ConfigError."""

@@ -180,7 +180,7 @@ class _Parts:
                 self.machine.room,
                 self.machine.beside,
                 self.planner.again,
-                here=lambda ref: asyncio.to_thread(self.catalog.look, ref),
+                here=self.catalog.look,
                 mask=self.machine.mask,
             ),
             node_id=node_id,

@@ -54,10 +54,6 @@ async def _no_models(ref: str, said: Said) -> LocalModel:
     raise NotImplementedError
 
 
-async def _none_here(ref: str) -> LocalModel | None:
-    return None
-
-
 async def _as_it_is(spec: PoolSpec) -> Plan:
     raise NotImplementedError
 
@@ -72,14 +68,16 @@ async def _any_room(start: object, plan: Plan, model: LocalModel) -> NoRoom | No
 
 @dataclass(frozen=True, slots=True)
 class Starts:
-    """`model`: a reference's file, fetched first if need be; `here`: without that. `room`: why a start has none now."""
+    """`model`: a reference's file, fetched first if need be. `here`: the same without fetching, None if it is not here;
+    blocking. `room`: why it does not fit now; None if it does.
+    """
 
     model: Callable[[str, Said], Awaitable[Any]] = _no_models
     room: Callable[[object, Plan, Any], Awaitable[NoRoom | None]] = _any_room
     beside: Callable[[Plan, Any], Awaitable[bool]] = _room_for_both
     plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
-    here: Callable[[str], Awaitable[Any]] = _none_here
     mask: Callable[[tuple[int, ...]], str] = lambda gpus: ",".join(map(str, gpus))
+    here: Callable[[str], Any | None] = lambda _ref: None
 
     async def same(self, plan: Plan, identity: Identity, left: Left) -> tuple[bool, Any]:
         """Whether a start by today's settings would run just what `left` runs; and its model's file, if it has one.
@@ -89,8 +87,10 @@ class Starts:
         path, model = _named_there(plan, identity.ref), None
         try:
             if path is None and wants_model(plan.engine, plan.spec):
-                model = await self.here(identity.ref)
-                path = str(model.path) if model is not None else None
+                model = await asyncio.to_thread(self.here, identity.ref)
+                if model is None:
+                    return False, None
+                path = str(model.path)
             launch = self.launch(plan, identity.model, left.port, _key_file(left), path)
         except (LlorchError, OSError):
             return False, None

@@ -37,7 +37,7 @@ from llorch.node.engine_process import EngineProcess, RuntimeDir
 from llorch.node.engine_record import Left, Verdict
 from llorch.node.engine_start import End, EngineStart, Starts, identity_of
 from llorch.node.engines.command import NAME as COMMAND
-from llorch.node.handoff import Handoff, Network, file_name, render
+from llorch.node.handoff import Handoff, Network, file_name, parse, render
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
 from llorch.node.watcher import Watcher
@@ -383,6 +383,10 @@ class Supervisor:
         key = (identity.pool_id, identity.replica_id)
         self._left[key] = (left, model)
         handoff = identity.handoff(plan, left)
+        try:
+            parse(handoff.file_name, render(handoff))
+        except ValueError as error:
+            return f"what was written down of it is not so: {error}"
         actions = self.pools.handle(ev.Adopted(identity.model, identity.ref, handoff), self._clock())
         for action in actions:
             self._do(action)

@@ -260,10 +260,11 @@ class Broken:
         await asyncio.sleep(after_s)
         await self.start_node(node)
 
-    async def kill_engine(self, pool: str) -> None:
+    async def kill_engine(self, pool: str, *, by_shim: bool = False) -> None:
+        """`by_shim`: its shim is killed, and it has to go with it."""
         for pid in self.engines(pool.partition("/")[0])[pool]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(_parent(pid) if by_shim else pid, signal.SIGKILL)
 
     async def stop(self, pids: list[int], for_s: float) -> None:
         """SIGSTOP, and SIGCONT after a while."""
@@ -289,6 +290,17 @@ async def _end(running: Running, number: int) -> None:
             running.kill()
             raise AssertionError(f"{running.name} did not end within 15 s of SIGTERM")
         await asyncio.sleep(0.02)
+
+
+def _parent(pid: int) -> int:
+    """Raises ProcessLookupError for one that has gone, or is nobody's child."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        raise ProcessLookupError(pid) from None
+    if parent <= 1:
+        raise ProcessLookupError(pid)
+    return parent
 
 
 def _argv(pid: int) -> list[str]:

@@ -239,7 +239,7 @@ class Run:
         elif step.kind == "engine.kill":
             self._engine_kills[target] = self._engine_kills.get(target, 0) + 1
             before = set(broken.engines(target.partition("/")[0])[target])
-            await broken.kill_engine(target)
+            await broken.kill_engine(target, by_shim=step.degree > 0.5)
             await self._until(
                 lambda: bool(set(broken.engines(target.partition("/")[0])[target]) - before), WHOLE_WITHIN_S, 0.2
             )

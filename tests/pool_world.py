@@ -172,7 +172,9 @@ class World:
             assert self.pools.accepted(pool_id) <= report["slots_total"]
             assert 0 <= report["slots_free"] <= report["slots_total"]
             assert (report["model"] is not None) == report["ready"]
-        assert self.reports.keys() == reports.keys()
+            held = sum(task.pool_id == pool_id for task in self.tasks.values())
+            assert self.pools.accepted(pool_id) == held, "a task's slot is nobody's"
+        assert self.reports.keys() == reports.keys() >= {task.pool_id for task in self.tasks.values()}
         assert self.pools.accepted() == len(self.tasks)
         for key in self.processes:
             held = sum(task.where == key for task in self.tasks.values())

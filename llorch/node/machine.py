@@ -25,8 +25,7 @@ from llorch.node.owner import Owner
 from llorch.node.peaks import PeakKey, Peaks
 from llorch.node.plans import Plan
 from llorch.node.process_tree import descendants
-
-OWNER, HOURS = "owner", "hours"
+from llorch.node.replicas import HOURS, OWNER
 
 
 class Machine:

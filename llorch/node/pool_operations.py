@@ -8,20 +8,20 @@ as done or failed. Which model comes and goes by itself is `pool_models`', how a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llorch.config_pools import MODEL_KEPT_S
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
 from llorch.node.pool_models import Models, comes_and_goes, first_model
-from llorch.node.pool_outfit import another, outfit, reloaded_to, same_engines
+from llorch.node.pool_outfit import another, holds_that_stay, outfit, reloaded_to, same_engines
 from llorch.node.replica_life import Ended, Life
 from llorch.node.replicas import COMING, DOWN, OPERATOR, RELOAD, Before, Operation, Pool, Replica
 
 WITHDRAWN_AGAIN_S = 5.0  # a file that was to be removed and is still there
 RELOAD_AGAIN_MS = 5_000
-ENDED_FOR_DRAIN = "{what} was drained, and the time that tasks were given is over"
+ENDED_FOR_DRAIN = "{what} was {why}, and the time that tasks were given is over"
 
 
 class Operations:
@@ -50,7 +50,7 @@ class Operations:
         pool.loaded = True
         self._try_again(pool)
         if pool.model != model:
-            self._models.turn_to(pool, model, now)
+            self._models.turn_to(pool, model)
         return actions + self.settle(pool, now)
 
     def unload(self, pool: Pool, wish: ev.Unload, now: float) -> list[Action]:
@@ -58,19 +58,20 @@ class Operations:
         _must_be_free(pool)
         actions = self._begin(pool, "unload", wish.at, pool.model)
         pool.loaded = False
-        _give_tasks(pool, wish.deadline_s, now)
+        self._give_tasks(pool, wish.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def restart(self, pool: Pool, wish: ev.Restart, now: float) -> list[Action]:
         _must_be_ours(pool)
         _must_be_free(pool)
         if pool.operation is not None and pool.operation.running and pool.operation.kind == "restart":
+            self._give_tasks(pool, wish.deadline_s, now)
             return []
         actions = self._begin(pool, "restart", wish.at, pool.model)
         pool.loaded = True
-        _give_tasks(pool, wish.deadline_s, now)
+        self._give_tasks(pool, wish.deadline_s, now)
         self._try_again(pool)
-        self._models.turn_to(pool, pool.model, now)
+        self._models.turn_to(pool, pool.model)
         return actions + self.settle(pool, now)
 
     def reload(self, pool: Pool, wish: ev.Reload, now: float) -> list[Action]:
@@ -120,23 +121,22 @@ class Operations:
         pool.choices = {**(pool.choices if pool.on_demand else {}), event.model: ref}
         pool.loaded = True
         self._try_again(pool)
-        self._models.turn_to(pool, event.model, now)
-        _give_tasks(pool, operation.deadline_s, now)
+        self._models.turn_to(pool, event.model)
+        self._give_tasks(pool, operation.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def drain(self, pool: Pool, wish: ev.Drain, now: float) -> list[Action]:
         """It takes effect during a reload too, which remains the operation that is told."""
         actions = self._begin(pool, "drain", wish.at, None)
         pool.holds[OPERATOR] = wish.reason
-        pool.task_deadline = None  # the latest drain says
-        _give_tasks(pool, wish.deadline_s, now)
+        pool.drain_deadline = None if wish.deadline_s is None else now + wish.deadline_s
         self._changed(pool)
         return actions + self._proceed(pool)
 
     def undrain(self, pool: Pool, wish: ev.Undrain, now: float) -> list[Action]:
         actions = self._begin(pool, "undrain", wish.at, None)
         pool.holds.pop(OPERATOR, None)
-        pool.task_deadline = None
+        pool.drain_deadline = None
         self._changed(pool)
         return actions + self.settle(pool, now)
 
@@ -188,11 +188,9 @@ class Operations:
     def configure(self, pool: Pool, wanted: Wanted, now: float) -> list[Action]:
         """The settings say other things of this pool now: its engines are started anew, after their tasks."""
         why = "the settings have changed"
-        pool.holds = {who: held for who, held in pool.holds.items() if who == OPERATOR}  # the others are told again
+        pool.holds = holds_that_stay(pool, wanted.spec)
         if pool.spec is not None and pool.own and same_engines(pool.spec, wanted.spec) and not pool.leaves:
-            pool.spec, pool.on_demand = wanted.spec, comes_and_goes(wanted.spec)
-            self._changed(pool)
-            return [ev.Note("pool.changed", pool.id, None, "its engines stay"), *self.settle(pool, now)]
+            return self._serve_otherwise(pool, wanted, now)
         actions = self._give_up_reload(pool, why, now) if pool.reloading is not None else []
         pool.leaves = False
         actions += self._begin(pool, "restart", None, None)
@@ -200,13 +198,26 @@ class Operations:
         outfit(pool, wanted)
         if reloaded is not None:
             pool.choices = reloaded
-        if pool.on_demand:
-            others = [each for each in pool.replicas.values() if not each.spawned and each.state not in DOWN]
-            actions += [action for each in others for action in self._life.withdrawn(pool, each)]
+        actions += self._send_others_away(pool)
         self._try_again(pool)
-        self._models.turn_to(pool, first_model(wanted) if reloaded is None else next(iter(reloaded)), now)
+        self._models.turn_to(pool, first_model(wanted) if reloaded is None else next(iter(reloaded)))
         actions += self._models.end_waiting(pool, why, all_of_them=True)
         return [ev.Note("pool.changed", pool.id, None, ""), *actions, *self.settle(pool, now)]
+
+    def _serve_otherwise(self, pool: Pool, wanted: Wanted, now: float) -> list[Action]:
+        """Its engines stay; when they run is another matter now."""
+        pool.spec, pool.on_demand = wanted.spec, comes_and_goes(wanted.spec)
+        self._changed(pool)
+        if pool.model is None and not pool.on_demand:
+            self._try_again(pool)
+            self._models.turn_to(pool, first_model(wanted))
+        note = ev.Note("pool.changed", pool.id, None, "its engines stay")
+        return [note, *self._send_others_away(pool), *self.settle(pool, now)]
+
+    def _send_others_away(self, pool: Pool) -> list[Action]:
+        """Where models come and go, an engine of others, which has one for good, can't join."""
+        others = [each for each in pool.replicas.values() if not each.spawned and each.state not in DOWN]
+        return [action for each in others if pool.on_demand for action in self._life.withdrawn(pool, each)]
 
     def remove(self, pool: Pool, now: float) -> list[Action]:
         """It is no more in the settings, or is to be another there: it goes once its engines have."""
@@ -250,7 +261,7 @@ class Operations:
         if before is not None:  # there was no memory for both models
             pool.choices, pool.loaded = dict(before.choices), before.loaded
             self._try_again(pool)
-            self._models.turn_to(pool, before.model, now)
+            self._models.turn_to(pool, before.model)
         rest = f"back to {pool.model or 'no model'}" if before else f"{pool.model or 'nothing'} goes on"
         operation.end(f"{why}; {rest}", failed=True)
         for replica in pool.replicas.values():
@@ -276,9 +287,9 @@ class Operations:
         previous, model, ref = pool.model, replica.model, replica.ref
         assert model is not None and ref is not None  # it was started with both
         pool.choices = {**(pool.choices if pool.on_demand else {}), model: ref}
-        self._models.turn_to(pool, model, now)
-        if pool.operation is not None and pool.operation.kind == RELOAD:
-            _give_tasks(pool, pool.operation.deadline_s, now)
+        self._models.turn_to(pool, model)
+        if pool.reloading is not None:
+            self._give_tasks(pool, pool.reloading.deadline_s, now)
         for other in pool.replicas.values():
             if other.next:
                 other.next, other.revision = False, pool.revision
@@ -288,12 +299,24 @@ class Operations:
 
     def pass_time(self, pool: Pool, now: float) -> list[Action]:
         actions: list[Action] = []
-        if pool.task_deadline is not None and now >= pool.task_deadline:
-            pool.task_deadline = None
-            if tasks := _waited_for(pool):
-                pool.waiting.update((task_id, None) for task_id in tasks if task_id in pool.waiting)
-                actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what=f"pool {pool.id}")))
+        operation = pool.operation if pool.operation is not None and pool.operation.running else None
+        if pool.drain_deadline is not None and now >= pool.drain_deadline:
+            pool.drain_deadline = None
+            actions += self._end_tasks(pool, pool.replicas.values(), "drained")
+        if operation is not None and operation.task_deadline is not None and now >= operation.task_deadline:
+            operation.task_deadline = None
+            ending = [each for each in pool.replicas.values() if each.state is ReplicaState.DRAINING]
+            actions += self._end_tasks(pool, ending, f"to {operation.kind}")
         return [*actions, *self._models.pass_time(pool, now), *self.settle(pool, now)]
+
+    def _end_tasks(self, pool: Pool, replicas: Iterable[Replica], why: str) -> list[Action]:
+        """Those of `replicas`, and those that wait, if all of them give way."""
+        drained = OPERATOR in pool.holds
+        tasks = [*(pool.waiting if drained else ()), *(task_id for each in replicas for task_id in each.held)]
+        if drained:
+            pool.waiting.update(dict.fromkeys(pool.waiting))
+        ended = ENDED_FOR_DRAIN.format(what=f"pool {pool.id}", why=why)
+        return [ev.EndTasks(tuple(sorted(tasks)), Code.DRAINING, ended)] if tasks else []
 
     # ------------------------------------------------------------ from what is to what should be
 
@@ -383,6 +406,11 @@ class Operations:
         self._changed(pool)
         return [*actions, ev.Note("pool.asked", pool.id, None, f"{kind} {model}" if model else kind)]
 
+    def _give_tasks(self, pool: Pool, deadline_s: float | None, now: float) -> None:
+        """The operation's tasks have so long. Those that a drain ends sooner have less."""
+        if pool.operation is not None and deadline_s is not None:
+            pool.operation.task_deadline = now + deadline_s
+
     def _told(self, pool: Pool) -> list[Action]:
         """The end of the operation, for the log."""
         operation = pool.operation
@@ -464,20 +492,4 @@ def _must_be_ours(pool: Pool) -> None:
             Code.INVALID_REQUEST,
             f"the engine of pool {pool.id} was not started by llorch",
             hint="whoever started it can stop it; llorch pool drain keeps tasks away",
-        )
-
-
-def _waited_for(pool: Pool) -> tuple[str, ...]:
-    """The tasks that a wish with a deadline waits for: all, where none is to run here; else those of what gives way."""
-    all_of_them = OPERATOR in pool.holds or not pool.loaded
-    ending = [r for r in pool.replicas.values() if all_of_them or r.state is ReplicaState.DRAINING]
-    held = (task_id for replica in ending for task_id in replica.held)
-    return tuple(sorted([*(pool.waiting if all_of_them else ()), *held]))
-
-
-def _give_tasks(pool: Pool, deadline_s: float | None, now: float) -> None:
-    """The sooner of two deadlines counts."""
-    if deadline_s is not None:
-        pool.task_deadline = min(
-            now + deadline_s, now + deadline_s if pool.task_deadline is None else pool.task_deadline
         )

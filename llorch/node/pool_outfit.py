@@ -11,7 +11,7 @@ from dataclasses import replace
 from llorch.config_pools import PoolSpec
 from llorch.node.pool_events import Wanted
 from llorch.node.pool_models import EXTERNAL, comes_and_goes
-from llorch.node.replicas import Pool, Replica
+from llorch.node.replicas import HOURS, OPERATOR, OWNER, Pool, Replica
 
 
 def outfit(pool: Pool, wanted: Wanted) -> None:
@@ -19,10 +19,8 @@ def outfit(pool: Pool, wanted: Wanted) -> None:
     spec = pool.spec = wanted.spec
     pool.engine, pool.choices, pool.on_demand = spec.engine, dict(wanted.choices), comes_and_goes(spec)
     pool.ctx, pool.device_mask = spec.ctx, ",".join(map(str, spec.gpus or ())) or None
-    there = [replica for replica in pool.replicas.values() if replica.spawned]
-    there.sort(key=lambda replica: (replica.next, replica.leaves))
-    for number, replica in enumerate(there):
-        replica.leaves = replica.next or number >= spec.replicas
+    for replica in pool.own[spec.replicas :]:
+        replica.leaves = True
     for _ in range(spec.replicas - len(pool.own)):
         another(pool)
 
@@ -44,6 +42,12 @@ def same_engines(old: PoolSpec, new: PoolSpec) -> bool:
 
 def _hard(spec: PoolSpec) -> PoolSpec:
     return replace(spec, hours=None, yield_to_owner=False, idle_unload_s=None)
+
+
+def holds_that_stay(pool: Pool, spec: PoolSpec) -> dict[str, str]:
+    """Those for which the settings still give a reason; of the others nobody will tell that they have ended."""
+    reasons = {OPERATOR, *([OWNER] if spec.yield_to_owner else []), *([HOURS] if spec.hours is not None else [])}
+    return {who: why for who, why in pool.holds.items() if who in reasons}
 
 
 def reloaded_to(pool: Pool, wanted: Wanted) -> dict[str, str] | None:

@@ -260,7 +260,9 @@ class Pools:
             if tasks := tuple(self._slots.holders()):
                 for pool in self._pools.values():
                     pool.waiting.update(dict.fromkeys(pool.waiting))
-                actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node")))
+                actions.append(
+                    ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node", why="drained"))
+                )
         return actions
 
     def _gone(self, pool: Pool, now: float) -> list[Action]:
@@ -460,7 +462,9 @@ def _made(wanted: Wanted) -> Pool:
 
 def _over(replica: Replica) -> bool:
     """Whether nothing of it is left that would be in the way of the pool's end."""
-    return not replica.spawned or (replica.state in DOWN and not replica.held)
+    if replica.state not in DOWN:
+        return not replica.spawned
+    return not replica.held
 
 
 def _wish(pool: Pool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ FAILURES = 5  # this many ends within FAILURE_WINDOW_S, and a person has to look
 FAILURE_WINDOW_S = 300.0
 RELOAD = "reload"  # the one operation that has something to go back to
 MAX_WHY_CHARS = 256  # of a line in a report
-OPERATOR = "operator"  # who holds a pool back, beside its GPUs' owner and its hours
+OPERATOR, OWNER, HOURS = "operator", "owner", "hours"  # who may hold a pool back
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,8 @@ class Operation:
     began: str | None = None
     before: Before | None = None
     ref: str | None = None  # of a reload
-    deadline_s: float | None = None  # of a reload: for the tasks of what gives way
+    deadline_s: float | None = None  # of a reload: for the tasks of what gives way, once it does
+    task_deadline: float | None = None  # when the tasks are ended that it waits for
     preparing: bool = False  # its model is not here yet, and nothing has changed for it
 
     @property
@@ -172,7 +173,7 @@ class Pool:
     idle_since: float = 0.0
     troubles: dict[str, Failures] = field(default_factory=dict)  # of models that are loaded on demand
     not_before: dict[str, float] = field(default_factory=dict)
-    task_deadline: float | None = None  # when tasks are ended that an operator's wish waits for
+    drain_deadline: float | None = None  # when tasks are ended that still run though it is drained
     operation: Operation | None = None
     generation: int = 0
     version: str | None = None
@@ -259,7 +260,7 @@ class Pool:
     @property
     def swappable(self) -> bool:
         """Whether a task for any of its models may come now, whatever is resident."""
-        if not self.on_demand or not self.loaded or self.draining or self.busy or not self.capacity:
+        if not self.on_demand or not self.loaded or self.draining or self.busy:
             return False
         if not self.models or (self.reloading is not None and not self.reloading.preparing):
             return False

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from llorch.config_pools import MODEL_KEPT_S
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
-from llorch.node.pool_models import MODEL_KEPT_S
 from tests.pool_world import World, of, on_demand, spec, started
 
 R0 = ("d", "r0")
@@ -183,6 +183,30 @@ def test_all_engines_of_a_pool_turn_and_its_tasks_wait_for_any_of_them() -> None
     assert world.task("d", "b") is None
     world.settle()
     assert all(each.where is not None for each in world.tasks.values())
+
+
+def test_no_slot_is_promised_of_an_engine_whose_file_somebody_removed() -> None:
+    world = resident("a", replicas=2)
+    del world.files["d-r0.json"]
+    world.settle()
+    assert [world.task("d", "b") is not None for _ in range(3)] == [True, True, False]
+    world.settle()
+    assert len(world.processes) == 1 and all(task.where is not None for task in world.tasks.values())
+
+
+def test_a_pool_whose_only_engine_is_passed_over_is_not_turned() -> None:
+    world = resident("a", replicas=2)
+    tasks = [world.task("d", "a") for _ in range(4)]
+    for task in tasks:
+        assert task is not None
+        if world.tasks[task].where == R0:
+            for _ in range(5):
+                world.pools.told(task, True, world.now)
+        world.ends(task)
+    world.exits(("d", "r1"))
+    assert (world.report("d")["swappable"], world.report("d")["slots_free"]) == (False, 0)
+    world.settle(60)
+    assert world.report("d")["swappable"]
 
 
 def test_a_task_that_ends_while_it_waits_gives_its_slot_back() -> None:

@@ -60,6 +60,7 @@ def test_a_new_pool_is_started_and_held_if_the_node_is() -> None:
     world = started()
     world.do(ev.Drain(None, "updates"))
     world.configure(spec())
+    assert world.report("p")["held"] == ["operator: updates"]
     world.settle()
     assert world.operation("p") == {"kind": "load", "state": "done", "model": "m"}
     assert world.report("p")["held"] == ["operator: updates"] and world.task("p") is None
@@ -102,10 +103,12 @@ def test_tasks_that_wait_for_a_model_of_a_removed_pool_are_ended() -> None:
     assert not world.pools.ids()
 
 
-def test_tasks_that_wait_for_a_model_of_a_changed_pool_are_ended() -> None:
-    world = started(on_demand(slots=4))
+@pytest.mark.parametrize("first", [None, "a"])
+def test_tasks_that_wait_for_a_model_of_a_changed_pool_are_ended(first: str | None) -> None:
+    world = World(on_demand(slots=4, model=first))
+    world.start()
     tasks = [world.task("d", "a") for _ in range(4)]
-    world.configure(on_demand(slots=1))
+    world.configure(on_demand(slots=1, model=first))
     assert all(task in world.ended for task in tasks)
     world.settle()
     assert world.task("d", "a") is not None and world.task("d", "a") is None

@@ -225,7 +225,10 @@ def test_pools_without_end_are_refused_once_none_is_empty() -> None:
     [note] = pools.handle(ev.HandoffSeen(foreign("more")), 0)
     assert isinstance(note, ev.Note) and "pools already" in note.reason
     pools.handle(ev.HandoffGone("hand7-r0.json"), 0)
+    told: list[str] = []
+    pools.subscribe(told.append)
     offer(pools, foreign("more"))
+    assert "hand7" in told
     assert "hand7" not in pools.ids() and "more" in pools.ids()
 
 
@@ -271,6 +274,14 @@ def test_what_went_before_is_forgotten_after_five_stable_minutes() -> None:
         now += 1
         assert only(pools.handle(ev.Tick(), now), ev.Spawn), run
         bring_up(pools, now, run + 1)
+
+
+def test_ends_that_are_far_apart_are_never_too_many() -> None:
+    pools = pools_of(spec())
+    pools.handle(ev.Start(), 0)
+    for run in range(1, 20):
+        pools.handle(ev.Exited("p", "r0", run, "gone", 0), run * 76.0)
+        assert only(pools.handle(ev.Tick(), run * 76.0 + 75), ev.Spawn), run
 
 
 def test_the_end_of_an_earlier_run_is_no_news() -> None:

@@ -83,7 +83,8 @@ def plan(**changes: Any) -> Plan:
 
 
 def room(made: Machine, one: Plan, size: int) -> Any:
-    return asyncio.run(made.room(one, model(size)))
+    made.loading(())  # nothing else starts
+    return asyncio.run(made.room(object(), one, model(size)))
 
 
 def test_what_fits_has_room_what_is_full_has_none_now_and_what_never_fits_is_hopeless(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_header_that_says_anything_is_judged_and_never_worse(
     except ValueError:
         return
     made = machine(tmp_path_factory.getbasetemp(), Cards(gpu()))
-    found = asyncio.run(made.room(plan(ctx=ctx, slots=slots, gpus=gpus), model(size, head)))
+    found = asyncio.run(made.room(object(), plan(ctx=ctx, slots=slots, gpus=gpus), model(size, head)))
     assert found is None or ("GiB" in found.text and len(found.text) < 500)
 
 
@@ -202,3 +203,15 @@ def test_peaks_that_are_torn_or_strange_are_no_peaks(tmp_path: Path, caplog: pyt
     (tmp_path / "peaks.json").write_bytes(b'{"version": 1, "peaks": {"' + b"x" * 32 + b'": 1e308}}')
     made = machine(tmp_path, Cards(gpu()))
     assert room(made, plan(), 4 * GIB) is None and "peaks.unreadable" in caplog.text
+
+
+def test_what_a_start_will_take_is_kept_for_it_until_it_is_up(tmp_path: Path) -> None:
+    """Two that start at the same moment see the same free memory."""
+    made = machine(tmp_path, Cards(gpu(total=10 * GIB)))
+    first, second = object(), object()
+    assert asyncio.run(made.room(first, plan(gpus=(0,)), model(6 * GIB))) is None
+    refused = asyncio.run(made.room(second, plan(gpus=(0,)), model(6 * GIB)))
+    assert refused is not None and not refused.hopeless
+    assert asyncio.run(made.room(first, plan(gpus=(0,)), model(6 * GIB))) is None, "its own is no other's"
+    made.loading([second])
+    assert asyncio.run(made.room(second, plan(gpus=(0,)), model(6 * GIB))) is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -36,21 +36,16 @@ class Source(Generic[S]):
 
 class Reloader(Generic[S]):
     """`step` is a loop's. `live`: the fields that `apply` takes over; if it raises ConfigError, nothing has changed.
-    `prepare` comes before, in a thread, for what takes its time; it may refuse in the same way.
+    What `apply` has to look at on disk it may do elsewhere, and return an awaitable.
     """
 
     def __init__(
-        self,
-        settings: S,
-        source: Source[S],
-        live: Iterable[str],
-        apply: Callable[[S], None],
-        prepare: Callable[[S], None] = lambda _settings: None,
+        self, settings: S, source: Source[S], live: Iterable[str], apply: Callable[[S], Awaitable[None] | None]
     ) -> None:
         self.settings = settings
         self._source = source
         self._live = frozenset(live)
-        self._apply, self._prepare = apply, prepare
+        self._apply = apply
         self._stamps = self._look()
         self._asked = asyncio.Event()
 
@@ -78,8 +73,9 @@ class Reloader(Generic[S]):
         changed = [name for name in names if getattr(new, name) != getattr(self.settings, name)]
         live = {name: getattr(new, name) for name in changed if name in self._live}
         settings = dataclasses.replace(self.settings, **live)
-        await asyncio.to_thread(self._prepare, settings)
-        self._apply(settings)
+        applying = self._apply(settings)
+        if applying is not None:
+            await applying
         self.settings = settings
         waiting = [name.replace("_", "-") for name in changed if name not in self._live]
         log.info(

@@ -78,8 +78,8 @@ class LogLine(Wire):
 class PoolLogs(Wire):
     """GET /v2/pools/{pool}/logs: the newest lines, the oldest of them first, or those after a cursor.
 
-    `cursor` is where to go on: what is asked for `after` it has not been sent.
+    `cursor` is where to go on: what is asked for `after` it has not been sent. It tells of each replica.
     """
 
     lines: list[LogLine] = Field(max_length=2_000)
-    cursor: ShortText
+    cursor: Annotated[str, StringConstraints(max_length=4_096)]

@@ -31,7 +31,7 @@ def _state(pool: Mapping[str, Any]) -> str:
     passed_over = breaker.get("state") if isinstance(breaker, Mapping) else None
     words += [passed_over] if passed_over in ("ejected", "half_open") else []
     words += ["draining"] if pool.get("draining") and "draining" not in words else []
-    words += [str(pool["node_state"])] if pool.get("node_state") not in (None, "online") else []
+    words += [str(pool["node_state"])] if pool.get("node_state") not in (None, "online", *words) else []
     return ",".join(words)
 
 

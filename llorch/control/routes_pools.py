@@ -41,7 +41,7 @@ from llorch.wishes import DrainWish, PoolLogs, PoolWish
 LOOK_FOR_LINES_EVERY_S = 0.5  # while a log is followed: soon enough for a person, two small calls a second for a node
 DEFAULT_LINES, MAX_LINES = 200, 2_000  # of a log, in one answer
 MAX_FOLLOWED = 64  # logs at a time: each costs its node a call every half second
-MAX_CURSOR_CHARS = 256
+MAX_CURSOR_CHARS = 4_096
 _OFF = ("0", "false", "no", "off")
 
 NODE_OPERATIONS: Mapping[str, str] = {

@@ -24,7 +24,7 @@ import aiohttp
 from llorch import __version__, listen, logs, systemd, web
 from llorch.config import NodeSettings
 from llorch.doors import Limits as DoorLimits
-from llorch.errors import Code, ConfigError, LlorchError
+from llorch.errors import ConfigError, LlorchError
 from llorch.node import log_pages, standing
 from llorch.node import pool_events as ev
 from llorch.node.access import Access
@@ -36,7 +36,6 @@ from llorch.node.heartbeat import Membership
 from llorch.node.machine import Machine
 from llorch.node.metrics import NodeMetrics
 from llorch.node.planner import Planner
-from llorch.node.plans import Plan
 from llorch.node.pools import Pools
 from llorch.node.reports import Identity
 from llorch.node.routes import routes
@@ -102,6 +101,7 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
         parts.listeners += [membership.notify for membership in memberships]
         members = Guard("node.members")
         try:
+            parts.hold()  # what may not run at this hour is not started only to be stopped
             await parts.supervisor.start()
             for membership in memberships:
                 members.spawn(membership.run(), membership.url)
@@ -134,7 +134,6 @@ class _Parts:
     metrics: NodeMetrics
 
     def __init__(self) -> None:
-        self.next_plans: list[Plan] | None = None
         self.listeners: list[Callable[[], None]] = []
 
     @classmethod
@@ -177,7 +176,12 @@ class _Parts:
             plans,
             runtime_dir=runtime_dir,
             starts=Starts(
-                self.catalog.ensure, self.machine.room, self.machine.beside, self.planner.again, self.machine.mask
+                self.catalog.ensure,
+                self.machine.room,
+                self.machine.beside,
+                self.planner.again,
+                here=self.catalog.look,
+                mask=self.machine.mask,
             ),
             node_id=node_id,
             stop_grace_s=settings.stop_grace,
@@ -221,12 +225,16 @@ class _Parts:
     async def refresh(self) -> float:
         """What the machine says now, and what follows from it for pools that yield or have hours."""
         await self.node.refresh()
-        self.machine.learn(self.supervisor.running())
-        if self.supervisor.started:
-            for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
-                self.supervisor.ask(hold)
+        starts = self.supervisor.running()
+        await asyncio.to_thread(self.machine.learn, starts)
+        self.machine.loading(self.supervisor.loading())
+        self.hold()
         self.changed()
         return REFRESH_S
+
+    def hold(self) -> None:
+        for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
+            self.supervisor.post(hold)
 
     def staged(self) -> None:
         self.node.models = self.catalog.report()
@@ -238,20 +246,15 @@ class _Parts:
             await self.node.refresh()
             self.changed()
 
-    def prepare(self, settings: NodeSettings) -> None:
-        """Plans for settings that were read anew. Blocking. Raises ConfigError."""
-        self.next_plans = self.planner.other(settings)
-
-    def settle(self, access: Access, settings: NodeSettings) -> None:
-        """Put them in force. Raises ConfigError with nothing changed."""
-        if not self.supervisor.started:
-            raise ConfigError("this node has just been started", hint="the file is read again at its next change")
+    async def settle(self, access: Access, settings: NodeSettings) -> None:
+        """Settings that were read anew. Raises ConfigError with nothing changed."""
+        plans = await asyncio.to_thread(self.planner.other, settings)  # asking engines what they can takes seconds
         access.settled(settings)
         logs.configure(settings.log_level)
         self.stager.settle(_staging_limits(settings))
-        if self.next_plans is not None:
-            self.planner.took(settings)
-            self.supervisor.configure(self.next_plans)
+        if plans is not None:
+            self.planner.settled(settings)
+            self.supervisor.configure(plans)
 
 
 def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
@@ -259,7 +262,7 @@ def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
         runner.seated(seat.task_id, seat.replica_id, seat.url, seat.api_key_file, trial=seat.trial)
 
     return Told(
-        note=lambda note: _note(metrics, note),
+        note=partial(_note, metrics, set()),
         seated=seated,
         end_tasks=lambda ended: runner.end(ended.task_ids, LlorchError(ended.code, ended.reason)),
         wishes=partial(standing.write, wishes),
@@ -267,14 +270,18 @@ def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
     )
 
 
-def _note(metrics: NodeMetrics, note: ev.Note) -> None:
+def _note(metrics: NodeMetrics, stalled: set[tuple[str | None, str | None]], note: ev.Note) -> None:
+    """`stalled`: engines that did, and whose end is to come: it is counted once, for that."""
+    key = (note.pool_id, note.replica_id)
     if note.event == "handoff.invalid":
         metrics.handed_off(note.pool_id or "", "invalid")
     elif note.event == "pool.ready":
         metrics.handed_off(note.pool_id or "", "ready")
     elif note.event == "engine.stalled":
+        stalled.add(key)
         metrics.restarted(note.pool_id or "", "stalled")
-        metrics.failed(Code.ENGINE_STALLED.value)
+    elif note.event == "engine.ended" and key in stalled:
+        stalled.discard(key)
     elif note.event == "engine.ended" and note.reason != "stopped":
         metrics.restarted(note.pool_id or "", "ended")
 
@@ -323,7 +330,7 @@ def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], a
     guard.loop(parts.refresh, "refresh")
     guard.spawn(parts.digest(), "digests")
     guard.loop(access.step, "access")
-    reloader = Reloader(settings, source, LIVE, partial(parts.settle, access), parts.prepare)
+    reloader = Reloader(settings, source, LIVE, partial(parts.settle, access))
     guard.loop(reloader.step, "reload")
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.ask)
 

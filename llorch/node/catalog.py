@@ -329,7 +329,7 @@ class Catalog:
             raise not_here(model)
         if model in self._in_use():
             raise LlorchError(
-                Code.CONFLICT, f"a pool of this node uses {model}", hint="unload it first: `llorch pool unload`"
+                Code.CONFLICT, f"a pool of this node has {model}", hint="take it out of the node's settings first"
             )
 
     def remove(self, model: str) -> None:
@@ -371,6 +371,8 @@ class Catalog:
             return {}
         path = self._data / FILE_NAME
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would keep the node waiting for ever
+                raise ValueError("it is not a regular file")
             with path.open("rb") as file:
                 entries = load(file.read(MAX_CATALOG_BYTES))
         except FileNotFoundError:

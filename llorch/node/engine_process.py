@@ -308,9 +308,12 @@ class EngineProcess:
         """Its handoff, pid, end and key files; the log stays for people. Nothing that was left running is touched."""
         if self._released.is_set():
             return
-        for folder in (self._files.engines, self._files.pids, self._files.ends):
-            (folder / self._name).unlink(missing_ok=True)
-        self.key_file.unlink(missing_ok=True)
+        folders = (self._files.engines, self._files.pids, self._files.ends)
+        for path in (*(folder / self._name for folder in folders), self.key_file):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.error("engine.file_left", **self._ids, file=str(path), reason=error.strerror)
 
 
 async def end_all(shim: ProcessHold, engine: ProcessHold) -> bool:

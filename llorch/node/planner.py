@@ -51,7 +51,7 @@ class Planner:
     def other(self, settings: NodeSettings) -> list[Plan] | None:
         """In settings that were read anew; None if the pools are as they were. Raises ConfigError for any of them.
 
-        Whoever puts them in force says so by `took`.
+        Nothing is settled by that: whatever else there is may yet be refused. `settled` follows.
         """
         specs = tuple(settings.effective_pools())
         if specs == self._specs:
@@ -59,7 +59,8 @@ class Planner:
         facts = self._facts(specs)
         return [self.plan(spec, facts) for spec in specs]
 
-    def took(self, settings: NodeSettings) -> None:
+    def settled(self, settings: NodeSettings) -> None:
+        """These are in force."""
         self._specs = tuple(settings.effective_pools())
 
     async def again(self, spec: PoolSpec) -> Plan:

@@ -439,9 +439,9 @@ class Operations:
             if not up:
                 operation.end()
         elif not pool.loaded:
-            operation.end("not now: it is unloaded")
+            operation.end("not now: it is unloaded", failed=operation.began is not None)
         elif pool.parked:
-            operation.end(f"not now: {', '.join(pool.held_by())}")
+            operation.end(f"not now: {', '.join(pool.held_by())}", failed=operation.began is not None)
         elif any(replica.next for replica in spawned):
             pass  # the first of them says
         elif pool.ready and (operation.kind == "load" or not any(r.leaves or not pool.current(r) for r in up)):

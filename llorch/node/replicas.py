@@ -348,6 +348,7 @@ class Pool:
     def held_by(self) -> list[str]:
         """Who holds it back, and why."""
         holds = [("settings", "it is no more there")] if self.leaves else []
+        holds += [(OPERATOR, "unloaded")] if not self.loaded else []
         if self.node_drained is not None and OPERATOR not in self.holds:
             holds.append((OPERATOR, self.node_drained))
         return [(f"{who}: {why}" if why else who)[:MAX_WHY_CHARS] for who, why in (*holds, *self.holds.items())]

@@ -166,7 +166,7 @@ class Stager:
             async with self._turn:
                 await asyncio.to_thread(self.catalog.verify, model)
         except LlorchError as error:
-            why = error.message
+            why = f"{error.code.value}: {error.message}"
         finally:
             self._verifying.pop(model, None)
             self._changed()

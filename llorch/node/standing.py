@@ -6,7 +6,10 @@ wish, and is said so; one that can't be written is tried again at the next chang
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ log = Log("node.standing")
 
 def read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return {}

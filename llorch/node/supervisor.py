@@ -3,7 +3,7 @@
 Surface:
     Supervisor(pools, plans, ...)                    start(), close()
     post(event)                                      tell the pools what happened, and do what follows
-    ask(event)                                       the same for what somebody wants of them
+    ask(event)                                       the same for what somebody wishes, which may be refused
     configure(plans)                                 other pools in the settings
 
 Owns every engine process and the files that belong to it under the runtime directory, and the one watcher of handoffs.
@@ -35,15 +35,16 @@ from llorch.node import pool_events as ev
 from llorch.node.engine_checks import Checks
 from llorch.node.engine_process import EngineProcess, RuntimeDir
 from llorch.node.engine_record import Left, Verdict
-from llorch.node.engine_start import EngineStart, Starts, identity_of
+from llorch.node.engine_start import End, EngineStart, Starts, identity_of
 from llorch.node.engines.command import NAME as COMMAND
-from llorch.node.handoff import Handoff, Network, file_name, render
+from llorch.node.handoff import Handoff, Network, file_name, parse, render
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
 from llorch.node.watcher import Watcher
 from llorch.tasks import Guard
 
 TICK_S = 0.2  # what a restart or the end of a drain may come late
+STARTING_AGAIN_MS = 1_000
 LOCK_TRIES, LOCK_PAUSE_S = 20, 0.1  # an agent that was killed a moment ago may still hold it
 
 log = Log("supervisor")
@@ -104,13 +105,15 @@ class Supervisor:
         self._watcher = Watcher(self.files.engines, self.post, engine_cidrs=engine_cidrs, polling=poll_handoffs)
         self._guard = Guard("supervisor")
         self._running: dict[Key, EngineStart] = {}
-        self._left: dict[Key, Left] = {}  # found at the start, and to be taken over
+        self._left: dict[Key, tuple[Left, Any]] = {}  # found at the start, to be taken over; with their models' files
+        self._ending: dict[str, asyncio.Task[Any]] = {}  # by file name: found at the start, and not wanted
         self._runs: set[asyncio.Task[None]] = set()
         self._unwritten: dict[str, Handoff] = {}  # by file name: offered, and not yet on disk
         self._offered: set[str] = set()  # handoffs of external engines that we wrote
         self._wishes: dict[str, Any] = pools.wishes()
-        self.started = False
         self._closing = False
+        self._settled = False  # what an earlier agent left is taken over, or gone
+        self._early: list[ev.Event] = []  # what happened before that
         self._exits = contextlib.AsyncExitStack()
         self._checks: Checks | None = None
 
@@ -119,10 +122,17 @@ class Supervisor:
     async def start(self) -> None:
         """Take the runtime directory, go on with what an earlier agent left, start what the settings ask for.
 
-        Raises ConfigError when another agent uses the directory.
+        Raises ConfigError when another agent uses the directory, or when it can't be used at all.
         """
-        self.files.make()
-        await self._lock()
+        try:
+            self.files.make()
+            await self._lock()
+        except OSError as error:
+            why = "it is no directory" if isinstance(error, FileExistsError) else error.strerror
+            raise ConfigError(
+                f"the runtime directory can't be used: {error.filename or self.files.root}: {why}",
+                hint="make it writable for the agent's user, or give another --runtime-dir",
+            ) from None
         http = await self._exits.enter_async_context(web.client_session())
         self._checks = Checks(
             self.pools,
@@ -134,9 +144,11 @@ class Supervisor:
             heard_at=self._told.heard_at,
         )
         await self._take_over(http)
+        self._settled = True
+        for event in self._early:
+            self.post(event)
         await self._watcher.start()
         self.post(ev.Start())
-        self.started = True
         self._guard.loop(self._tick, "tick")
         self._guard.loop(self._checks.check, "check")
         self._guard.loop(self._checks.watch, "watchdog")
@@ -174,15 +186,17 @@ class Supervisor:
         await self._exits.aclose()
 
     def ask(self, wish: ev.Event) -> None:
-        """What an operator wants, or the machine's owner. Raises LlorchError where that can't be granted, or not yet:
-        what an earlier agent left comes first."""
-        if not self.started:
-            raise LlorchError(Code.RECOVERING, "this node has just been started", retry_after_ms=1_000)
+        """What somebody wants of a pool. Raises LlorchError for a wish that can't be granted."""
+        if not self._settled:
+            raise LlorchError(Code.RECOVERING, "this node is still starting", retry_after_ms=STARTING_AGAIN_MS)
         self.post(wish)
 
     def post(self, event: ev.Event) -> None:
-        """Tell the pools, and do what they ask for. Raises LlorchError for a wish that can't be granted."""
+        """Tell the pools, and do what they ask for; later, while it is not yet known which engines run already."""
         if self._closing:
+            return
+        if not self._settled:
+            self._early.append(event)
             return
         for action in self.pools.handle(event, self._clock()):
             self._do(action)
@@ -195,16 +209,26 @@ class Supervisor:
         """The engines of ours that run or start."""
         return list(self._running.values())
 
+    def loading(self) -> list[EngineStart]:
+        """Those of them that are not ready yet."""
+        ready = {(pool, replica) for pool, replica, state, _ in self.pools.replicas() if state is ev.ReplicaState.READY}
+        return [start for key, start in self._running.items() if key not in ready]
+
     def _forget(self, pool_id: str) -> None:
         """The logs of a pool's engines, none of which runs."""
         name = re.compile(rf"{re.escape(pool_id)}-r\d+\.log(\.\d+)?")
-        for path in self.files.logs.iterdir():
-            if name.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        try:
+            for path in self.files.logs.iterdir():
+                if name.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("logs.not_removed", **self._ids(pool_id, None), reason=error.strerror)
 
     def configure(self, plans: Iterable[Plan]) -> None:
         """The settings have these pools now, and each of them can be started."""
         plans = tuple(plans)
+        there = set(self.pools.ids())  # those that go are needed until they have
+        self.plans = {pool_id: plan for pool_id, plan in self.plans.items() if pool_id in there}
         self.plans.update((plan.spec.id, plan) for plan in plans)
         self.post(ev.Configure(tuple(plan.wanted for plan in plans)))
 
@@ -217,9 +241,9 @@ class Supervisor:
             case ev.Prepare():
                 self._guard.spawn(self._prepare(action), f"prepare.{action.pool_id}")
             case ev.TakeOver():
-                left = self._left.pop((action.pool_id, action.replica_id))
+                left, model = self._left.pop((action.pool_id, action.replica_id))
                 spawn = ev.Spawn(action.pool_id, action.replica_id, action.run, action.handoff.model, "")
-                self._run(EngineStart(spawn, self.plans[action.pool_id], left))
+                self._run(EngineStart(spawn, self.plans[action.pool_id], left, model=model))
             case ev.WriteHandoff(handoff):
                 self._write(handoff)
             case ev.Withdraw(handoff):
@@ -245,9 +269,9 @@ class Supervisor:
             log.warning(note.event, node_id=self._node_id, file=note.name, reason=note.reason, code="HANDOFF_INVALID")
         else:
             bad = note.event in ("pool.failed", "engine.stalled", "pool.not_reloaded")
-            (log.error if bad else log.info)(
-                note.event, **self._ids(note.pool_id, note.replica_id), reason=note.reason or None
-            )
+            ended = note.event == "engine.ended" and note.reason != "stopped"
+            tell = log.error if bad else log.warning if ended else log.info
+            tell(note.event, **self._ids(note.pool_id, note.replica_id), reason=note.reason or None)
         self._told.note(note)
 
     def _ids(self, pool_id: str | None, replica_id: str | None) -> dict[str, str]:
@@ -267,7 +291,7 @@ class Supervisor:
     async def _live(self, key: Key, start: EngineStart) -> None:
         """One start of one replica, to its end."""
         spawn = start.spawn
-        start.load_timeout_s = self._load_timeout_s
+        start.give(self._load_timeout_s)
         if self._closing:
             start.terminate()
 
@@ -295,9 +319,13 @@ class Supervisor:
                 make,
                 take_over,
                 self._env,
+                before=self._ending.get(file_name(*key)),
                 said=lambda text: self.post(ev.Progress(spawn.pool_id, spawn.replica_id, spawn.run, text)),
                 up=lambda handoff: self.post(ev.Spawned(spawn.run, handoff)),
             )
+        except Exception:  # whatever it is, the pool has to hear that nothing runs
+            log.fault("engine.fault", **self._ids(*key))
+            end = End("an unexpected fault of the agent; it was logged")
         finally:
             self._running.pop(key, None)
             self._unwritten.pop(file_name(*key), None)
@@ -311,18 +339,22 @@ class Supervisor:
         def said(text: str) -> None:
             self.post(ev.Progress(wish.pool_id, None, 0, text))
 
+        beside, refusal = False, None
         try:
             model = await self._starts.local(plan, wish.ref, said)
             beside = await self._starts.beside(plan, model)
         except LlorchError as error:
-            self.post(ev.Prepared(wish.pool_id, wish.model, refusal=error.message))
-            return
-        self.post(ev.Prepared(wish.pool_id, wish.model, beside=beside))
+            refusal = error.message
+        except Exception:
+            log.fault("prepare.fault", **self._ids(wish.pool_id, None))
+            refusal = "an unexpected fault of the agent; it was logged"
+        self.post(ev.Prepared(wish.pool_id, wish.model, ref=wish.ref, beside=beside, refusal=refusal))
 
     # ------------------------------------------------------------ what an earlier agent left
 
     async def _take_over(self, http: aiohttp.ClientSession) -> None:
-        """Its engines go on if they are what the settings ask for, are ended if not; strangers are left alone."""
+        """Its engines go on if they are what the settings ask for. The others are ended, which may take its time: only
+        what is to be started in their place waits for that. Strangers are left alone."""
         lefts = await adoption.look(self.files)
         await asyncio.gather(*(self._judge(left, http) for left in lefts))
         adoption.clear_strays(self.files)
@@ -333,7 +365,8 @@ class Supervisor:
             return
         why_not = left.why if left.verdict is Verdict.UNTENDED else await self._why_not(left, http)
         if why_not is not None:
-            await adoption.end(self.files, replace(left, why=why_not), self._stop_grace_s)
+            ending = adoption.end(self.files, replace(left, why=why_not), self._stop_grace_s)
+            self._ending[left.name] = self._guard.spawn(ending, f"ending.{left.name}")
 
     async def _why_not(self, left: Left, http: aiohttp.ClientSession) -> str | None:
         """Why a running engine is not taken over; None if it now is."""
@@ -341,14 +374,19 @@ class Supervisor:
         plan = self.plans.get(identity.pool_id) if identity is not None else None
         if identity is None or plan is None:
             return "no pool of the settings wants it"
-        if not await self._starts.same(plan, identity, left):
+        same, model = await self._starts.same(plan, identity, left)
+        if not same:
             return "the settings ask for another engine than this one"
         why_not = await adoption.challenge(http, left, keyed=plan.spec.engine != COMMAND)
         if why_not is not None:
             return why_not
         key = (identity.pool_id, identity.replica_id)
-        self._left[key] = left
+        self._left[key] = (left, model)
         handoff = identity.handoff(plan, left)
+        try:
+            parse(handoff.file_name, render(handoff))
+        except ValueError as error:
+            return f"what was written down of it is not so: {error}"
         actions = self.pools.handle(ev.Adopted(identity.model, identity.ref, handoff), self._clock())
         for action in actions:
             self._do(action)
@@ -369,14 +407,18 @@ class Supervisor:
             whole_file.replace(self.files.engines / name, render(handoff), durable=False)
             self._unwritten.pop(name, None)
         except OSError as error:
-            if name not in self._unwritten:
+            told, self._unwritten[name] = name in self._unwritten, handoff
+            if not told:
                 log.error("handoff.unwritten", node_id=self._node_id, file=name, reason=error.strerror)
-            self._unwritten[name] = handoff
+                self.post(ev.HandoffBad(name, f"it can't be written: {error.strerror}"))
 
     def _withdraw(self, name: str) -> None:
         self._unwritten.pop(name, None)
-        (self.files.engines / name).unlink(missing_ok=True)
-        (self.files.pids / name).unlink(missing_ok=True)
+        for folder in (self.files.engines, self.files.pids):
+            try:
+                (folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                log.error("handoff.not_removed", node_id=self._node_id, file=name, reason=error.strerror)
 
     async def _tick(self) -> float:
         for handoff in list(self._unwritten.values()):

@@ -50,6 +50,7 @@ class Watcher:
         self._polling = polling
         self._rescan_s = POLL_S if polling else rescan_s
         self._known: Found = {}
+        self._said: int | None = None  # why the directory can't be read, as last told
         self._scanning = asyncio.Lock()
         self._guard = Guard("watcher")
 
@@ -66,7 +67,12 @@ class Watcher:
     async def scan(self) -> None:
         """Look once, and report what differs from the last look."""
         async with self._scanning:
-            found = await asyncio.to_thread(look, self._directory)
+            try:
+                found = await asyncio.to_thread(look, self._directory)
+            except OSError as error:
+                self._unreadable(error)
+                return
+            self._said = None
             for name in sorted(self._known.keys() - found.keys()):
                 del self._known[name]
                 self._on_event(HandoffGone(name))
@@ -74,6 +80,12 @@ class Watcher:
                 if self._known.get(name) != content:
                     self._known[name] = content
                     self._on_event(self._judge(name, content))
+
+    def _unreadable(self, error: OSError) -> None:
+        """What was seen before stays: no engine is to go because a disk has trouble."""
+        if self._said != error.errno:
+            log.error("handoffs.unreadable", directory=str(self._directory), reason=error.strerror)
+        self._said = error.errno
 
     def _judge(self, name: str, content: bytes | str) -> HandoffSeen | HandoffBad:
         if isinstance(content, str):
@@ -85,6 +97,9 @@ class Watcher:
 
     async def _watch(self) -> float:
         """Scan at each notification, until the directory goes away or notifications end."""
+        await self.scan()
+        if not self._directory.is_dir():
+            return self._rescan_s
         changes = watchfiles.awatch(
             self._directory, watch_filter=None, debounce=DEBOUNCE_MS, step=STEP_MS, recursive=False
         )

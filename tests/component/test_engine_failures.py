@@ -31,7 +31,7 @@ from llorch.node.plans import Plan
 from llorch.node.supervisor import Supervisor, Told
 from tests.cluster import alive, descendants, eventually, expected_text
 from tests.component.memory_cgroup import memory_cgroup
-from tests.component.node_harness import POOL
+from tests.component.node_harness import POOL, ScriptedControl
 from tests.component.test_engine_process import EATS, LASTS, LOADING, nothing_listens
 from tests.component.test_node_process import node_process
 from tests.component.test_supervisor import hurried, left, pid_of, plan, ready, supervised, until
@@ -269,7 +269,7 @@ async def test_memory_that_others_hold_is_waited_for_and_what_never_fits_is_not(
     async def model(_ref: str, _said: Any) -> Large:
         return Large(tmp_path / "m.gguf")
 
-    async def room(one: Plan, _model: Any) -> NoRoom | None:
+    async def room(_start: object, one: Plan, _model: Any) -> NoRoom | None:
         if one.spec.id == "never":
             return NoRoom("it needs 90 GiB of 80", hopeless=True)
         return None if free.is_set() else NoRoom("2 GiB free of 80", hopeless=False)
@@ -428,22 +428,20 @@ async def test_a_node_with_a_pool_that_fails_and_one_that_hangs_stays_online_and
         assert hangs.tail is not None and hangs.tail["error"]["code"] == "ENGINE_STALLED"
         assert hangs.text == expected_text(3) and hangs.events_seen[-1][0] == "error"
         await eventually(lambda: not alive(first))
-        await eventually(
-            lambda: pool_now(node.control.beats, POOL).get("ready") and pid_of(pids, f"{POOL}-r0") != first
-        )
+        await eventually(lambda: pool_now(node.control, POOL).get("ready") and pid_of(pids, f"{POOL}-r0") != first)
         works = link.open({"model": "m", "prompt": "go", "max_tokens": 4})
         await eventually(lambda: works.tail is not None)
         assert works.text == expected_text(4)
-        await eventually(lambda: "no-such-flag" in (pool_now(node.control.beats, "bad").get("last_error") or ""))
-        assert pool_now(node.control.beats, "bad")["slots_free"] == 0
+        await eventually(lambda: "no-such-flag" in (pool_now(node.control, "bad").get("last_error") or ""))
+        assert pool_now(node.control, "bad")["slots_free"] == 0
         engines = descendants(node.process.pid)
     assert not [pid for pid in engines if alive(pid)]
 
 
-def pool_now(beats: list[dict[str, Any]], pool: str) -> dict[str, Any]:
+def pool_now(control: ScriptedControl, pool: str) -> dict[str, Any]:
     """As it was last told; nothing if it never was."""
-    for beat in reversed(beats):
-        for each in beat.get("pools") or ():
+    for report in reversed([*control.registered, *control.beats]):
+        for each in report.get("pools") or ():
             if each["pool_id"] == pool:
                 return dict(each)
     return {}

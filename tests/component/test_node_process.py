@@ -53,7 +53,7 @@ class Process:
 
 @contextlib.asynccontextmanager
 async def node_process(
-    folder: Path, *args: str, env: dict[str, str] | None = None, **settings: Any
+    folder: Path, *args: str, env: dict[str, str] | None = None, main: str = MAIN, **settings: Any
 ) -> AsyncIterator[Process]:
     control = ScriptedControl()
     await control.start()
@@ -66,7 +66,7 @@ async def node_process(
         "pools": [{"id": POOL, "engine": "simulated", "model": "m", "slots": 2, "args": args}],
     } | settings
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", MAIN, json.dumps(given), stderr=asyncio.subprocess.PIPE, env={**os.environ, **(env or {})}
+        sys.executable, "-c", main, json.dumps(given), stderr=asyncio.subprocess.PIPE, env={**os.environ, **(env or {})}
     )
     said: list[str] = []
     ready = asyncio.get_running_loop().create_future()

@@ -215,4 +215,13 @@ BUGS = (
         "another body under a key is served", "calm", "mismatch",
         ("control/replay.py", "if known.path != task.path or known.body_digest not in (None, task.body_digest):", "if known.path != task.path:"),
     ),
+    # ---- engines whose agent went
+    bug(
+        "an agent takes over no engine", "agents", "engines",
+        ("node/supervisor.py", "            return \"the settings ask for another engine than this one\"\n", "            pass\n        return \"nobody's\"\n"),
+    ),
+    bug(
+        "an engine that nobody claims runs on", "agents", "engines, left over",
+        ("node/engines/shim.py", "        if self.why is None and now >= due:\n", "        if False:\n"),
+    ),
 )  # fmt: skip

@@ -1,0 +1,106 @@
+"""What operators asked, over restarts of the agent: written whole, and read as if a stranger had written it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llorch.config_pools import PoolSpec
+from llorch.node import pool_events as ev
+from llorch.node import standing
+from llorch.node.pool_events import Wanted
+from llorch.node.pools import Pools
+
+
+def pools(**changes: Any) -> Pools:
+    spec = PoolSpec(id="p", engine="simulated", model="m", **changes)
+    return Pools([Wanted(spec, {"m": "m"})])
+
+
+def test_what_was_asked_is_asked_again_after_a_restart(tmp_path: Path) -> None:
+    before = pools()
+    before.handle(ev.Drain("p", "new kernel"), 0.0)
+    before.handle(ev.Drain(None, "the roof leaks"), 0.0)
+    path = tmp_path / "wishes.json"
+    standing.write(path, before.wishes())
+    assert path.stat().st_mode & 0o777 == 0o600
+    after = pools()
+    after.restore(standing.read(path))
+    assert after.wishes() == before.wishes() and after.drained == "the roof leaks"
+    assert after.pool_report("p")["held"] == ["operator: new kernel"]
+
+
+def test_no_file_is_no_wish(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert standing.read(tmp_path / "none.json") == {} and caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000, b'{"a": 1e999}', b'{"drained": "\\ud800"}', b'{"a":1,"a":2}',
+     b'{"drained": "' + b"x" * 2_000_000 + b'"}'],
+    ids=["empty", "torn", "list", "number", "bytes", "deep", "infinite", "surrogate", "twice", "large"],
+)  # fmt: skip
+def test_what_was_never_written_is_nobodys_wish_and_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, raw: bytes
+) -> None:
+    path = tmp_path / "wishes.json"
+    path.write_bytes(raw)
+    assert standing.read(path) == {}
+    assert "wishes.unread file=wishes.json" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder", "link in a circle"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str) -> None:
+    path = tmp_path / "wishes.json"
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path)
+    assert standing.read(path) == {}
+    assert "wishes.unread" in caplog.text
+
+
+def test_a_place_that_can_not_be_written_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    standing.write(tmp_path / "file" / "wishes.json", {})
+    assert "wishes.unwritten" in caplog.text and "a restart forgets them" in caplog.text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+WISH = st.fixed_dictionaries(
+    {},
+    optional={
+        "drained": JSON,
+        "unloaded": JSON,
+        "model": JSON | st.fixed_dictionaries({"id": JSON, "ref": JSON, "instead_of": st.just("m") | JSON}),
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    wishes=st.fixed_dictionaries({"drained": JSON, "pools": JSON | st.fixed_dictionaries({"p": JSON | WISH})}) | JSON
+)
+def test_whatever_it_says_the_pools_can_report_and_go_on(wishes: Any) -> None:
+    made = pools()
+    made.restore(wishes)
+    made.handle(ev.Start(), 0.0)
+    json.dumps(made.report())
+    assert isinstance(made.wishes(), dict) and json.loads(json.dumps(made.wishes())) == made.wishes()
+    made.handle(ev.Undrain(None), 1.0)
+    made.handle(ev.Undrain("p"), 1.0)
+    made.handle(ev.Load("p"), 2.0)
+    made.handle(ev.Tick(), 3.0)
+    assert made.pool_report("p")["state"] == "starting"

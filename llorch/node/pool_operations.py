@@ -152,7 +152,7 @@ class Operations:
 
     def begin_load(self, pool: Pool, now: float) -> list[Action]:
         """When the node starts: what its settings ask for is an operation like others."""
-        wanted = pool.spec is not None and pool.may_run
+        wanted = pool.spec is not None and pool.may_run and (pool.operation is None or not pool.operation.running)
         actions = self._progress.begin(pool, "load", None, pool.model) if wanted else []
         return actions + self.settle(pool, now)
 

@@ -27,7 +27,7 @@ class Progress:
         running = pool.operation if pool.operation is not None and pool.operation.running else None
         if running is not None and (running.kind, running.model) == (kind, model):
             return []
-        if running is not None and running.kind == RELOAD and kind in ("drain", "undrain"):
+        if running is not None and running.kind == RELOAD and (kind in ("drain", "undrain") or not running.preparing):
             return []
         actions: list[Action] = []
         if running is not None:

@@ -893,3 +893,13 @@ def test_an_engine_on_demand_whose_file_somebody_removes_takes_no_tasks_until_it
     world.do(ev.Load("d", "b"))
     world.settle()
     assert world.task("d", "b") is not None
+
+
+def test_the_start_of_the_node_hides_no_operation_that_runs() -> None:
+    world = started(spec())
+    reload(world, beside=True)
+    world.do(ev.Start())
+    assert world.operation("p")["kind"] == "reload"
+    world.settle()
+    ends_with(world, "done")
+    assert world.serves("p") == ["m2"]

@@ -89,7 +89,7 @@ WISH = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     wishes=st.fixed_dictionaries({"drained": JSON, "pools": JSON | st.fixed_dictionaries({"p": JSON | WISH})}) | JSON
 )

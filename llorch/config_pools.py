@@ -33,6 +33,9 @@ from llorch.config_kinds import (
 )
 from llorch.config_yaml import Items, Node, Scalar, Table, YamlFault
 
+MODEL_KEPT_S = (
+    30.0  # of several models, once loaded: a load takes about as long, and two controls can't undo each other's
+)
 DEFAULT_SLOTS = 4
 DEFAULT_CTX = 4096
 ENGINE = choice("auto", "llamacpp", "llama-server", "vllm", "sglang", "command", "external", "simulated")

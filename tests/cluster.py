@@ -28,6 +28,7 @@ READY_WITHIN_S = 30.0
 LOOK_AGAIN_S = 0.001  # what a test waits for is mostly there by then
 LOOK_AGAIN_AT_MOST_S = 0.02  # later it is looked for less often, for each look costs its peer as much as a request
 SIMULATED = "sim"
+SHIM = b"llorch.node.engines.shim"
 
 
 async def eventually(look: Callable[[], T | Awaitable[T]], *, within_s: float = 10.0, what: str = "") -> T:
@@ -74,6 +75,25 @@ def descendants(pid: int) -> set[int]:
                 found.add(child)
                 todo.append(child)
     return found
+
+
+def belonging(folder: Path) -> set[int]:
+    """Every living process of a cluster in `folder`, whoever's child it is by now: those that work there or below it,
+    and the shims of its engines, which work nowhere and have a log there. Both stay when their agent goes.
+    """
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            cwd = (process / "cwd").readlink()
+            if cwd.is_relative_to(folder) or (cwd == Path("/") and _keeps_a_log(process, folder)):
+                found.add(int(process.name))
+    return {pid for pid in found if alive(pid)}
+
+
+def _keeps_a_log(process: Path, folder: Path) -> bool:
+    if SHIM not in (process / "cmdline").read_bytes().split(b"\0"):
+        return False
+    return any(opened.readlink().is_relative_to(folder) for opened in (process / "fd").iterdir())
 
 
 def lasting_port() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, cluster, descendants
+from tests.cluster import Cluster, belonging, cluster, descendants
 
 LEAKS_WITHIN_S = 10.0
 MACHINE_WITHIN_S = 600.0  # as long as all that ask for it take together
@@ -45,6 +45,11 @@ def _processes() -> set[int]:
     return descendants(os.getpid())
 
 
+def _of(folder: Path) -> set[int]:
+    """The processes of clusters in a test's folder. What left nothing there started none."""
+    return belonging(folder) if folder.exists() and any(folder.iterdir()) else set()
+
+
 def _open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -69,15 +74,18 @@ def whole_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A component, e2e or fuzz test leaves no process and no file descriptor."""
+    """A component, e2e or fuzz test leaves no process and no file descriptor: no engine either that has outlived its
+    agent, and is nobody's child here.
+    """
     if not {"component", "e2e", "faults", "fuzz"} & set(Path(request.node.path).parts):
         yield
         return
     children, files = _processes(), _open_files()
     yield
+    folder = request.node.funcargs.get("tmp_path")  # type: ignore[attr-defined]
     until = time.monotonic() + LEAKS_WITHIN_S
     while time.monotonic() < until:
-        left = _processes() - children
+        left = (_processes() - children) | (_of(folder) if folder is not None else set())
         if not left and _open_files() <= files + 2:
             return
         gc.collect()  # what waits in a cycle is no leak; done only now, for it takes as long as a small test

@@ -1,7 +1,7 @@
 """A simulated machine for the pools: processes, handoff files and who watches them, probes, tasks, operators, a clock.
 
 It does what pools ask for, as late as it is told to, and checks with everything that happens what must hold always:
-nothing runs twice, nothing of others is ended, nothing is accepted beyond the slots, whatever a report promises is kept,
+nothing runs twice, nothing of others is ended, nothing is accepted beyond the slots, what a report promises is kept,
 and no report changes untold.
 """
 
@@ -63,7 +63,9 @@ class World:
         self.notes: list[ev.Note] = []
         self.ended: dict[str, ev.EndTasks] = {}
         self.last_run: dict[str, int] = {}
-        self.reloads: dict[str, tuple[str, list[str], dict[str, str]]] = {}  # ref, models and choices before
+        self.reloads: dict[
+            str, tuple[str, list[str], dict[str, str], int]
+        ] = {}  # ref; models, choices and notes before
         self.ports = 10_000
         self.numbers = 0
         self.adopting: Key | None = None
@@ -109,6 +111,7 @@ class World:
                 event.ref,
                 next(each["models"] for each in before if each["pool_id"] == event.pool_id),
                 choices[event.pool_id],
+                len(self.notes),
             )
         self.check()
         return actions
@@ -169,7 +172,9 @@ class World:
             assert self.pools.accepted(pool_id) <= report["slots_total"]
             assert 0 <= report["slots_free"] <= report["slots_total"]
             assert (report["model"] is not None) == report["ready"]
-        assert self.reports.keys() == reports.keys()
+            held = sum(task.pool_id == pool_id for task in self.tasks.values())
+            assert self.pools.accepted(pool_id) == held, "a task's slot is nobody's"
+        assert self.reports.keys() == reports.keys() >= {task.pool_id for task in self.tasks.values()}
         assert self.pools.accepted() == len(self.tasks)
         for key in self.processes:
             held = sum(task.where == key for task in self.tasks.values())
@@ -186,11 +191,11 @@ class World:
         operation = report["operation"]
         if pool_id not in self.reloads or (operation["kind"], operation["state"]) == ("reload", "running"):
             return
-        ref, models, before = self.reloads.pop(pool_id)
+        ref, models, before, since = self.reloads.pop(pool_id)
         after = self._choices().get(pool_id, before)
         if (operation["kind"], operation["state"]) == ("reload", "done"):
             assert after[operation["model"]] == ref
-        else:
+        elif not any(note.event == "model.swapped" and note.pool_id == pool_id for note in self.notes[since:]):
             assert after == before
             on_demand = len(before) > 1
             assert on_demand or models == report["models"]

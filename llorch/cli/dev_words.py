@@ -77,8 +77,19 @@ class Start:
             text = "starting the node" if total == 1 else f"starting the nodes: {len(pools)} of {total} joined"
         else:
             text = "loading the model" if total == 1 else f"loading the model: {len(bound)} of {total} nodes ready"
+        told = (_progress(pool) for each in pools.values() for pool in each)
+        text = next((progress for progress in told if progress is not None), text)
         model = str(next(iter(bound.values()))["model"]) if bound else ""
         return Look(text, bool(bound) and len(bound) == total, model, failed, tuple(ended))
+
+
+def _progress(pool: Mapping[str, Any]) -> str | None:
+    """How far a start is that takes its time: a model is fetched first, say."""
+    operation = pool.get("operation")
+    if not isinstance(operation, Mapping) or operation.get("state") != "running":
+        return None
+    message = operation.get("message")
+    return str(message) if message else None
 
 
 def _is_down(pool: Mapping[str, Any]) -> bool:

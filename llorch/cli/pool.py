@@ -31,7 +31,7 @@ def _state(pool: Mapping[str, Any]) -> str:
     passed_over = breaker.get("state") if isinstance(breaker, Mapping) else None
     words += [passed_over] if passed_over in ("ejected", "half_open") else []
     words += ["draining"] if pool.get("draining") and "draining" not in words else []
-    words += [str(pool["node_state"])] if pool.get("node_state") not in (None, "online") else []
+    words += [str(pool["node_state"])] if pool.get("node_state") not in (None, "online", *words) else []
     return ",".join(words)
 
 
@@ -95,7 +95,7 @@ def _breaker(pool: Mapping[str, Any]) -> str | None:
 
 
 async def drain(call: Call, name: PoolName, deadline: Deadline = None, reason: Reason = None, wait: Wait = True) -> int:
-    """Take no new tasks, let those that run end, and stop the engine."""
+    """Take no new tasks and let those that run end. The engine stays loaded: `unload` frees its memory."""
     wish = {"deadline_s": deadline_s(deadline), "reason": reason}
     return await operate_pool(call, name, "drain", wish, wait=wait)
 
@@ -127,7 +127,7 @@ async def restart(call: Call, name: PoolName, deadline: Deadline = None, wait: W
 
 
 async def purge(call: Call, name: PoolName, wait: Wait = True) -> int:
-    """Of a stopped pool: forget failures, remove logs and keys that are left."""
+    """Of a stopped pool: forget failures, and remove its engines' logs."""
     return await operate_pool(call, name, "purge", {}, wait=wait)
 
 

@@ -78,7 +78,8 @@ def note_of(pool: View) -> str | None:
     words = why_waiting(pool)
     operation = operation_words(pool)
     if operation is not None and operation not in words:
-        words.append(operation)
+        error = pool.get("last_error")  # which has a place of its own
+        words.append(operation.removesuffix(f": {error}") if error else operation)
     return "; ".join(words) or None
 
 

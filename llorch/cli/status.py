@@ -44,7 +44,8 @@ def notes(nodes: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]]
     """What is nobody's fault and still keeps tasks away: wishes, loads, operations. One line each."""
     words = [(f"node {node.get('node_id')}", drain_words(node)) for node in nodes]
     drained = {node.get("node_id") for node in nodes if node.get("draining")}
-    words += [(f"pool {name_of(pool)}", note_of(pool)) for pool in pools if pool.get("node_id") not in drained]
+    others = [pool for pool in pools if pool.get("node_id") not in drained and pool.get("state") != "failed"]
+    words += [(f"pool {name_of(pool)}", note_of(pool)) for pool in others]  # one that has failed is a problem
     return [f"{name}: {note}" for name, note in words if note is not None]
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llorch.breaker import Breaker, Phase
+from llorch.config_pools import MODEL_KEPT_S
 from llorch.control.addresses import host_of
 from llorch.control.lies import SlotWord
 from llorch.control.placement import FAILED_STATES, LOADING_STATES, Known, PoolFacts
 from llorch.control.strikes import Quarantine
-from llorch.control.swapping import MODEL_KEPT_S, Pledge
+from llorch.control.swapping import Pledge
 from llorch.messages import Gpu, Heartbeat, ModelReport, PoolReport, Register, TaskReport
 
 SUSPECT_AFTER_BEATS = 2.5  # two were due and did not come, and the second had half an interval to be late in

@@ -55,7 +55,7 @@ POOL_OPERATIONS: Mapping[str, str] = {
     "unload": "Let running tasks end, and stop the engine",
     "reload": "Have `model` instead; the old one serves until the new one is proven, where memory allows",
     "restart": "Let running tasks end, and start the engine anew",
-    "purge": "Of a stopped pool: forget failures, remove logs and keys that are left",
+    "purge": "Of a stopped pool: forget failures, and remove its engines' logs",
 }
 
 log = Log("control.pools")

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TypeAlias
 
+from llorch.config_pools import MODEL_KEPT_S
 from llorch.control.line import Waiter
 from llorch.control.placement import PoolFacts, Wish, loading_cost, pick, pick_serving, wanted
 
-MODEL_KEPT_S = 30.0  # what was loaded is kept for so long at least: a load takes about as long, often
 LOAD_S = 10.0  # a guess, where a pool has not said how long its last load took
 MAX_LOOKS = 32  # of a line's oldest waiters: those before may be pinned elsewhere. The rest have their turn after them
 

@@ -110,7 +110,9 @@ def answered(check: Check, answer: object) -> None:
         return
     told = words[:1_000] if isinstance(words, str) else "its bytes are not those that it was staged with"
     mend = f"llorch model rm {check.model} --nodes {check.node_id}, and stage it again"
-    check.fail(LlorchError(Code.CONFLICT, told, hint=mend))
+    code, _, text = told.partition(": ")
+    known = code in Code.__members__
+    check.fail(LlorchError(Code[code] if known else Code.DIGEST_MISMATCH, text if known else told, hint=mend))
 
 
 def make_room(jobs: dict[str, VerifyJob], now: float) -> None:

@@ -29,12 +29,12 @@ import aiohttp
 from llorch.logs import Log
 from llorch.node.engine_answer import BROKEN
 from llorch.node.engine_keys import read_key
-from llorch.node.engine_process import BACKSTOP_S, RuntimeDir, end_all, signal_session
+from llorch.node.engine_process import BACKSTOP_S, ENGINE_MARK, RuntimeDir, end_all, signal_session
 from llorch.node.engine_record import Facts, Left, Named, Record, Verdict, judge, parse
 from llorch.node.engines import shim_files
 from llorch.node.engines.shim_linux import argv_digest, parent_of, start_time
 from llorch.node.engines.spec import LOOPBACK
-from llorch.node.listeners import Holder, holder
+from llorch.node.listeners import Holder, holder, session
 from llorch.node.process_hold import ProcessHold
 
 MOST_FILES = 4_096  # of pid files that are looked at
@@ -123,6 +123,8 @@ async def challenge(http: aiohttp.ClientSession, left: Left, *, keyed: bool = Tr
     whose = await asyncio.to_thread(holder, record.engine.pid, record.port)
     if whose is Holder.NOBODY:
         return None
+    if whose is Holder.UNKNOWN:
+        return None  # nobody may look; its pid, its start and its argv are what they were
     if whose is not Holder.ITS:
         return f"another program listens on its port {record.port}"
     if not keyed:
@@ -212,12 +214,27 @@ def forget(files: RuntimeDir, left: Left) -> None:
     """Remove what belongs to a pid file, and the file. A handoff goes only if it is one of ours."""
     record = left.record
     external = record is not None and record.engine is None
+    if left.verdict is Verdict.GONE and record is not None and record.engine is not None:
+        _end_rest(record, record.engine)
     if record is not None and record.engine is not None and _key_is_ours(files, record):
         _remove(Path(record.api_key_file))
     if external or _handoff_is_ours(files, files.engines / left.name):
         _remove(files.engines / left.name)
     _remove(files.ends / left.name)
     _remove(files.pids / left.name)
+
+
+def _end_rest(record: Record, engine: Named) -> None:
+    """What an engine had started, should it and its shim have been killed: it may hold memory still. Only what has its
+    mark, for a session's number may be another's by now."""
+    mark = f"{ENGINE_MARK}={Path(record.api_key_file).name}".encode()
+    for member in session(engine.pid):
+        hold = ProcessHold(member, start_time(member))
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{member}/environ").read_bytes().split(b"\0"):
+                log.warning("engine.rest_ended", pid=member)
+                hold.signal(signal.SIGKILL)
+        hold.close()
 
 
 def clear_strays(files: RuntimeDir) -> None:

@@ -24,7 +24,7 @@ import aiohttp
 from llorch import __version__, listen, logs, systemd, web
 from llorch.config import NodeSettings
 from llorch.doors import Limits as DoorLimits
-from llorch.errors import Code, ConfigError, LlorchError
+from llorch.errors import ConfigError, LlorchError
 from llorch.node import log_pages, standing
 from llorch.node import pool_events as ev
 from llorch.node.access import Access
@@ -49,7 +49,6 @@ from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
 from llorch.tasks import Guard
 
-PROGRESS_S = 0.5  # of models that are being staged
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
 WISHES = "wishes.json"
 
@@ -181,8 +180,8 @@ class _Parts:
                 self.machine.room,
                 self.machine.beside,
                 self.planner.again,
-                self.machine.mask,
-                self.catalog.look,
+                here=self.catalog.look,
+                mask=self.machine.mask,
             ),
             node_id=node_id,
             stop_grace_s=settings.stop_grace,
@@ -226,7 +225,9 @@ class _Parts:
     async def refresh(self) -> float:
         """What the machine says now, and what follows from it for pools that yield or have hours."""
         await self.node.refresh()
-        self.machine.learn(self.supervisor.running())
+        starts = self.supervisor.running()
+        await asyncio.to_thread(self.machine.learn, starts)
+        self.machine.loading(self.supervisor.loading())
         self.hold()
         self.changed()
         return REFRESH_S
@@ -234,12 +235,6 @@ class _Parts:
     def hold(self) -> None:
         for hold in self.machine.holds([spec for _, spec in self.pools.specs()]):
             self.supervisor.post(hold)
-
-    async def progress(self) -> float:
-        """While models are staged, how far they are."""
-        if self.catalog.progress:
-            self.staged()
-        return PROGRESS_S
 
     def staged(self) -> None:
         self.node.models = self.catalog.report()
@@ -267,7 +262,7 @@ def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
         runner.seated(seat.task_id, seat.replica_id, seat.url, seat.api_key_file, trial=seat.trial)
 
     return Told(
-        note=lambda note: _note(metrics, note),
+        note=partial(_note, metrics, set()),
         seated=seated,
         end_tasks=lambda ended: runner.end(ended.task_ids, LlorchError(ended.code, ended.reason)),
         wishes=partial(standing.write, wishes),
@@ -275,14 +270,18 @@ def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
     )
 
 
-def _note(metrics: NodeMetrics, note: ev.Note) -> None:
+def _note(metrics: NodeMetrics, stalled: set[tuple[str | None, str | None]], note: ev.Note) -> None:
+    """`stalled`: engines that did, and whose end is to come: it is counted once, for that."""
+    key = (note.pool_id, note.replica_id)
     if note.event == "handoff.invalid":
         metrics.handed_off(note.pool_id or "", "invalid")
     elif note.event == "pool.ready":
         metrics.handed_off(note.pool_id or "", "ready")
     elif note.event == "engine.stalled":
+        stalled.add(key)
         metrics.restarted(note.pool_id or "", "stalled")
-        metrics.failed(Code.ENGINE_STALLED.value)
+    elif note.event == "engine.ended" and key in stalled:
+        stalled.discard(key)
     elif note.event == "engine.ended" and note.reason != "stopped":
         metrics.restarted(note.pool_id or "", "ended")
 
@@ -329,7 +328,6 @@ async def _listen(settings: NodeSettings, access: Access, parts: _Parts, exits: 
 def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts) -> None:
     guard.loop(parts.runner.sweep, "sweep")
     guard.loop(parts.refresh, "refresh")
-    guard.loop(parts.progress, "progress")
     guard.spawn(parts.digest(), "digests")
     guard.loop(access.step, "access")
     reloader = Reloader(settings, source, LIVE, partial(parts.settle, access))

@@ -23,7 +23,7 @@ MAX_LOG_LINES = 2_000
 
 
 def _at() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _drain(node: Node, ask: Ask) -> Reply:
@@ -62,7 +62,17 @@ def _pool_reload(node: Node, ask: Ask) -> Reply:
     except BadValue as fault:
         raise invalid(f"the model {fault}", param="model", hint=fault.hint) from None
     name = wish.model if wish.model in (report["models"] or ()) else model_id(ref)
-    return _told(node, ev.Reload(pool_id, name, ref, _at()), pool_id)
+    return _told(node, ev.Reload(pool_id, name, ref, _at(), wish.deadline_s), pool_id)
+
+
+def _pool_unload(node: Node, ask: Ask) -> Reply:
+    wish, pool_id = ask.read(PoolWish), ask.params["pool"]
+    return _told(node, ev.Unload(pool_id, _at(), wish.deadline_s), pool_id)
+
+
+def _pool_restart(node: Node, ask: Ask) -> Reply:
+    wish, pool_id = ask.read(PoolWish), ask.params["pool"]
+    return _told(node, ev.Restart(pool_id, _at(), wish.deadline_s), pool_id)
 
 
 def _simple(event: Callable[[str, str], ev.Event]) -> Callable[[Node, Ask], Reply]:
@@ -93,9 +103,11 @@ CALLS = (
     Call("POST", _POOL + "drain", Scope.CONTROL, "No new tasks on a pool; idempotent", _pool_drain, 202, DrainWish),
     Call("POST", _POOL + "undrain", Scope.CONTROL, "Tasks again on a pool", _simple(ev.Undrain), 202),
     Call("POST", _POOL + "load", Scope.CONTROL, "Start what does not run, failed ones too", _pool_load, 202, PoolWish),
-    Call("POST", _POOL + "unload", Scope.CONTROL, "Stop a pool's engines after their tasks", _simple(ev.Unload), 202),
+    Call(
+        "POST", _POOL + "unload", Scope.CONTROL, "Stop a pool's engines after their tasks", _pool_unload, 202, PoolWish
+    ),
     Call("POST", _POOL + "reload", Scope.CONTROL, "Serve another model", _pool_reload, 202, PoolWish),
-    Call("POST", _POOL + "restart", Scope.CONTROL, "Stop and start a pool's engines", _simple(ev.Restart), 202),
+    Call("POST", _POOL + "restart", Scope.CONTROL, "Stop and start a pool's engines", _pool_restart, 202, PoolWish),
     Call("POST", _POOL + "purge", Scope.CONTROL, "Forget failures and old logs", _simple(ev.Purge), 202),
     Call("GET", _POOL + "logs", Scope.CONTROL, "The newest lines of the engines' logs, or those after a cursor", _logs),
 )

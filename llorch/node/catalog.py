@@ -217,8 +217,8 @@ class Catalog:
             return self._entries.get(model)
 
     def entries(self) -> list[Entry]:
-        with self._lock:
-            return list(self._entries.values())
+        """Never waits: a disk that is slow to take the catalog is nothing to who reports it."""
+        return list(self._entries.values())
 
     def put(self, entry: Entry) -> None:
         """Remember it, on disk where there is one. A disk that takes nothing is told, and costs nobody anything."""
@@ -329,7 +329,7 @@ class Catalog:
             raise not_here(model)
         if model in self._in_use():
             raise LlorchError(
-                Code.CONFLICT, f"a pool of this node uses {model}", hint="unload it first: `llorch pool unload`"
+                Code.CONFLICT, f"a pool of this node has {model}", hint="take it out of the node's settings first"
             )
 
     def remove(self, model: str) -> None:

@@ -40,6 +40,7 @@ from llorch.node.listeners import Holder, holder, session
 from llorch.node.process_hold import ProcessHold
 
 SHIM = "llorch.node.engines.shim"
+ENGINE_MARK = "LLORCH_ENGINE"  # in the environment of an engine and of all that it starts: the name of its key file
 START_WITHIN_S = 30.0  # for the shim, on the slowest of machines; the engine may take longer to load
 BACKSTOP_S = 10.0  # beyond the grace, for the shim to end what has not ended
 STUCK_S = 5.0  # after SIGKILL: what is still there is stuck in the kernel
@@ -129,7 +130,7 @@ class EngineProcess:
         """`env` is the agent's own environment, `meta` a JSON object for the next agent. Raises LlorchError, OSError
         when the shim can't itself be started, ValueError for what no program can be given.
         """
-        environment = for_engine(env) | dict(launch.env)
+        environment = for_engine(env) | dict(launch.env) | {ENGINE_MARK: self.key_file.name}
         if launch.key_env is not None:
             environment[launch.key_env] = self.key_file.read_text().strip()
         for word in (*launch.argv, *environment, *environment.values()):

@@ -62,7 +62,7 @@ async def _room_for_both(plan: Plan, model: LocalModel | None) -> bool:
     return True
 
 
-async def _any_room(plan: Plan, model: LocalModel) -> NoRoom | None:
+async def _any_room(start: object, plan: Plan, model: LocalModel) -> NoRoom | None:
     return None
 
 
@@ -73,27 +73,28 @@ class Starts:
     """
 
     model: Callable[[str, Said], Awaitable[Any]] = _no_models
-    room: Callable[[Plan, Any], Awaitable[NoRoom | None]] = _any_room
+    room: Callable[[object, Plan, Any], Awaitable[NoRoom | None]] = _any_room
     beside: Callable[[Plan, Any], Awaitable[bool]] = _room_for_both
     plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
     mask: Callable[[tuple[int, ...]], str] = lambda gpus: ",".join(map(str, gpus))
     here: Callable[[str], Any | None] = lambda _ref: None
 
-    async def same(self, plan: Plan, identity: Identity, left: Left) -> bool:
-        """Whether a start by today's settings would run just what `left` runs. Nothing is fetched to find that out."""
-        if plan.engine is None or plan.choices.get(identity.model, identity.ref) != identity.ref:
-            return False
-        path = _named_there(plan, identity.ref)
+    async def same(self, plan: Plan, identity: Identity, left: Left) -> tuple[bool, Any]:
+        """Whether a start by today's settings would run just what `left` runs; and its model's file, if it has one.
+        Nothing is fetched for that."""
+        if plan.engine is None:
+            return False, None
+        path, model = _named_there(plan, identity.ref), None
         try:
             if path is None and wants_model(plan.engine, plan.spec):
-                found = await asyncio.to_thread(self.here, identity.ref)
-                if found is None:
-                    return False
-                path = str(found.path)
+                model = await asyncio.to_thread(self.here, identity.ref)
+                if model is None:
+                    return False, None
+                path = str(model.path)
             launch = self.launch(plan, identity.model, left.port, _key_file(left), path)
-        except LlorchError:
-            return False
-        return _digest(launch) == identity.launch
+        except (LlorchError, OSError):
+            return False, None
+        return _digest(launch) == identity.launch, model
 
     def launch(self, plan: Plan, model: str, port: int, key_file: str, path: str | None) -> Launch:
         """What its engine is started with. Raises ConfigError."""
@@ -101,9 +102,8 @@ class Starts:
         made = plan.engine.launch(plan.spec, model_id=model, port=port, key_file=key_file, model_path=path)
         if not plan.spec.gpus or MASK not in made.env:
             return made
-        return replace(
-            made, env={**made.env, MASK: self.mask(plan.spec.gpus)}
-        )  # parts of a GPU have names of their own
+        named = self.mask(plan.spec.gpus)  # parts of a GPU have names of their own
+        return replace(made, env={**made.env, MASK: named})
 
     async def local(self, plan: Plan, ref: str, said: Said) -> Any | None:
         """The model's file, brought here if need be; None where the engine takes none, or fetches its model itself."""
@@ -180,6 +180,10 @@ def _handoff(
     )
 
 
+def _load_s(model: LocalModel | None) -> float:
+    return 0.0 if model is None else LOAD_S_PER_GIB * model.size_bytes / GIB
+
+
 @dataclass(frozen=True, slots=True)
 class End:
     """How a start ended. `said` is the engine's own last line, `reason` is in our words."""
@@ -213,6 +217,10 @@ class EngineStart:
     def pid(self) -> int | None:
         return self.process.pid if self.process is not None else None
 
+    def give(self, load_timeout_s: float) -> None:
+        """How long it may take to load, beside what its size adds."""
+        self.load_timeout_s = load_timeout_s + _load_s(self.model)
+
     def terminate(self) -> None:
         """Now, or as soon as there is something to end."""
         self._ending.set()
@@ -237,11 +245,14 @@ class EngineStart:
         take_over: Callable[[Left], EngineProcess],
         env: Mapping[str, str],
         *,
+        before: asyncio.Future[Any] | None = None,
         said: Said,
         up: Callable[[Handoff], None],
     ) -> End:
-        """To its end. `said` hears how far it is before there is a process, `up` of the process."""
+        """To its end. It begins when `before` is done. `said` hears how far it is, `up` that there is a process."""
         try:
+            if before is not None:
+                await self._unless_ended(asyncio.wait((before,)))
             if self.left is not None:
                 self.process = take_over(self.left)
             else:
@@ -278,7 +289,7 @@ class EngineStart:
         model = await self._unless_ended(starts.local(plan, spawn.ref, said))
         if model is not None:
             path, self.model = str(model.path), model
-            self.load_timeout_s += LOAD_S_PER_GIB * model.size_bytes / GIB
+            self.load_timeout_s += _load_s(model)
             await self._unless_ended(self._room(starts, model, said))
         name = file_name(spawn.pool_id, spawn.replica_id)
         process = self.process = make(name)
@@ -301,7 +312,7 @@ class EngineStart:
     async def _room(self, starts: Starts, model: LocalModel, said: Said) -> None:
         """Wait for memory that others have for now. Raises _Ended where waiting can't help, or did not."""
         waited_s = 0.0
-        while (no_room := await starts.room(self.plan, model)) is not None:
+        while (no_room := await starts.room(self, self.plan, model)) is not None:
             if no_room.hopeless or waited_s >= self.load_timeout_s:
                 raise _Ended(End(no_room.text, hopeless=no_room.hopeless))
             said(f"it waits for memory: {no_room.text}")

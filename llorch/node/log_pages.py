@@ -6,7 +6,10 @@ what is read at once is bounded. Never shows a control character.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from llorch.node.engines.shim_files import generations
 READ_BYTES = 128 * 1024  # of one log at once: a follower asks twice a second
 MAX_DIGITS = 20  # of a file's number, and of a place in it
 
+LATELY_S = 3600.0  # a replica that did not come up is gone from its pool, and why it did not is what is asked
+
 Place = tuple[int, int]  # a file's number, and how far it was read
 
 
@@ -27,6 +32,7 @@ def read(logs: Path, pool_id: str, replicas: Sequence[str], lines: int, after: s
     Each replica has its share of `lines`, lest the words of one hide those of the others.
     """
     places = _places(after)
+    replicas = [*gone_lately(logs, pool_id, replicas), *replicas]
     each = max(1, lines // max(1, len(replicas)))
     found: list[dict[str, str]] = []
     cursors: list[str] = []
@@ -41,6 +47,19 @@ def read(logs: Path, pool_id: str, replicas: Sequence[str], lines: int, after: s
         found += [{"replica": replica, "text": text} for text in texts]
         cursors.append(f"{replica}={place[0]}:{place[1]}")
     return {"lines": found, "cursor": ",".join(cursors)}
+
+
+def gone_lately(logs: Path, pool_id: str, there: Sequence[str]) -> list[str]:
+    """Replicas whose logs were written lately, beside those that are there."""
+    name = re.compile(rf"{re.escape(pool_id)}-(r\d+)\.log")
+    found = []
+    for path in sorted(logs.glob("*.log")):
+        match = name.fullmatch(path.name)
+        if match is not None and match[1] not in there:
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime < LATELY_S:
+                    found.append(match[1])
+    return found
 
 
 def _places(after: str | None) -> dict[str, Place]:

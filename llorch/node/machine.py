@@ -25,8 +25,7 @@ from llorch.node.owner import Owner
 from llorch.node.peaks import PeakKey, Peaks
 from llorch.node.plans import Plan
 from llorch.node.process_tree import descendants
-
-OWNER, HOURS = "owner", "hours"
+from llorch.node.replicas import HOURS, OWNER
 
 
 class Machine:
@@ -49,6 +48,9 @@ class Machine:
         self._own: frozenset[int] = frozenset()  # engines and what they started, when the GPUs were last read
         self._gpus: Sequence[Gpu] = ()
         self._lock = threading.Lock()
+        self._reserved: dict[
+            object, tuple[frozenset[int], int]
+        ] = {}  # by start: its GPUs, and what it will take of them
 
     def close(self) -> None:
         self._peaks.save(self._clock(), at_once=True)
@@ -65,11 +67,12 @@ class Machine:
 
     # ------------------------------------------------------------ room
 
-    async def room(self, plan: Plan, model: LocalModel) -> NoRoom | None:
-        """Why one more engine with `model` does not fit now; None if it does, or if nobody can tell."""
+    async def room(self, start: object, plan: Plan, model: LocalModel) -> NoRoom | None:
+        """Why one more engine with `model` does not fit now; None if it does, or if nobody can tell. What it will take
+        is then reserved for `start`, until `loading` does not name it any more."""
         if self._left_to_the_engine(plan):
             return None
-        verdict = await asyncio.to_thread(self._judge, plan, model)
+        verdict = await asyncio.to_thread(self._judge, start, plan, model)
         if verdict.fits:
             return None
         hint = f" ({verdict.hint})" if verdict.hint else ""
@@ -92,7 +95,13 @@ class Machine:
         needed = self._need(plan, model, 0)
         return engines * needed.total <= self._read_ram().available_bytes
 
-    def _judge(self, plan: Plan, model: LocalModel) -> fit.Verdict:
+    def loading(self, starts: Iterable[object]) -> None:
+        """The starts that are under way: of all others, what they hold shows, or they hold nothing."""
+        under_way = set(starts)
+        with self._lock:
+            self._reserved = {start: what for start, what in self._reserved.items() if start in under_way}
+
+    def _judge(self, start: object, plan: Plan, model: LocalModel) -> fit.Verdict:
         asked = fit.asked(plan.spec.args)
         if not self._uses_gpus(plan):
             there = self._read_ram()
@@ -100,7 +109,14 @@ class Machine:
         room = fit.room(plan.spec.gpus, self.read(sorted(self._own)))
         needed = self._need(plan, model, room.count) if asked.estimable else None
         peak = self._peaks.peak(self._key(plan, model))
-        return fit.judge(needed, peak, room.free_bytes, room.total_bytes, where=room.where)
+        gpus = frozenset(plan.spec.gpus or ())
+        with self._lock:
+            others = [what for other, what in self._reserved.items() if other is not start and what[0] & gpus]
+            free_bytes = max(0, room.free_bytes - sum(size for _, size in others))
+            verdict = fit.judge(needed, peak, free_bytes, room.total_bytes, where=room.where)
+            if verdict.fits:
+                self._reserved[start] = (gpus, peak or (needed.total if needed is not None else 0))
+        return verdict
 
     def _need(self, plan: Plan, model: LocalModel, gpus: int) -> fit.Need:
         spec = plan.spec
@@ -127,7 +143,7 @@ class Machine:
         return device_mask(gpus, self._gpus)
 
     def learn(self, running: Iterable[EngineStart]) -> None:
-        """What each engine holds of the GPUs, as of the last reading."""
+        """What each engine holds of the GPUs, as of the last reading. Blocking."""
         for start in running:
             if start.pid is not None and start.model is not None and self._uses_gpus(start.plan):
                 held = self._inventory.held_bytes(descendants([start.pid]))

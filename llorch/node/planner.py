@@ -1,7 +1,7 @@
 """Plans for the pools of the settings, on this machine: at the start, when the settings change, and once more later.
 
-Owns the look at which engines there are, which is slow and done once, and what becomes of a pool that can't be planned:
-at the start the others serve all the same, in settings that are read anew none of it counts. Blocking.
+Owns the look at which engines there are, and what becomes of a pool that can't be planned: at the start the others
+serve all the same, in settings that are read anew none of it counts. Blocking, for seconds: engines are asked.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class Plan:
 def refused(spec: PoolSpec, error: ConfigError) -> Plan:
     """A pool that is listed all the same, so that whoever looks finds out why it does not serve."""
     hint = f" ({error.hint})" if error.hint else ""
-    return Plan(spec, None, _named(_refs(spec) or [spec.id]), f"{error.message}{hint}")
+    choices = {model_id(ref): ref for ref in _refs(spec) or [spec.id]}
+    return Plan(spec, None, choices, f"{error.message.removeprefix(f'pool {spec.id}: ')}{hint}")
 
 
 def plan_pool(

@@ -263,10 +263,13 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Stop the pool's own replicas once their tasks have ended, and leave them stopped."""
+    """Stop the pool's own replicas once their tasks have ended, and leave them stopped. `deadline_s`, here and below:
+    for the tasks; None: they have all the time they need.
+    """
 
     pool_id: str
     at: str | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +280,7 @@ class Reload:
     model: str
     ref: str
     at: str | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +302,7 @@ class Restart:
 
     pool_id: str
     at: str | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +432,7 @@ class EndTasks:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove what stopped engines of the pool have left: logs, keys."""
+    """Remove what stopped engines of the pool have left: their logs."""
 
     pool_id: str
 

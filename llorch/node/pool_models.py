@@ -14,7 +14,6 @@ from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
 from llorch.node.replicas import Pool, Replica
 
-MODEL_KEPT_S = 30.0  # once loaded, so that two controls can't have models loaded by turns for nothing
 EXTERNAL = "external"  # engines that someone else runs
 
 
@@ -36,11 +35,10 @@ class Models:
     def __init__(self, changed: Callable[[Pool], None]) -> None:
         self._changed = changed
 
-    def turn_to(self, pool: Pool, model: str | None, now: float) -> None:
+    def turn_to(self, pool: Pool, model: str | None) -> None:
         """From now on it is to run `model`, on engines started for that. What runs now is replaced at the next step."""
         pool.model = model
         pool.revision += 1
-        pool.kept, pool.kept_until = False, now + MODEL_KEPT_S
         for replica in pool.own:
             replica.retry_at = None
             if replica.state is ReplicaState.FAILED:  # with another model
@@ -64,7 +62,7 @@ class Models:
                 f"pool {pool.id} serves {pool.model or 'nothing'} for now",
                 details={"serves": pool.model, "swap_in_ms": max(0, round(wait_s * 1_000))},
             )
-        self.turn_to(pool, model, now)
+        self.turn_to(pool, model)
 
     def not_loaded(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
         """A model could not be loaded, or did not stay: the next task decides what is loaded."""
@@ -72,7 +70,7 @@ class Models:
         assert model is not None  # it was started with one
         if replica.retry_at is not None:
             pool.not_before[model] = replica.retry_at
-        self.turn_to(pool, None, now)
+        self.turn_to(pool, None)
         return self.end_waiting(pool, f"{model} could not be loaded: {pool.last_error}")
 
     def end_waiting(self, pool: Pool, why: str | None = None, *, all_of_them: bool = False) -> list[Action]:
@@ -102,5 +100,5 @@ class Models:
         if idle_s is None or not pool.kept or pool.busy or operating or now - max(pool.idle_since, ready_at) < idle_s:
             return []
         note = ev.Note("model.idle", pool.id, None, f"{pool.model}: no task for {idle_s:g} s")
-        self.turn_to(pool, None, now)
+        self.turn_to(pool, None)
         return [note]

@@ -8,18 +8,20 @@ as done or failed. Which model comes and goes by itself is `pool_models`', how a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from llorch.config_pools import MODEL_KEPT_S
 from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
-from llorch.node.pool_models import EXTERNAL, MODEL_KEPT_S, Models, comes_and_goes, first_model
+from llorch.node.pool_models import Models, comes_and_goes, first_model
+from llorch.node.pool_outfit import another, holds_that_stay, outfit, reloaded_to, same_engines
 from llorch.node.replica_life import Ended, Life
 from llorch.node.replicas import COMING, DOWN, OPERATOR, RELOAD, Before, Operation, Pool, Replica
 
 WITHDRAWN_AGAIN_S = 5.0  # a file that was to be removed and is still there
 RELOAD_AGAIN_MS = 5_000
-ENDED_FOR_DRAIN = "{what} was drained, and the time that tasks were given is over"
+ENDED_FOR_DRAIN = "{what} was {why}, and the time that tasks were given is over"
 
 
 class Operations:
@@ -48,7 +50,7 @@ class Operations:
         pool.loaded = True
         self._try_again(pool)
         if pool.model != model:
-            self._models.turn_to(pool, model, now)
+            self._models.turn_to(pool, model)
         return actions + self.settle(pool, now)
 
     def unload(self, pool: Pool, wish: ev.Unload, now: float) -> list[Action]:
@@ -56,17 +58,20 @@ class Operations:
         _must_be_free(pool)
         actions = self._begin(pool, "unload", wish.at, pool.model)
         pool.loaded = False
+        self._give_tasks(pool, wish.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def restart(self, pool: Pool, wish: ev.Restart, now: float) -> list[Action]:
         _must_be_ours(pool)
         _must_be_free(pool)
         if pool.operation is not None and pool.operation.running and pool.operation.kind == "restart":
+            self._give_tasks(pool, wish.deadline_s, now)
             return []
         actions = self._begin(pool, "restart", wish.at, pool.model)
         pool.loaded = True
+        self._give_tasks(pool, wish.deadline_s, now)
         self._try_again(pool)
-        self._models.turn_to(pool, pool.model, now)
+        self._models.turn_to(pool, pool.model)
         return actions + self.settle(pool, now)
 
     def reload(self, pool: Pool, wish: ev.Reload, now: float) -> list[Action]:
@@ -89,7 +94,7 @@ class Operations:
         if wish.model == pool.model and pool.choices.get(wish.model) == wish.ref and pool.ready:
             operation.end("it serves that model already")
             return actions + self._told(pool)
-        operation.ref, operation.preparing = wish.ref, True
+        operation.ref, operation.preparing, operation.deadline_s = wish.ref, True, wish.deadline_s
         return [*actions, ev.Prepare(pool.id, wish.model, wish.ref)]
 
     def prepared(self, pool: Pool, event: ev.Prepared, now: float) -> list[Action]:
@@ -116,21 +121,22 @@ class Operations:
         pool.choices = {**(pool.choices if pool.on_demand else {}), event.model: ref}
         pool.loaded = True
         self._try_again(pool)
-        self._models.turn_to(pool, event.model, now)
+        self._models.turn_to(pool, event.model)
+        self._give_tasks(pool, operation.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def drain(self, pool: Pool, wish: ev.Drain, now: float) -> list[Action]:
         """It takes effect during a reload too, which remains the operation that is told."""
         actions = self._begin(pool, "drain", wish.at, None)
         pool.holds[OPERATOR] = wish.reason
-        pool.task_deadline = None if wish.deadline_s is None else now + wish.deadline_s
+        pool.drain_deadline = None if wish.deadline_s is None else now + wish.deadline_s
         self._changed(pool)
         return actions + self._proceed(pool)
 
     def undrain(self, pool: Pool, wish: ev.Undrain, now: float) -> list[Action]:
         actions = self._begin(pool, "undrain", wish.at, None)
         pool.holds.pop(OPERATOR, None)
-        pool.task_deadline = None
+        pool.drain_deadline = None
         self._changed(pool)
         return actions + self.settle(pool, now)
 
@@ -182,17 +188,36 @@ class Operations:
     def configure(self, pool: Pool, wanted: Wanted, now: float) -> list[Action]:
         """The settings say other things of this pool now: its engines are started anew, after their tasks."""
         why = "the settings have changed"
+        pool.holds = holds_that_stay(pool, wanted.spec)
+        if pool.spec is not None and pool.own and same_engines(pool.spec, wanted.spec) and not pool.leaves:
+            return self._serve_otherwise(pool, wanted, now)
         actions = self._give_up_reload(pool, why, now) if pool.reloading is not None else []
         pool.leaves = False
         actions += self._begin(pool, "restart", None, None)
+        reloaded = reloaded_to(pool, wanted)
         outfit(pool, wanted)
-        if pool.on_demand:
-            others = [each for each in pool.replicas.values() if not each.spawned and each.state not in DOWN]
-            actions += [action for each in others for action in self._life.withdrawn(pool, each)]
+        if reloaded is not None:
+            pool.choices = reloaded
+        actions += self._send_others_away(pool)
         self._try_again(pool)
-        self._models.turn_to(pool, first_model(wanted), now)
+        self._models.turn_to(pool, first_model(wanted) if reloaded is None else next(iter(reloaded)))
         actions += self._models.end_waiting(pool, why, all_of_them=True)
         return [ev.Note("pool.changed", pool.id, None, ""), *actions, *self.settle(pool, now)]
+
+    def _serve_otherwise(self, pool: Pool, wanted: Wanted, now: float) -> list[Action]:
+        """Its engines stay; when they run is another matter now."""
+        pool.spec, pool.on_demand = wanted.spec, comes_and_goes(wanted.spec)
+        self._changed(pool)
+        if pool.model is None and not pool.on_demand:
+            self._try_again(pool)
+            self._models.turn_to(pool, first_model(wanted))
+        note = ev.Note("pool.changed", pool.id, None, "its engines stay")
+        return [note, *self._send_others_away(pool), *self.settle(pool, now)]
+
+    def _send_others_away(self, pool: Pool) -> list[Action]:
+        """Where models come and go, an engine of others, which has one for good, can't join."""
+        others = [each for each in pool.replicas.values() if not each.spawned and each.state not in DOWN]
+        return [action for each in others if pool.on_demand for action in self._life.withdrawn(pool, each)]
 
     def remove(self, pool: Pool, now: float) -> list[Action]:
         """It is no more in the settings, or is to be another there: it goes once its engines have."""
@@ -212,10 +237,11 @@ class Operations:
         pool, replica = ended.pool, ended.replica
         if replica.next and not replica.leaves:
             return self._give_up_reload(pool, ended.why, now)
-        if ended.asked or not pool.should_run(replica) or not pool.current(replica):
+        stays = pool.current(replica) and not replica.leaves
+        if stays and pool.reloading is not None and pool.reloading.before is not None:
+            return self._give_up_reload(pool, pool.last_error or ended.why, now)
+        if ended.asked or not stays or not pool.should_run(replica):
             return self.settle(pool, now)
-        if pool.reloading is not None and pool.reloading.before is not None:
-            return self._give_up_reload(pool, ended.why, now)
         actions = self._life.failed(ended, event, now)
         operation = pool.operation if pool.operation is not None and pool.operation.running else None
         if pool.on_demand and not pool.ready and not any(other.state in COMING for other in pool.own):
@@ -234,8 +260,10 @@ class Operations:
         before, actions = operation.before, list[Action]()
         if before is not None:  # there was no memory for both models
             pool.choices, pool.loaded = dict(before.choices), before.loaded
-            self._models.turn_to(pool, before.model, now)
-        operation.end(f"{why}; {'back to ' if before else ''}{pool.model or 'no model'}", failed=True)
+            self._try_again(pool)
+            self._models.turn_to(pool, before.model)
+        rest = f"back to {pool.model or 'no model'}" if before else f"{pool.model or 'nothing'} goes on"
+        operation.end(f"{why}; {rest}", failed=True)
         for replica in pool.replicas.values():
             if replica.next and not replica.leaves:
                 replica.leaves = True
@@ -259,7 +287,9 @@ class Operations:
         previous, model, ref = pool.model, replica.model, replica.ref
         assert model is not None and ref is not None  # it was started with both
         pool.choices = {**(pool.choices if pool.on_demand else {}), model: ref}
-        self._models.turn_to(pool, model, now)
+        self._models.turn_to(pool, model)
+        if pool.reloading is not None:
+            self._give_tasks(pool, pool.reloading.deadline_s, now)
         for other in pool.replicas.values():
             if other.next:
                 other.next, other.revision = False, pool.revision
@@ -269,12 +299,24 @@ class Operations:
 
     def pass_time(self, pool: Pool, now: float) -> list[Action]:
         actions: list[Action] = []
-        if pool.task_deadline is not None and now >= pool.task_deadline:
-            pool.task_deadline = None
-            if tasks := _tasks(pool):
-                pool.waiting.update(dict.fromkeys(pool.waiting))
-                actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what=f"pool {pool.id}")))
+        operation = pool.operation if pool.operation is not None and pool.operation.running else None
+        if pool.drain_deadline is not None and now >= pool.drain_deadline:
+            pool.drain_deadline = None
+            actions += self._end_tasks(pool, pool.replicas.values(), "drained")
+        if operation is not None and operation.task_deadline is not None and now >= operation.task_deadline:
+            operation.task_deadline = None
+            ending = [each for each in pool.replicas.values() if each.state is ReplicaState.DRAINING]
+            actions += self._end_tasks(pool, ending, f"to {operation.kind}")
         return [*actions, *self._models.pass_time(pool, now), *self.settle(pool, now)]
+
+    def _end_tasks(self, pool: Pool, replicas: Iterable[Replica], why: str) -> list[Action]:
+        """Those of `replicas`, and those that wait, if all of them give way."""
+        drained = OPERATOR in pool.holds
+        tasks = [*(pool.waiting if drained else ()), *(task_id for each in replicas for task_id in each.held)]
+        if drained:
+            pool.waiting.update(dict.fromkeys(pool.waiting))
+        ended = ENDED_FOR_DRAIN.format(what=f"pool {pool.id}", why=why)
+        return [ev.EndTasks(tuple(sorted(tasks)), Code.DRAINING, ended)] if tasks else []
 
     # ------------------------------------------------------------ from what is to what should be
 
@@ -364,6 +406,11 @@ class Operations:
         self._changed(pool)
         return [*actions, ev.Note("pool.asked", pool.id, None, f"{kind} {model}" if model else kind)]
 
+    def _give_tasks(self, pool: Pool, deadline_s: float | None, now: float) -> None:
+        """The operation's tasks have so long. Those that a drain ends sooner have less."""
+        if pool.operation is not None and deadline_s is not None:
+            pool.operation.task_deadline = now + deadline_s
+
     def _told(self, pool: Pool) -> list[Action]:
         """The end of the operation, for the log."""
         operation = pool.operation
@@ -392,9 +439,9 @@ class Operations:
             if not up:
                 operation.end()
         elif not pool.loaded:
-            operation.end("not now: it is unloaded")
+            operation.end("not now: it is unloaded", failed=operation.began is not None)
         elif pool.parked:
-            operation.end(f"not now: {', '.join(pool.held_by())}")
+            operation.end(f"not now: {', '.join(pool.held_by())}", failed=operation.began is not None)
         elif any(replica.next for replica in spawned):
             pass  # the first of them says
         elif pool.ready and (operation.kind == "load" or not any(r.leaves or not pool.current(r) for r in up)):
@@ -446,34 +493,3 @@ def _must_be_ours(pool: Pool) -> None:
             f"the engine of pool {pool.id} was not started by llorch",
             hint="whoever started it can stop it; llorch pool drain keeps tasks away",
         )
-
-
-def _tasks(pool: Pool) -> tuple[str, ...]:
-    held = (task_id for replica in pool.replicas.values() for task_id in replica.held)
-    return tuple(sorted([*pool.waiting, *held]))
-
-
-# ---------------------------------------------------------------- from settings to replicas
-
-
-def outfit(pool: Pool, wanted: Wanted) -> None:
-    """Give the pool what the settings say, and as many replicas: those that it has stay, as far as they are wanted."""
-    spec = pool.spec = wanted.spec
-    pool.engine, pool.choices, pool.on_demand = spec.engine, dict(wanted.choices), comes_and_goes(spec)
-    pool.ctx, pool.device_mask = spec.ctx, ",".join(map(str, spec.gpus or ())) or None
-    there = [replica for replica in pool.replicas.values() if replica.spawned]
-    there.sort(key=lambda replica: (replica.next, replica.leaves))
-    for number, replica in enumerate(there):
-        replica.leaves = replica.next or number >= spec.replicas
-    for _ in range(spec.replicas - len(pool.own)):
-        another(pool)
-
-
-def another(pool: Pool) -> Replica:
-    """A replica more, under the lowest number that is free."""
-    spec = pool.spec
-    assert spec is not None  # only pools of the settings get any
-    number = next(number for number in range(len(pool.replicas) + 1) if f"r{number}" not in pool.replicas)
-    replica = Replica(f"r{number}", owned=spec.engine != EXTERNAL, spawned=True, slots=spec.slots)
-    pool.replicas[replica.id] = replica
-    return replica

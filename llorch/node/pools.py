@@ -25,10 +25,12 @@ from llorch.errors import Code, LlorchError
 from llorch.messages import model_id_ok
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
+from llorch.node.modelref import model_id
 from llorch.node.pool_events import Action, Event, ReplicaState, Step, Wanted, step
 from llorch.node.pool_handoffs import Handoffs
 from llorch.node.pool_models import EXTERNAL, Models, first_model
-from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations, outfit
+from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations
+from llorch.node.pool_outfit import outfit
 from llorch.node.replica_life import Life
 from llorch.node.replicas import DOWN, MAX_WHY_CHARS, OPERATOR, Lease, Pool, Replica, average
 from llorch.node.slots import Slots
@@ -258,7 +260,9 @@ class Pools:
             if tasks := tuple(self._slots.holders()):
                 for pool in self._pools.values():
                     pool.waiting.update(dict.fromkeys(pool.waiting))
-                actions.append(ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node")))
+                actions.append(
+                    ev.EndTasks(tasks, Code.DRAINING, ENDED_FOR_DRAIN.format(what="the node", why="drained"))
+                )
         return actions
 
     def _gone(self, pool: Pool, now: float) -> list[Action]:
@@ -397,12 +401,23 @@ class Pools:
         return [(pool, pool.spec) for pool in self._pools.values() if pool.spec is not None]
 
     def ref_of(self, pool_id: str, model: str) -> str | None:
-        """The reference of one of a pool's models; None if it is not one of its. Raises POOL_NOT_FOUND."""
-        return self._pool(pool_id).choices.get(model)
+        """The reference of one of a pool's models, or of the one in its settings; None if it is none of those. Raises
+        POOL_NOT_FOUND."""
+        pool = self._pool(pool_id)
+        declared = pool.spec.model if pool.spec is not None else None
+        if declared is not None and model not in pool.choices and model_id(declared) == model:
+            return declared
+        return pool.choices.get(model)
 
     def models(self) -> set[str]:
-        """The ids of all models that some pool runs or may load."""
-        return {model for pool in self._pools.values() for model in pool.choices}
+        """The ids of all models that some pool runs, may load, is reloaded to, or goes back to if that fails."""
+        found = {model for pool in self._pools.values() for model in pool.choices}
+        found.update(replica.model for _, replica in self._each() if replica.model is not None)
+        for pool in self._pools.values():
+            if pool.reloading is not None:
+                found.add(pool.reloading.model or "")
+                found.update(pool.reloading.before.choices if pool.reloading.before is not None else ())
+        return found
 
     def pids(self) -> list[int]:
         """Of the engines that said theirs."""
@@ -447,7 +462,9 @@ def _made(wanted: Wanted) -> Pool:
 
 def _over(replica: Replica) -> bool:
     """Whether nothing of it is left that would be in the way of the pool's end."""
-    return not replica.spawned or (replica.state in DOWN and not replica.held)
+    if replica.state not in DOWN:
+        return not replica.spawned
+    return not replica.held
 
 
 def _wish(pool: Pool) -> dict[str, Any]:

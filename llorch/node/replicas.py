@@ -27,7 +27,7 @@ FAILURES = 5  # this many ends within FAILURE_WINDOW_S, and a person has to look
 FAILURE_WINDOW_S = 300.0
 RELOAD = "reload"  # the one operation that has something to go back to
 MAX_WHY_CHARS = 256  # of a line in a report
-OPERATOR = "operator"  # who holds a pool back, beside its GPUs' owner and its hours
+OPERATOR, OWNER, HOURS = "operator", "owner", "hours"  # who may hold a pool back
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,8 @@ class Operation:
     began: str | None = None
     before: Before | None = None
     ref: str | None = None  # of a reload
+    deadline_s: float | None = None  # of a reload: for the tasks of what gives way, once it does
+    task_deadline: float | None = None  # when the tasks are ended that it waits for
     preparing: bool = False  # its model is not here yet, and nothing has changed for it
 
     @property
@@ -171,7 +173,7 @@ class Pool:
     idle_since: float = 0.0
     troubles: dict[str, Failures] = field(default_factory=dict)  # of models that are loaded on demand
     not_before: dict[str, float] = field(default_factory=dict)
-    task_deadline: float | None = None  # of an operator's drain: when what still runs is ended
+    drain_deadline: float | None = None  # when tasks are ended that still run though it is drained
     operation: Operation | None = None
     generation: int = 0
     version: str | None = None
@@ -258,9 +260,9 @@ class Pool:
     @property
     def swappable(self) -> bool:
         """Whether a task for any of its models may come now, whatever is resident."""
-        if not self.on_demand or not self.loaded or self.draining or self.busy or not self.capacity:
+        if not self.on_demand or not self.loaded or self.draining or self.busy:
             return False
-        if self.reloading is not None and not self.reloading.preparing:
+        if not self.models or (self.reloading is not None and not self.reloading.preparing):
             return False
         return self.model is None or (self.kept and any(replica.free for replica in self.serving))
 
@@ -346,6 +348,7 @@ class Pool:
     def held_by(self) -> list[str]:
         """Who holds it back, and why."""
         holds = [("settings", "it is no more there")] if self.leaves else []
+        holds += [(OPERATOR, "unloaded")] if not self.loaded else []
         if self.node_drained is not None and OPERATOR not in self.holds:
             holds.append((OPERATOR, self.node_drained))
         return [(f"{who}: {why}" if why else who)[:MAX_WHY_CHARS] for who, why in (*holds, *self.holds.items())]

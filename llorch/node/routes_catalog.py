@@ -30,7 +30,7 @@ from llorch.web import PRINCIPAL, Route, json_response
 from llorch.wishes import StageOrder
 
 CHUNK_BYTES = 1024 * 1024  # read at once
-MAX_BLOBS = 8  # that leave at a time; others wait for their turn, for a disk reads one after the other best
+MAX_BLOBS = 8  # that leave at a time; others are told to come again, for a disk reads one after the other best
 BUSY_RETRY_MS = 2_000
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})?", re.A)
 

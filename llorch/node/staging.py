@@ -166,7 +166,7 @@ class Stager:
             async with self._turn:
                 await asyncio.to_thread(self.catalog.verify, model)
         except LlorchError as error:
-            why = error.message
+            why = f"{error.code.value}: {error.message}"
         finally:
             self._verifying.pop(model, None)
             self._changed()
@@ -207,6 +207,8 @@ class Stager:
         job = self._jobs.get(model)
         if job is None:
             return False
+        if order.sha256 is None and order.ref not in (job.order.ref, model):
+            raise _taken(model, str(job.order.ref), "is being staged")
         if order.sha256 is not None and job.order.sha256 not in (None, order.sha256):
             raise wrong_digest(f"{model}, which is being staged,", order.sha256, str(job.order.sha256))
         return True
@@ -226,11 +228,7 @@ class Stager:
             raise wrong_digest(f"{model}, which is here,", order.sha256, entry.sha256 or "none")
         same = entry.ref in (None, order.ref) or order.ref in (model, entry.id)
         if order.sha256 is None and not same:
-            raise LlorchError(
-                Code.CONFLICT,
-                f"another model is here under the name {model}: {MODEL_REF.show(str(entry.ref))}",
-                hint="remove it first: `llorch model rm`",
-            )
+            raise _taken(model, str(entry.ref), "is here")
         if entry.state == "retired":
             self.catalog.put(entry.model_copy(update={"state": "staged"}))
         return True
@@ -238,7 +236,8 @@ class Stager:
     def _remember(self, job: Job) -> None:
         """The order, and what an earlier attempt has brought of it, on disk."""
         entry = self.catalog.get(job.id)
-        kept = entry.files if entry is not None and not entry.outside and entry.order is not None else []
+        same = entry is not None and not entry.outside and (entry.order is not None or entry.ref == job.order.ref)
+        kept = entry.files if entry is not None and same else []  # each is looked at before it counts
         self.catalog.put(Entry(id=job.id, ref=job.order.ref, state="staging", order=job.order, files=kept))
 
     async def _run(self, job: Job) -> None:
@@ -404,6 +403,14 @@ class Stager:
 
 
 # ---------------------------------------------------------------- blocking
+
+
+def _taken(model: str, ref: str, how: str) -> LlorchError:
+    return LlorchError(
+        Code.CONFLICT,
+        f"another model {how} under the name {model}: {MODEL_REF.show(ref)}",
+        hint="remove it first: `llorch model rm`",
+    )
 
 
 def _make_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ from llorch.node import pool_events as ev
 from llorch.node.engine_checks import Checks
 from llorch.node.engine_process import EngineProcess, RuntimeDir
 from llorch.node.engine_record import Left, Verdict
-from llorch.node.engine_start import EngineStart, Starts, identity_of
+from llorch.node.engine_start import End, EngineStart, Starts, identity_of
 from llorch.node.engines.command import NAME as COMMAND
 from llorch.node.handoff import Handoff, Network, file_name, parse, render
 from llorch.node.plans import Plan
@@ -105,7 +105,8 @@ class Supervisor:
         self._watcher = Watcher(self.files.engines, self.post, engine_cidrs=engine_cidrs, polling=poll_handoffs)
         self._guard = Guard("supervisor")
         self._running: dict[Key, EngineStart] = {}
-        self._left: dict[Key, Left] = {}  # found at the start, and to be taken over
+        self._left: dict[Key, tuple[Left, Any]] = {}  # found at the start, to be taken over; with their models' files
+        self._ending: dict[str, asyncio.Task[Any]] = {}  # by file name: found at the start, and not wanted
         self._runs: set[asyncio.Task[None]] = set()
         self._unwritten: dict[str, Handoff] = {}  # by file name: offered, and not yet on disk
         self._offered: set[str] = set()  # handoffs of external engines that we wrote
@@ -187,7 +188,7 @@ class Supervisor:
     def ask(self, wish: ev.Event) -> None:
         """What somebody wants of a pool. Raises LlorchError for a wish that can't be granted."""
         if not self._settled:
-            raise LlorchError(Code.CONFLICT, "this node is still starting", retry_after_ms=STARTING_AGAIN_MS)
+            raise LlorchError(Code.RECOVERING, "this node is still starting", retry_after_ms=STARTING_AGAIN_MS)
         self.post(wish)
 
     def post(self, event: ev.Event) -> None:
@@ -208,6 +209,11 @@ class Supervisor:
         """The engines of ours that run or start."""
         return list(self._running.values())
 
+    def loading(self) -> list[EngineStart]:
+        """Those of them that are not ready yet."""
+        ready = {(pool, replica) for pool, replica, state, _ in self.pools.replicas() if state is ev.ReplicaState.READY}
+        return [start for key, start in self._running.items() if key not in ready]
+
     def _forget(self, pool_id: str) -> None:
         """The logs of a pool's engines, none of which runs."""
         name = re.compile(rf"{re.escape(pool_id)}-r\d+\.log(\.\d+)?")
@@ -221,6 +227,8 @@ class Supervisor:
     def configure(self, plans: Iterable[Plan]) -> None:
         """The settings have these pools now, and each of them can be started."""
         plans = tuple(plans)
+        there = set(self.pools.ids())  # those that go are needed until they have
+        self.plans = {pool_id: plan for pool_id, plan in self.plans.items() if pool_id in there}
         self.plans.update((plan.spec.id, plan) for plan in plans)
         self.post(ev.Configure(tuple(plan.wanted for plan in plans)))
 
@@ -233,9 +241,9 @@ class Supervisor:
             case ev.Prepare():
                 self._guard.spawn(self._prepare(action), f"prepare.{action.pool_id}")
             case ev.TakeOver():
-                left = self._left.pop((action.pool_id, action.replica_id))
+                left, model = self._left.pop((action.pool_id, action.replica_id))
                 spawn = ev.Spawn(action.pool_id, action.replica_id, action.run, action.handoff.model, "")
-                self._run(EngineStart(spawn, self.plans[action.pool_id], left))
+                self._run(EngineStart(spawn, self.plans[action.pool_id], left, model=model))
             case ev.WriteHandoff(handoff):
                 self._write(handoff)
             case ev.Withdraw(handoff):
@@ -283,7 +291,7 @@ class Supervisor:
     async def _live(self, key: Key, start: EngineStart) -> None:
         """One start of one replica, to its end."""
         spawn = start.spawn
-        start.load_timeout_s = self._load_timeout_s
+        start.give(self._load_timeout_s)
         if self._closing:
             start.terminate()
 
@@ -311,9 +319,13 @@ class Supervisor:
                 make,
                 take_over,
                 self._env,
+                before=self._ending.get(file_name(*key)),
                 said=lambda text: self.post(ev.Progress(spawn.pool_id, spawn.replica_id, spawn.run, text)),
                 up=lambda handoff: self.post(ev.Spawned(spawn.run, handoff)),
             )
+        except Exception:  # whatever it is, the pool has to hear that nothing runs
+            log.fault("engine.fault", **self._ids(*key))
+            end = End("an unexpected fault of the agent; it was logged")
         finally:
             self._running.pop(key, None)
             self._unwritten.pop(file_name(*key), None)
@@ -327,18 +339,22 @@ class Supervisor:
         def said(text: str) -> None:
             self.post(ev.Progress(wish.pool_id, None, 0, text))
 
+        beside, refusal = False, None
         try:
             model = await self._starts.local(plan, wish.ref, said)
             beside = await self._starts.beside(plan, model)
         except LlorchError as error:
-            self.post(ev.Prepared(wish.pool_id, wish.model, refusal=error.message))
-            return
-        self.post(ev.Prepared(wish.pool_id, wish.model, beside=beside))
+            refusal = error.message
+        except Exception:
+            log.fault("prepare.fault", **self._ids(wish.pool_id, None))
+            refusal = "an unexpected fault of the agent; it was logged"
+        self.post(ev.Prepared(wish.pool_id, wish.model, ref=wish.ref, beside=beside, refusal=refusal))
 
     # ------------------------------------------------------------ what an earlier agent left
 
     async def _take_over(self, http: aiohttp.ClientSession) -> None:
-        """Its engines go on if they are what the settings ask for, are ended if not; strangers are left alone."""
+        """Its engines go on if they are what the settings ask for. The others are ended, which may take its time: only
+        what is to be started in their place waits for that. Strangers are left alone."""
         lefts = await adoption.look(self.files)
         await asyncio.gather(*(self._judge(left, http) for left in lefts))
         adoption.clear_strays(self.files)
@@ -349,7 +365,8 @@ class Supervisor:
             return
         why_not = left.why if left.verdict is Verdict.UNTENDED else await self._why_not(left, http)
         if why_not is not None:
-            await adoption.end(self.files, replace(left, why=why_not), self._stop_grace_s)
+            ending = adoption.end(self.files, replace(left, why=why_not), self._stop_grace_s)
+            self._ending[left.name] = self._guard.spawn(ending, f"ending.{left.name}")
 
     async def _why_not(self, left: Left, http: aiohttp.ClientSession) -> str | None:
         """Why a running engine is not taken over; None if it now is."""
@@ -357,13 +374,14 @@ class Supervisor:
         plan = self.plans.get(identity.pool_id) if identity is not None else None
         if identity is None or plan is None:
             return "no pool of the settings wants it"
-        if not await self._starts.same(plan, identity, left):
+        same, model = await self._starts.same(plan, identity, left)
+        if not same:
             return "the settings ask for another engine than this one"
         why_not = await adoption.challenge(http, left, keyed=plan.spec.engine != COMMAND)
         if why_not is not None:
             return why_not
         key = (identity.pool_id, identity.replica_id)
-        self._left[key] = left
+        self._left[key] = (left, model)
         handoff = identity.handoff(plan, left)
         try:
             parse(handoff.file_name, render(handoff))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ from tests.component.engine_harness import (
     record,
     runtime,
     said,
+    sh,
     simulated,
 )
 
@@ -444,3 +446,27 @@ async def test_the_files_of_an_engine_that_runs_are_no_strays(tmp_path: Path) ->
 def test_the_simulated_engine_of_the_harness_takes_its_key_from_a_file(tmp_path: Path) -> None:
     engine = engine_process(runtime(tmp_path))
     assert engine.key_file.read_text().strip() not in " ".join(simulated(engine).argv)
+
+
+async def test_what_an_engine_had_started_ends_with_it_though_its_shim_was_killed_too(tmp_path: Path) -> None:
+    """Nobody was left to end it: it may hold memory still. What has not the engine's mark is not touched."""
+    files = runtime(tmp_path)
+    engine = engine_process(files, orphan_grace_s=60.0)
+    await engine.start(sh("sleep 600 & echo child $!; env -i sleep 600 & echo other $!; sleep 600"), {})
+    try:
+        child, other = [int((await eventually(lambda word=word: said(files, word)))[0]) for word in ("child", "other")]
+        pids = record(files)
+        os.kill(pids["shim"]["pid"], signal.SIGKILL)
+        await eventually(lambda: not alive(pids["pid"]))
+        assert alive(child) and alive(other)
+        [one] = await look(files)
+        assert one.verdict is Verdict.GONE
+        forget(files, one)
+        await eventually(lambda: not alive(child))
+        assert alive(other)
+    finally:
+        for pid in (child, other):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        engine.terminate()
+        await engine.wait()

@@ -273,7 +273,7 @@ async def test_memory_that_others_hold_is_waited_for_and_what_never_fits_is_not(
     async def model(_ref: str, _said: Any) -> Large:
         return Large(tmp_path / "m.gguf")
 
-    async def room(one: Plan, _model: Any) -> NoRoom | None:
+    async def room(_start: object, one: Plan, _model: Any) -> NoRoom | None:
         if one.spec.id == "never":
             return NoRoom("it needs 90 GiB of 80", hopeless=True)
         return None if free.is_set() else NoRoom("2 GiB free of 80", hopeless=False)

@@ -48,14 +48,14 @@ async def start(llorch: Cluster, *argv: str, stdin: int = DEVNULL, **env: str) -
     )  # fmt: skip
 
 
-async def end_of(process: Process, stdin: bytes | None = None) -> tuple[int, str, str]:
+async def end_of(process: Process, stdin: bytes | None = None, *, within_s: float = 30.0) -> tuple[int, str, str]:
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(within_s):
             out, err = await process.communicate(stdin)
     except TimeoutError:
         process.kill()
         await process.wait()
-        raise AssertionError("the command did not end within 30 s") from None
+        raise AssertionError(f"the command did not end within {within_s:g} s") from None
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 

@@ -34,7 +34,7 @@ BUGS = (
     # ---- claims and slots
     bug(
         "a claim is not released", "calm", "left over, slots, stuck",
-        ("control/registry.py", "            pool.claimed -= 1\n", ""),
+        ("control/nodes.py", "        self.claimed -= 1\n", ""),
     ),
     bug(
         "claims beyond the slots", "crowd", "slots",
@@ -60,7 +60,7 @@ BUGS = (
     ),
     bug(
         "the slot of a trial is not given back", "ejections", "left over, slots, stuck",
-        ("control/registry.py", "            pool.claimed -= 1\n", "            pool.claimed -= not claim.trial\n"),
+        ("control/nodes.py", "        self.claimed -= 1\n", "        self.claimed -= not claim.trial\n"),
     ),
     # ---- cancels, readers that go
     bug(
@@ -214,5 +214,14 @@ BUGS = (
     bug(
         "another body under a key is served", "calm", "mismatch",
         ("control/replay.py", "if known.path != task.path or known.body_digest not in (None, task.body_digest):", "if known.path != task.path:"),
+    ),
+    # ---- engines whose agent went
+    bug(
+        "an agent takes over no engine", "agents", "engines",
+        ("node/supervisor.py", "            return \"the settings ask for another engine than this one\"\n", "            pass\n        return \"nobody's\"\n"),
+    ),
+    bug(
+        "an engine that nobody claims runs on", "agents", "engines, left over",
+        ("node/engines/shim.py", "        if self.why is None and now >= due:\n", "        if False:\n"),
     ),
 )  # fmt: skip

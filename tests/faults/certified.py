@@ -53,7 +53,9 @@ class Certified(Broken):
         env = {} if node in self._joined else {"LLORCH_JOIN_TOKEN": self._token(node)}
         self._joined.add(node)
         join = self.links[node].url.replace("http://", "https://")
-        await self.cluster.start_node(node, self.journaled(node), *NODE_FLAGS, join=join, wait=False, **env)
+        await self.cluster.start_node(
+            node, self.journaled(node), *NODE_FLAGS, *self.life(node), join=join, wait=False, **env
+        )
 
     def _token(self, node: str) -> str:
         digest = Authority.open(self._data, None, time.time())[0].trust.digest

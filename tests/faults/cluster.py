@@ -1,7 +1,9 @@
 """The cluster that a run breaks: a control, three nodes with three models, a proxy before each way in.
 
 Owns how its parts are found, hit and brought back. Each part is a real process; what an engine did is read from its
-journal. Kills and stops go by pid, to processes of this cluster alone.
+journal. Kills and stops go by pid, to processes of this cluster alone: those that work in its folder, wherever they
+have gone. A node has one of two lives, drawn from the seed each time it is started: its engines end with their agent,
+or they stay and the next agent takes them over.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.cluster import Cluster, Running, alive, descendants, lasting_port, simulated
+from tests.cluster import Cluster, Running, belonging, descendants, lasting_port, simulated
 from tests.faults.history import Recorder
 from tests.faults.proxy import Proxy
 
@@ -29,6 +32,9 @@ RECONNECT_S = 5.0
 OFFLINE_S = 6.0  # longer than a lost connection is waited for, as by default
 LOG_LIMIT_BYTES = 64 * 1024
 TTFT_S = 3.0
+ORPHAN_GRACE_S = 60.0  # of engines that stay: longer than any node is away
+KEPT = 0.5  # of the lives of a node: that its engines stay when it goes
+ENDED_WITHIN_S = 5.0  # a shim that is told to, with its engine: after 1 s it kills it
 
 CONTROL_FLAGS = (
     "--heartbeat-interval", "500ms", "--offline-after", f"{OFFLINE_S:g}s", "--recovery-window", f"{RECOVERY_S:g}s",
@@ -61,11 +67,14 @@ class Broken:
     """A cluster and the ways in which it can be broken."""
 
     def __init__(self, folder: Path, session: aiohttp.ClientSession, recorder: Recorder, pools: Pools) -> None:
-        self.cluster = Cluster(folder, session)
+        self.cluster = Cluster(folder.resolve(), session)
         self.recorder = recorder
         self.pools = pools
         self.port = lasting_port()
         self.tls_ca: str | None = None
+        self.seed = 0
+        self._lives: dict[str, int] = {}
+        self.keeps: dict[str, bool] = {}  # whether a node's engines stay when it goes, of its present life
         self.clients = Proxy(lambda: self.port)
         self.links = {node: Proxy(lambda: self.port) for node in pools}
         self.journals = {f"{node}/{pool['id']}": folder / f"journal-{node}-{pool['id']}" for node, pool in self.each()}
@@ -104,7 +113,16 @@ class Broken:
         await self.cluster.start_control(*CONTROL_FLAGS, port=self.port)
 
     async def start_node(self, node: str) -> None:
-        await self.cluster.start_node(node, self.journaled(node), *NODE_FLAGS, join=self.links[node].url, wait=False)
+        await self.cluster.start_node(
+            node, self.journaled(node), *NODE_FLAGS, *self.life(node), join=self.links[node].url, wait=False
+        )
+
+    def life(self, node: str) -> tuple[str, ...]:
+        """What becomes of its engines when a node that is started now goes: the same for the same seed."""
+        number = self._lives[node] = self._lives.get(node, 0) + 1
+        keeps = self.keeps[node] = random.Random(f"{self.seed}/{node}/{number}").random() < KEPT
+        self.recorder.note("life", node=node, number=number, keeps=keeps)
+        return ("--orphan-grace", f"{ORPHAN_GRACE_S:g}s", "--keep-engines") if keeps else ("--orphan-grace", "0s")
 
     def journaled(self, node: str) -> list[dict[str, Any]]:
         """A node's pools, with engines that keep their journals."""
@@ -121,6 +139,22 @@ class Broken:
             with contextlib.suppress(ProcessLookupError):
                 running.process.send_signal(signal.SIGCONT)
         await self.cluster.close()
+        await self.end_kept()
+
+    async def end_kept(self) -> None:
+        """The engines that their agents have left: each is ended by its shim. What does not is killed, and told."""
+        folder = self.cluster.folder
+        kept = {int(shim["pid"]) for file in self.engine_files() if (shim := file.get("shim"))} & belonging(folder)
+        for pid in kept:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + ENDED_WITHIN_S
+        while (left := belonging(folder)) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        self.recorder.note("ended", asked=len(kept), left={pid: _argv(pid) for pid in left})
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     # ---- its parts
 
@@ -135,13 +169,30 @@ class Broken:
     def engines(self, node: str) -> dict[str, list[int]]:
         """The engine processes of each of a node's pools, by the journals that they are started with."""
         found: dict[str, list[int]] = {f"{node}/{pool['id']}": [] for pool in self.pools[node]}
-        for pid in descendants(self.cluster.nodes[node].pid):
-            with contextlib.suppress(OSError):
-                argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"llorch.node.engines.simulated_server" in argv and b"--journal" in argv:
-                    journal = Path(os.fsdecode(argv[argv.index(b"--journal") + 1]))
-                    found[next(pool for pool, path in self.journals.items() if path == journal)].append(pid)
+        for pid in belonging(self.cluster.folder):
+            argv = _argv(pid)
+            if "llorch.node.engines.simulated_server" in argv and "--journal" in argv:
+                journal = Path(argv[argv.index("--journal") + 1])
+                pool = next(pool for pool, path in self.journals.items() if path == journal)
+                if pool in found:
+                    found[pool].append(pid)
         return found
+
+    def engine_files(self) -> Iterator[dict[str, Any]]:
+        """What the pid files of all engines say."""
+        for path in self.cluster.folder.glob("*/.runtime/pids/*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                yield json.loads(path.read_text())
+
+    def strangers(self) -> list[int]:
+        """Processes of this cluster that belong to no living part: not even as an engine that an agent has claimed."""
+        living = {running.pid for running in self.parts() if running.process.poll() is None}
+        ours = living.union(*map(descendants, living))
+        for file in self.engine_files():
+            if (file.get("agent") or {}).get("pid") in living:
+                shim = int((file.get("shim") or {}).get("pid", 0))
+                ours |= {shim} | (descendants(shim) if shim else set())
+        return sorted((belonging(self.cluster.folder) | descendants(os.getpid())) - ours)
 
     def read_journals(self) -> None:
         """Take over the whole lines that engines have written since."""
@@ -203,14 +254,17 @@ class Broken:
         await self.start_control()
 
     async def kill_node(self, node: str, after_s: float, number: int = signal.SIGKILL) -> None:
-        await _end(self.cluster.nodes[node], number)
+        running, keeps, before = self.cluster.nodes[node], self.keeps[node], self.engines(node)
+        await _end(running, number)
+        self.recorder.note("went", node=node, keeps=keeps, engines=before)
         await asyncio.sleep(after_s)
         await self.start_node(node)
 
-    async def kill_engine(self, pool: str) -> None:
+    async def kill_engine(self, pool: str, *, by_shim: bool = False) -> None:
+        """`by_shim`: its shim is killed, and it has to go with it."""
         for pid in self.engines(pool.partition("/")[0])[pool]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(_parent(pid) if by_shim else pid, signal.SIGKILL)
 
     async def stop(self, pids: list[int], for_s: float) -> None:
         """SIGSTOP, and SIGCONT after a while."""
@@ -238,10 +292,20 @@ async def _end(running: Running, number: int) -> None:
         await asyncio.sleep(0.02)
 
 
-def strangers(parts: list[Running], known: set[int]) -> list[int]:
-    """Processes below this one that belong to no living part."""
-    ours: set[int] = set()
-    for running in parts:
-        if running.process.poll() is None:
-            ours |= {running.pid} | descendants(running.pid)
-    return [pid for pid in descendants(os.getpid()) - ours - known if alive(pid)]
+def _parent(pid: int) -> int:
+    """Raises ProcessLookupError for one that has gone, or is nobody's child."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        raise ProcessLookupError(pid) from None
+    if parent <= 1:
+        raise ProcessLookupError(pid)
+    return parent
+
+
+def _argv(pid: int) -> list[str]:
+    """Empty of one that has gone."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+    except OSError:
+        return []

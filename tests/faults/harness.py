@@ -213,7 +213,9 @@ class Run:
             self._busy.discard(_resource(step.kind, target))
         part = step.kind.partition(".")[0]
         if part in ("node", "engine"):
-            await self._until(lambda: self._bound(target), WHOLE_WITHIN_S)
+            back = await self._until(lambda: self._bound(target), WHOLE_WITHIN_S)
+            if back and step.kind in ("node.kill", "node.term"):
+                self.recorder.note("back", node=target, engines=self.broken.engines(target))
         elif lasting:
             await self._until(lambda: not self.broken.links[target].dead, WHOLE_WITHIN_S)
         self.recorder.note("healed", fault=number)
@@ -237,7 +239,7 @@ class Run:
         elif step.kind == "engine.kill":
             self._engine_kills[target] = self._engine_kills.get(target, 0) + 1
             before = set(broken.engines(target.partition("/")[0])[target])
-            await broken.kill_engine(target)
+            await broken.kill_engine(target, by_shim=step.degree > 0.5)
             await self._until(
                 lambda: bool(set(broken.engines(target.partition("/")[0])[target]) - before), WHOLE_WITHIN_S, 0.2
             )
@@ -304,7 +306,7 @@ class Run:
             engines |= {pool: len(pids) for pool, pids in self.broken.engines(node).items()}
         self.recorder.note(
             "final", pools=pools or {}, queued=queued, tasks=open_tasks, engines=engines,
-            strangers=parts.strangers(self.broken.parts(), set()),
+            strangers=self.broken.strangers(),
         )  # fmt: skip
 
 
@@ -349,7 +351,7 @@ async def run(plan: Plan, folder: Path, make: type[Broken] = Broken, tls_ca: str
         connector = aiohttp.TCPConnector(limit=0, ssl=trusting(tls_ca))
         async with aiohttp.ClientSession(connector=connector) as session:
             broken = make(folder, session, recorder, plan.pools)
-            broken.tls_ca = tls_ca
+            broken.tls_ca, broken.seed = tls_ca, plan.seed
             try:
                 await broken.start()
                 with mock.patch.multiple(resume, RESUME_FOR_S=CLIENT_LOOKS_S, FIND_FOR_S=CLIENT_LOOKS_S):

@@ -17,10 +17,14 @@ all processes read alike, so that an engine's own lines fit among those of the c
     stalled  task, conn, for_s: the client takes nothing for so long
     over     task, how: the client asks no more
     engine   pool, pid, step, marker, tokens: a line of an engine's journal
+    life     node, number, keeps: it starts, and when it goes its engines stay for the next one, or end with it
+    went     node, keeps, engines {"a/p0": [pid]}: it was killed or told to go; what ran at that moment
+    back     node, engines: its pools take tasks again
     sample   pools {"a/p0": [slots_total, slots_free, in_flight, bound, state]}: as the control sees them
     stopped  no new task from here on
     calm     every fault is healed
     final    what is left when all is over: pools as in a sample, queued, tasks, engines {pool: processes}
+    ended    asked, left {pid: argv}: engines without an agent that were told to end, and what did not
 """
 
 from __future__ import annotations

@@ -106,5 +106,5 @@ class InNamespace(Broken):
 
     async def start_node(self, node: str) -> None:
         prefix = ("ip", "netns", "exec", self.space.name) if node in self.links else ()
-        flags = ("--tls-ca", str(self.cert[0]), *NODE_FLAGS)
+        flags = ("--tls-ca", str(self.cert[0]), *NODE_FLAGS, *self.life(node))
         await self.cluster.start_node(node, self.journaled(node), *flags, prefix=prefix, wait=False)

@@ -22,6 +22,11 @@ PLANS: dict[str, Plan] = {
     ),
     "restarts": Plan(1, 3, weights={"control.kill": 1}, gap_s=(1.0, 1.5), mix=replace(USUAL, keyed=0.9)),
     "nodes": Plan(1, 4, weights={"node.kill": 1}, gap_s=(0.5, 1.0)),
+    # Agents that go in the midst of tasks, and engines that are hit while nobody looks after them.
+    "agents": Plan(
+        1, 12, weights={"node.kill": 6, "node.term": 2, "engine.kill": 1, "engine.stop": 2}, gap_s=(0.3, 0.8),
+        mix=replace(USUAL, shortest=60),
+    ),
     "links": Plan(1, 12, weights={"link.cut": 1, "link.reset": 1}, gap_s=(0.2, 0.5)),
     "partitions": Plan(1, 5, weights={"link.half_open": 1, "link.partition": 2}, gap_s=(0.5, 1.0)),
     # One node with a slow start: where an attempt was lost, the next one goes to the same place.

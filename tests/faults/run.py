@@ -54,8 +54,13 @@ def told(seed: int, verdict: Verdict, seconds: float) -> str:
     state = "passed" if verdict.passed else "INVALID" if verdict.invalid else "FAILED"
     return (
         f"seed {seed}: {state}, {sum(verdict.faults.values())} faults, {verdict.ended} of {verdict.tasks} tasks ended, "
-        f"{verdict.rate:.1f}/s, {len(verdict.violations)} violations, {seconds:.0f} s\n    {kinds}"
+        f"{verdict.rate:.1f}/s, {len(verdict.violations)} violations, {seconds:.0f} s\n    {kinds}\n"
+        f"    engines whose agent went: {_counted(verdict.engines) or 'none'}"
     )
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
 
 
 def main(argv: list[str]) -> int:
@@ -79,14 +84,15 @@ def main(argv: list[str]) -> int:
 
 
 def summed(verdicts: dict[int, Verdict], seconds: float, folder: Path) -> int:
-    faults, outcomes = Counter[str](), Counter[str]()
+    faults, outcomes, engines = Counter[str](), Counter[str](), Counter[str]()
     for verdict in verdicts.values():
         faults += verdict.faults
         outcomes += verdict.outcomes
+        engines += verdict.engines
     failed = [seed for seed, verdict in verdicts.items() if verdict.violations]
     invalid = [seed for seed, verdict in verdicts.items() if verdict.invalid]
     print(f"\n{len(verdicts)} seeds, {sum(faults.values())} faults, {sum(outcomes.values())} tasks, {seconds:.0f} s")
-    print("faults: " + ", ".join(f"{kind} {count}" for kind, count in sorted(faults.items())))
+    print(f"faults: {_counted(faults)}\nengines whose agent went: {_counted(engines)}")
     print("tasks: " + ", ".join(f"{what} {count}" for what, count in outcomes.most_common()))
     print(f"violations: {sum(len(verdict.violations) for verdict in verdicts.values())}")
     if failed or invalid:

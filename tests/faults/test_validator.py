@@ -581,6 +581,48 @@ def test_another_body_under_a_key_is_refused() -> None:
         assert done(tale).rules() == rules
 
 
+# ---------------------------------------------------------------- engines whose agent went
+
+
+def agent_gone(*, keeps: bool, before: list[int], after: list[int], hit: str | None = None) -> Tale:
+    tale = Tale().whole().note("life", node="a", number=1, keeps=keeps).fault("node.kill", "a", 1.0)
+    tale.note("went", node="a", keeps=keeps, engines={"a/p0": before, "a/p1": [11]})
+    if hit is not None:
+        tale.fault("engine.kill", hit)
+    return tale.wait(1.0).note("back", node="a", engines={"a/p0": after, "a/p1": [11] if keeps else [12]})
+
+
+@pytest.mark.parametrize(
+    ("keeps", "before", "after", "rules"),
+    [
+        (True, [10], [10], []),
+        (True, [10], [13], ["engines"]),  # loaded anew
+        (True, [10], [10, 13], ["engines"]),
+        (True, [10], [], ["engines"]),
+        (True, [], [13], []),  # there was none yet
+        (False, [10], [13], []),
+        (False, [10], [10, 13], ["engines"]),  # an orphan
+        (False, [10], [10], ["engines"]),
+    ],
+)
+def test_an_engine_whose_agent_went_is_taken_over_or_ends_as_its_life_has_it(
+    keeps: bool, before: list[int], after: list[int], rules: list[str]
+) -> None:
+    assert agent_gone(keeps=keeps, before=before, after=after).rules() == rules
+
+
+def test_an_engine_that_was_hit_itself_need_not_be_taken_over() -> None:
+    tale = agent_gone(keeps=True, before=[10], after=[13], hit="a/p0")
+    assert tale.rules() == []
+    assert judge(tale.entries).engines == {"hit itself": 1, "taken over": 1}
+    assert agent_gone(keeps=True, before=[10], after=[13], hit="a/p1").rules() == ["engines"]
+
+
+def test_a_process_that_does_not_end_when_it_is_told_to() -> None:
+    for left, rules in (({}, []), ({"4711": ["python"]}, ["left over"])):
+        assert Tale().whole().note("ended", asked=1, left=left).rules() == rules
+
+
 # ---------------------------------------------------------------- what is left
 
 

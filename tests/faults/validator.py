@@ -4,6 +4,7 @@ bytes         streams.py: what is shown is one log, whole, once and in order, wi
 errors        excuses.py: an error, a break or an answer is one that a fault explains
 executions    here: one that is seen, none after a replay, none beside another, none beyond the slots
 time          here: cancels and readers that leave free their slots; every task ends once all is healed
+engines       here: those of an agent that went are taken over or end with it, as its life has it
 what is left  here: no claim, no slot, no waiter, no process
 """
 
@@ -37,6 +38,7 @@ def judge(history: Sequence[dict[str, Any]]) -> Verdict:
         for rule in (streams.check, _ends, _answers, _cancel, _left, _executions):
             verdict.violations += rule(story, facts)
     verdict.violations += _slots(facts)
+    verdict.violations += _engines(facts, entries, verdict.engines)
     verdict.violations += _what_is_left(facts, entries)
     verdict.violations += (
         Violation("struck", None, entry["at"], entry["line"]) for entry in entries if entry["what"] == "struck"
@@ -291,6 +293,36 @@ def _slots(facts: Facts) -> Iterator[Violation]:
             # One whose engine has died has no slots, though the tasks that it had are only about to end.
             if ((bound or total) and claimed > total) or not 0 <= free <= total:
                 yield Violation("slots", None, at, f"{pool}: {claimed} claimed, {free} free, of {total}")
+
+
+# ---------------------------------------------------------------- engines
+
+
+def _engines(facts: Facts, entries: Sequence[dict[str, Any]], fates: Counter[str]) -> Iterator[Violation]:
+    """An engine whose agent goes is the next one's, the same process, or ends; never both, and never is there another
+    beside it."""
+    went: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry["what"] == "went":
+            went[entry["node"]] = entry
+        if entry["what"] != "back" or entry["node"] not in went:
+            continue
+        before, at = went.pop(entry["node"]), entry["at"]
+        for pool, now in entry["engines"].items():
+            had = before["engines"].get(pool, [])
+            if facts.hit(before["at"], at, parts=("engine",), node=entry["node"], pool=pool, late_s=REBIND_S):
+                fates["hit itself"] += len(had)
+            elif not before["keeps"]:
+                fates["ended with its agent"] += len(had)
+                if set(had) & set(now):
+                    yield Violation("engines", None, at, f"{pool}: {had} outlived its agent, now there are {now}")
+            else:
+                fates["taken over"] += len(had)
+                if had and now != had:
+                    yield Violation("engines", None, at, f"{pool}: {had} was to be taken over, now there are {now}")
+    for entry in entries:
+        if entry["what"] == "ended" and entry["left"]:
+            yield Violation("left over", None, entry["at"], f"processes that did not end: {entry['left']}")
 
 
 # ---------------------------------------------------------------- what is left

@@ -28,6 +28,7 @@ class Verdict:
     rate: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    engines: Counter[str] = field(default_factory=Counter)  # what became of those whose agent went
 
     @property
     def passed(self) -> bool:

@@ -18,8 +18,8 @@ NAMES = frozenset(
         "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PYTHONDONTWRITEBYTECODE",
         "PYTHONPYCACHEPREFIX", "PYTHONUNBUFFERED", "PYTHONUTF8",
         # where what is compiled or downloaded once is kept
-        "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE",
-        "TRANSFORMERS_OFFLINE",
+        "XDG_CACHE_HOME", "HF_HOME", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HUGGINGFACE_HUB_CACHE",
+        "TRANSFORMERS_CACHE", "TRANSFORMERS_OFFLINE",
     }
 )  # fmt: skip
 # Of GPU drivers and runtimes, and of the libraries that engines compute with.

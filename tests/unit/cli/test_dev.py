@@ -107,13 +107,14 @@ def test_a_model_that_no_engine_could_open_is_told_at_once(tmp_path: Path, monke
         (f"file:{text}", "is not a usable GGUF", "-m demo, or"),
         (f"file:{tmp_path}", "is not a file", "-m demo, or"),
         ("notes.gguf", "no model notes.gguf", f"-m file:{text}"),
-        ("hf:org/repo", "is not staged here", "-m demo, or"),
+        ("hf:org/../repo", "Hugging Face model", "-m demo, or"),
     ):
         with pytest.raises(ConfigError) as caught:
             dev_checks.check_model(ref)
         assert message in caught.value.message
         assert hint in str(caught.value.hint)
-    dev_checks.check_model("demo")
+    for fetched_by_the_node in ("demo", "hf:org/repo", "https://models.example/m.gguf"):
+        dev_checks.check_model(fetched_by_the_node)
 
 
 def test_a_port_is_kept_for_the_control_and_given_to_nobody_else() -> None:

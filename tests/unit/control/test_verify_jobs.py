@@ -36,7 +36,7 @@ def test_all_that_is_there_is_read_and_what_is_on_its_way_is_not() -> None:
 def test_a_node_says_whether_the_bytes_are_what_they_were_and_anything_else_is_no_answer() -> None:
     for answer, state, code in (
         ({"model": "m", "ok": True, "sha256": "ab"}, Outcome.OK, None),
-        ({"model": "m", "ok": False, "sha256": "cd"}, Outcome.FAILED, Code.CONFLICT),
+        ({"model": "m", "ok": False, "sha256": "cd"}, Outcome.FAILED, Code.DIGEST_MISMATCH),
         ({"model": "m"}, Outcome.FAILED, Code.INTERNAL),
         ({"ok": "yes"}, Outcome.FAILED, Code.INTERNAL),
         (None, Outcome.FAILED, Code.INTERNAL),

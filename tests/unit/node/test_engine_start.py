@@ -39,7 +39,7 @@ def plan(**changes: Any) -> Plan:
 def same(one: Plan, meta: Any, starts: Starts | None = None) -> bool:
     found = left(meta)
     identity = identity_of(found)
-    return identity is not None and asyncio.run((starts or Starts()).same(one, identity, found))
+    return identity is not None and asyncio.run((starts or Starts()).same(one, identity, found))[0]
 
 
 def written(one: Plan, starts: Starts, model: str, ref: str, path: str | None) -> dict[str, str]:

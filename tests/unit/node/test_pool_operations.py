@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llorch.errors import Code
+from llorch.errors import Code, LlorchError
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
 from tests.pool_world import World, external, of, on_demand, refused, spec, started
@@ -208,7 +208,7 @@ def test_nothing_changes_while_the_model_of_a_reload_is_fetched() -> None:
     assert world.do(ev.Reload("p", "m2", "m2")) == []
     assert refused(world, ev.Reload("p", "m2", "m#2")).code is Code.CONFLICT
     world.prepared("no such model")
-    assert ends_with(world, "failed") == "no such model; m"
+    assert ends_with(world, "failed") == "no such model; m goes on"
     assert world.processes == old
 
 
@@ -228,6 +228,10 @@ def test_what_was_fetched_for_an_earlier_reload_is_not_taken_for_that_of_a_later
     world = started(spec())
     world.do(ev.Reload("p", "m", "m#2"))
     world.do(ev.Restart("p"))
+    for _ in range(2):
+        world.exits(R0) if world.processes[R0].told_to_end else world.comes_up(R0)
+    world.scan()
+    world.answers(R0)
     world.do(ev.Reload("p", "m", "m#3"))
     world.prepared()
     assert world.runs("p") == ["m"]
@@ -381,6 +385,8 @@ def test_a_reload_without_room_for_both_waits_for_the_tasks_and_then_starts_the_
     world.settle()
     ends_with(world, "done")
     assert world.serves("p") == [ref] and world.report("p")["models"] == [ref.partition("#")[0]]
+    if ref == "m2":
+        assert refused(world, ev.Load("p", "m")).code is Code.INVALID_REQUEST
 
 
 @pytest.mark.parametrize("ref", ["m2", "m#2"])
@@ -407,6 +413,31 @@ def test_an_old_engine_that_ends_while_it_drains_for_a_reload_is_no_failure_of_t
     world.settle()
     ends_with(world, "done")
     assert world.serves("p") == [ref]
+
+
+def test_a_reload_whose_handoff_somebody_removes_rolls_back_too() -> None:
+    world = started(spec())
+    reload(world, beside=False)
+    world.exits(R0)
+    world.comes_up(R0)
+    world.scan()
+    del world.files["p-r0.json"]
+    world.settle()
+    assert "removed; back to m" in ends_with(world, "failed")
+    assert world.serves("p") == ["m"]
+
+
+def test_an_engine_that_fails_once_it_was_proven_is_a_failure_of_the_pool_and_not_of_the_reload() -> None:
+    world = started(spec())
+    task = world.task("p")
+    reload(world, beside=True)
+    world.settle()
+    world.exits(("p", "r1"), "out of memory", hopeless=True)
+    assert ends_with(world, "failed") == "out of memory"
+    assert world.report("p")["models"] == ["m2"] and task in world.tasks
+    world.do(ev.Load("p"))
+    world.settle()
+    assert world.serves("p") == ["m2"]
 
 
 def test_a_failed_reload_of_an_unloaded_pool_leaves_it_unloaded() -> None:
@@ -760,6 +791,14 @@ def test_an_engine_that_gave_no_token_in_time_is_not_ready_when_it_does_after_al
     assert not world.report("p")["ready"]
     world.exits(R0)
     assert world.report("p")["last_error"] == "it was not ready in time"
+    assert not world.processes, "it is a failure like any other"
+    for _ in range(4):
+        world.time_passes(16.0)
+        world.comes_up(R0)
+        world.scan()
+        world.gives_up(R0)
+        world.exits(R0)
+    assert world.report("p")["state"] == "failed"
 
 
 # ---------------------------------------------------------------- files that are seen late
@@ -794,7 +833,10 @@ def test_an_engine_on_demand_whose_file_somebody_removes_takes_no_tasks_until_it
     world.settle()
     report = world.report("d")
     assert (report["swappable"], report["loading"], report["slots_free"]) == (False, None, 0)
-    assert world.task("d", "a") is None and world.task("d", "b") is None
+    for model in ("a", "b"):
+        with pytest.raises(LlorchError) as caught:
+            world.pools.acquire("d", "refused", model)
+        assert caught.value.code is Code.MODEL_NOT_AVAILABLE
     world.do(ev.Load("d", "b"))
     world.settle()
     assert world.task("d", "b") is not None

@@ -225,7 +225,10 @@ def test_pools_without_end_are_refused_once_none_is_empty() -> None:
     [note] = pools.handle(ev.HandoffSeen(foreign("more")), 0)
     assert isinstance(note, ev.Note) and "pools already" in note.reason
     pools.handle(ev.HandoffGone("hand7-r0.json"), 0)
+    told: list[str] = []
+    pools.subscribe(told.append)
     offer(pools, foreign("more"))
+    assert "hand7" in told
     assert "hand7" not in pools.ids() and "more" in pools.ids()
 
 
@@ -271,6 +274,14 @@ def test_what_went_before_is_forgotten_after_five_stable_minutes() -> None:
         now += 1
         assert only(pools.handle(ev.Tick(), now), ev.Spawn), run
         bring_up(pools, now, run + 1)
+
+
+def test_ends_that_are_far_apart_are_never_too_many() -> None:
+    pools = pools_of(spec())
+    pools.handle(ev.Start(), 0)
+    for run in range(1, 20):
+        pools.handle(ev.Exited("p", "r0", run, "gone", 0), run * 76.0)
+        assert only(pools.handle(ev.Tick(), run * 76.0 + 75), ev.Spawn), run
 
 
 def test_the_end_of_an_earlier_run_is_no_news() -> None:
@@ -561,5 +572,120 @@ class AnyOrder(RuleBasedStateMachine):
         assert report["slots_free"] >= len(ready) - len(out)
 
 
+# ---------------------------------------------------------------- whatever anybody says
+
+POOLS, REPLICAS, MODELS = st.sampled_from("pde"), st.sampled_from(["r0", "r1", "x"]), st.sampled_from("mab")
+NUMBERS, FLAGS, WORDS = st.integers(0, 6), st.booleans(), st.sampled_from(["why", ""])
+SPECS = (
+    spec(), spec(replicas=2), spec(engine="external", url="http://127.0.0.1:7000"),
+    spec(id="d", model=None, models=("a", "b")), spec(id="d", model="a", idle_unload_s=1.0), spec(id="d", model="a"),
+    spec(id="e", engine="external", url="http://127.0.0.1:7001"),
+)  # fmt: skip
+HANDOFFS = st.builds(
+    Handoff, POOLS, st.sampled_from(["simulated", "external"]), st.sampled_from(["http://127.0.0.1:7000"]), MODELS,
+    REPLICAS, slots=st.sampled_from([None, 2]), ctx=st.just(4096),
+)  # fmt: skip
+NAMES = st.builds("{}-{}.json".format, POOLS, REPLICAS)
+WANTED = st.lists(st.sampled_from(SPECS), unique_by=lambda each: each.id).map(
+    lambda specs: tuple(
+        ev.Wanted(each, {model: model for model in ([each.model] if each.model else []) + list(each.models)})
+        for each in specs
+    )
+)
+EVENTS = st.one_of(
+    st.builds(ev.Start), st.builds(ev.Leave), st.builds(ev.Configure, WANTED),
+    st.builds(ev.Adopted, MODELS, MODELS, HANDOFFS),
+    st.builds(ev.Spawned, NUMBERS, HANDOFFS), st.builds(ev.Progress, POOLS, REPLICAS | st.none(), NUMBERS, WORDS),
+    st.builds(ev.HandoffSeen, HANDOFFS), st.builds(ev.HandoffBad, NAMES, WORDS), st.builds(ev.HandoffGone, NAMES),
+    st.builds(ev.ProbeFailed, POOLS, REPLICAS, NUMBERS, WORDS, FLAGS), st.builds(ev.EngineLost, POOLS, REPLICAS, WORDS),
+    st.builds(ev.Stalled, POOLS, REPLICAS, WORDS),
+    st.builds(ev.Drain, POOLS | st.none(), WORDS, st.sampled_from([None, 1.0])),
+    st.builds(ev.Undrain, POOLS | st.none()), st.builds(ev.Hold, POOLS, WORDS, WORDS | st.none()),
+    st.builds(ev.Load, POOLS, MODELS | st.none()), st.builds(ev.Unload, POOLS), st.builds(ev.Restart, POOLS),
+    st.builds(ev.Reload, POOLS, MODELS, MODELS),
+    st.builds(ev.Prepared, POOLS, MODELS, FLAGS), st.builds(ev.Purge, POOLS),
+)  # fmt: skip
+
+
+class Whatever(RuleBasedStateMachine):
+    """Events that make sense and events that don't. Ends of processes alone are true: nobody else can know them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = pools_of(SPECS[1], SPECS[3], SPECS[6])
+        self.now, self.runs, self.probes, self.tasks = (
+            0.0,
+            dict[tuple[str, str], int](),
+            dict[tuple[str, str], int](),
+            0,
+        )
+
+    def do(self, event: ev.Event) -> None:
+        try:
+            actions = self.pools.handle(event, self.now)
+        except LlorchError as error:
+            assert error.code in (Code.CONFLICT, Code.INVALID_REQUEST, Code.POOL_NOT_FOUND)
+            return
+        for action in actions:
+            if isinstance(action, ev.Spawn | ev.TakeOver):
+                key = (action.pool_id, action.replica_id)
+                assert key not in self.runs, "it runs already"
+                self.runs[key] = action.run
+            elif isinstance(action, ev.Probe):
+                self.probes[action.pool_id, action.replica_id] = action.probe
+            elif isinstance(action, ev.Terminate):
+                assert (action.pool_id, action.replica_id) in self.runs, "only what is ours is ended"
+        for report in self.pools.report():
+            assert 0 <= report["slots_free"] <= report["slots_total"] >= self.pools.accepted(report["pool_id"])
+
+    @rule(event=EVENTS)
+    def whatever(self, event: ev.Event) -> None:
+        self.do(event)
+
+    @rule(pool=POOLS)
+    def reload(self, pool: str) -> None:
+        self.do(ev.Reload(pool, "m", "m2"))
+        self.do(ev.Prepared(pool, "m", True))
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 40.0, 400.0]))
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.do(ev.Tick())
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data(), hopeless=FLAGS)
+    def exits(self, data: st.DataObject, hopeless: bool) -> None:
+        key = data.draw(st.sampled_from(sorted(self.runs)))
+        self.do(ev.Exited(*key, self.runs.pop(key), "gone", 0.5, "last words", hopeless))
+
+    @precondition(lambda self: self.runs)
+    @rule(data=st.data(), slots=st.sampled_from([None, 2]))
+    def comes_up(self, data: st.DataObject, slots: int | None) -> None:
+        key = data.draw(st.sampled_from(sorted(self.runs)))
+        handoff = own(self.runs[key], key[1], pool_id=key[0], slots=slots)
+        self.do(ev.Spawned(self.runs[key], handoff))
+        self.do(ev.HandoffSeen(handoff))
+        self.do(ev.ProbeOk(*key, self.probes.get(key, 0), 2))
+
+    @rule(pool=POOLS, replica=REPLICAS)
+    def answers(self, pool: str, replica: str) -> None:
+        self.do(ev.ProbeOk(pool, replica, self.probes.get((pool, replica), 0), 2))
+
+    @rule(pool=POOLS, model=MODELS | st.none())
+    def task_comes(self, pool: str, model: str | None) -> None:
+        self.tasks += 1
+        try:
+            self.pools.acquire(pool, f"t{self.tasks}", model)
+        except LlorchError as error:
+            assert error.code in (Code.ALL_SLOTS_BUSY, Code.MODEL_NOT_AVAILABLE, Code.DRAINING, Code.POOL_NOT_FOUND)
+
+    @rule(number=st.integers(1, 20), failed=FLAGS)
+    def task_ends(self, number: int, failed: bool) -> None:
+        self.pools.told(f"t{number}", failed, self.now)
+        self.pools.release(f"t{number}")
+
+
 AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Whatever.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestWhatever = Whatever.TestCase
 TestAnyOrder = AnyOrder.TestCase

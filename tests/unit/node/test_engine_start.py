@@ -89,7 +89,6 @@ def test_an_engine_is_the_same_while_its_start_would_be_word_for_word() -> None:
     assert same(one, meta)
     for other in (plan(slots=3), plan(slots=2, args=("--delay-ms", "5")), plan(slots=2, env=(("A", "b"),))):
         assert not same(other, meta)
-    assert not same(replace(one, choices={"m": "another"}), meta), "the id means another model now"
     assert not same(replace(one, engine=None), meta), "it can't be planned any more"
 
 

@@ -82,8 +82,12 @@ def plan(**changes: Any) -> Plan:
     return Plan(replace(SPEC, **changes), LlamaServer("/usr/bin/llama-server", "b1"), {"m": "demo"})
 
 
-def room(made: Machine, one: Plan, size: int) -> Any:
-    return asyncio.run(made.room(one, model(size)))
+def room(made: Machine, one: Plan, size: int, start: object = None) -> Any:
+    """For a start that is then over, unless it is given."""
+    found = asyncio.run(made.room(start or object(), one, model(size)))
+    if start is None:
+        made.loading(())
+    return found
 
 
 def test_what_fits_has_room_what_is_full_has_none_now_and_what_never_fits_is_hopeless(tmp_path: Path) -> None:
@@ -138,6 +142,19 @@ def test_a_second_model_goes_beside_the_first_only_where_all_its_engines_fit(tmp
     assert beside(small, plan(gpus=()), model(3 * GIB)) and not beside(small, plan(gpus=()), model(5 * GIB))
 
 
+def test_what_a_start_will_take_is_kept_for_it_until_it_is_seen_to_hold_it(tmp_path: Path) -> None:
+    """Two that begin at once would else both be let in, and one of them die in the driver."""
+    made, first, second = machine(tmp_path, Cards(gpu(0), gpu(1))), object(), object()
+    assert room(made, plan(), 50 * GIB, first) is None
+    assert room(made, plan(), 50 * GIB, first) is None, "it is not in its own way"
+    refused = room(made, plan(), 50 * GIB, second)
+    assert refused is not None and not refused.hopeless
+    assert room(made, plan(gpus=(1,)), 50 * GIB, second) is None
+    assert not beside(made, plan(), model(50 * GIB)) and beside(made, plan(), model(20 * GIB))
+    made.loading([second])
+    assert room(made, plan(), 50 * GIB, object()) is None
+
+
 COUNT = st.integers(0, 2**63)
 
 
@@ -163,7 +180,7 @@ def test_a_header_that_says_anything_is_judged_and_never_worse(
     except ValueError:
         return
     made = machine(tmp_path_factory.getbasetemp(), Cards(gpu()))
-    found = asyncio.run(made.room(plan(ctx=ctx, slots=slots, gpus=gpus), model(size, head)))
+    found = asyncio.run(made.room(None, plan(ctx=ctx, slots=slots, gpus=gpus), model(size, head)))
     assert found is None or ("GiB" in found.text and len(found.text) < 500)
 
 

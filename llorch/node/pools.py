@@ -22,7 +22,6 @@ from typing import Any
 
 from llorch.config_pools import PoolSpec
 from llorch.errors import Code, LlorchError
-from llorch.messages import model_id_ok
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
 from llorch.node.modelref import model_id
@@ -31,11 +30,10 @@ from llorch.node.pool_handoffs import Handoffs
 from llorch.node.pool_models import EXTERNAL, Models, first_model
 from llorch.node.pool_operations import ENDED_FOR_DRAIN, Operations
 from llorch.node.pool_outfit import outfit
+from llorch.node.pool_wishes import restore, wish_of
 from llorch.node.replica_life import Life
-from llorch.node.replicas import DOWN, MAX_WHY_CHARS, OPERATOR, Lease, Pool, Replica, average
+from llorch.node.replicas import DOWN, MAX_WHY_CHARS, Lease, Pool, Replica, average
 from llorch.node.slots import Slots
-
-MAX_REF_CHARS = 4_096  # as in the wishes of operators
 
 
 class Pools:
@@ -83,7 +81,7 @@ class Pools:
 
     def wishes(self) -> dict[str, Any]:
         """What operators asked for, as JSON: drains, unloaded pools, models other than the settings'."""
-        pools = {pool.id: wish for pool in self._pools.values() if (wish := _wish(pool))}
+        pools = {pool.id: wish for pool in self._pools.values() if (wish := wish_of(pool))}
         return {"drained": self.drained, "pools": pools}
 
     def restore(self, wishes: Any) -> None:
@@ -97,7 +95,7 @@ class Pools:
         for pool_id, wish in pools.items() if isinstance(pools, Mapping) else ():
             pool = self._pools.get(pool_id)
             if pool is not None and isinstance(wish, Mapping):
-                _restore(pool, wish)
+                restore(pool, wish)
 
     # ------------------------------------------------------------ slots
 
@@ -465,38 +463,3 @@ def _over(replica: Replica) -> bool:
     if replica.state not in DOWN:
         return not replica.spawned
     return not replica.held
-
-
-def _wish(pool: Pool) -> dict[str, Any]:
-    """What an operator asked of a pool; empty if nothing. A model counts until the settings name another, and once it
-    is proven."""
-    wish: dict[str, Any] = {}
-    if OPERATOR in pool.holds:
-        wish["drained"] = pool.holds[OPERATOR]
-    before = pool.reloading.before if pool.reloading is not None else None
-    model, choices, loaded = (before.model, before.choices, before.loaded) if before else _now_of(pool)
-    if not loaded:
-        wish["unloaded"] = True
-    if pool.spec is not None and not pool.on_demand and model is not None:
-        ref = choices.get(model)
-        if ref is not None and pool.spec.model is not None and ref != pool.spec.model:
-            wish["model"] = {"id": model, "ref": ref, "instead_of": pool.spec.model}
-    return wish
-
-
-def _now_of(pool: Pool) -> tuple[str | None, Mapping[str, str], bool]:
-    return pool.model, pool.choices, pool.loaded
-
-
-def _restore(pool: Pool, wish: Mapping[str, Any]) -> None:
-    drained, model = wish.get("drained"), wish.get("model")
-    if isinstance(drained, str):
-        pool.holds[OPERATOR] = drained[:MAX_WHY_CHARS]
-    pool.loaded = wish.get("unloaded") is not True
-    if not isinstance(model, Mapping) or pool.spec is None or pool.spec.engine == EXTERNAL or pool.on_demand:
-        return
-    model_id, ref = model.get("id"), model.get("ref")
-    if not isinstance(model_id, str) or not isinstance(ref, str) or model.get("instead_of") != pool.spec.model:
-        return
-    if model_id_ok(model_id) and 0 < len(ref) <= MAX_REF_CHARS:
-        pool.choices, pool.model = {model_id: ref}, model_id

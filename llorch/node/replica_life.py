@@ -90,8 +90,6 @@ class Life:
         if found is None or found[1].run != event.run or found[1].state is not ReplicaState.STARTING:
             return []
         pool, replica = found
-        if replica.offered is not None:  # told before
-            return []
         pool.version = event.handoff.engine_version
         self._changed(pool)
         return self.offer(pool, replica, event.handoff, now)

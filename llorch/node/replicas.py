@@ -260,7 +260,7 @@ class Pool:
     @property
     def swappable(self) -> bool:
         """Whether a task for any of its models may come now, whatever is resident."""
-        if not self.on_demand or not self.loaded or self.draining or self.busy:
+        if not self.on_demand or not self.loaded or self.draining or self.busy or not self.capacity:
             return False
         if not self.models or (self.reloading is not None and not self.reloading.preparing):
             return False

@@ -61,7 +61,7 @@ class Watchdog:
             engine.still_s, engine.told = 0.0, False
             return False
         passed_s = min(max(0.0, now - before), MOST_BETWEEN_LOOKS_S)
-        if heard_at is not None and heard_at > before:
+        if heard_at is not None and heard_at >= before:
             engine.still_s, engine.told = min(max(0.0, now - heard_at), passed_s), False
         else:
             engine.still_s += passed_s

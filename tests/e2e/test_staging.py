@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from tests.e2e import test_join as certified
 from tests.e2e.shared import end_of, start
 from tests.gguf_files import small, write_large
 from tests.standins.blob_server import BlobServer, blob_server
+from tests.standins.hub_server import hub_server
 
 NODES = ("a", "b", "c")
 WINDOW_BYTES = 128 * 1024  # of a meter: what it holds itself of a line that breaks
@@ -108,6 +110,7 @@ class Place:
     llorch: Cluster
     web: BlobServer
     origin: Meter
+    port: int = 0  # of the control
     meters: dict[str, Meter] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
 
@@ -123,6 +126,11 @@ class Place:
         where = ["--address", self.meters[name].url] if address else []
         bind = ["--bind", f"127.0.0.1:{self.ports[name]}"]
         return await self.llorch.start_node(name, pools, *bind, *where, *argv, wait=wait, **env)
+
+    def kill(self, name: str) -> None:
+        running = self.llorch.control if name == "control" else self.llorch.nodes[name]
+        assert running is not None
+        running.kill()
 
     async def admin(self, *words: str, within_s: float = 50.0) -> tuple[int, str, str]:
         return await end_of(await self.begin(*words), within_s=within_s)
@@ -167,7 +175,8 @@ async def place(llorch: Cluster) -> AsyncIterator[Place]:
         for name in NODES:
             made.ports[name] = lasting_port()
             made.meters[name] = await exits.enter_async_context(Meter(made.ports[name]))
-        await llorch.start_control()
+        made.port = lasting_port()
+        await llorch.start_control(port=made.port)
         yield made
 
 
@@ -189,33 +198,40 @@ def progress(err: str) -> dict[str, list[str]]:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("size", "killed"),
+    ("size", "fetches", "killed"),
     [
-        pytest.param(16_000_000, "c", id="small"),
-        pytest.param(200_000_000, "c", id="fetching from a node", marks=pytest.mark.slow),
-        pytest.param(200_000_000, "a", id="fetching from outside", marks=pytest.mark.slow),
+        pytest.param(16_000_000, "c", "c", id="small"),
+        pytest.param(200_000_000, "c", "c", id="it fetches from a node", marks=pytest.mark.slow),
+        pytest.param(200_000_000, "a", "a", id="it fetches from outside", marks=pytest.mark.slow),
+        pytest.param(200_000_000, "c", "a", id="it is fetched from", marks=pytest.mark.slow),
+        pytest.param(200_000_000, "c", "control", id="it is the control", marks=pytest.mark.slow),
     ],
 )
-async def test_a_node_that_is_killed_half_way_and_started_again_gets_hardly_a_byte_twice(
-    llorch: Cluster, size: int, killed: str
+async def test_what_is_killed_half_way_and_started_again_costs_hardly_a_byte_twice(
+    llorch: Cluster, size: int, fetches: str, killed: str
 ) -> None:
-    """One node fetches from outside, the others from it. What is sent, by whomever, is counted on the line."""
+    """One node fetches from outside, the others from it; `fetches` is the slow one. What is sent, by whomever, is
+    counted on the line.
+    """
     rate = ("--stage-rate", str(max(8_000_000, size // 8)))
     async with place(llorch) as there:
         digest = there.put("big.gguf", size)
-        await asyncio.gather(*(there.start(name, *(rate if name == killed else ())) for name in NODES))
+        await asyncio.gather(*(there.start(name, *(rate if name == fetches else ())) for name in NODES))
         staging = await there.begin("model", "stage", there.ref("big.gguf"), "--nodes", "all")
-        await eventually(lambda: there.partial(killed, "big") > size / 2, within_s=60.0)
-        llorch.nodes[killed].kill()
-        kept = there.partial(killed, "big")
+        await eventually(lambda: there.partial(fetches, "big") > size / 2, within_s=60.0)
+        there.kill(killed)
+        kept = there.partial(fetches, "big")
         assert size / 2 < kept < size
-        await there.start(killed, *rate)
+        if killed == "control":
+            await llorch.start_control(port=there.port)
+        else:
+            await there.start(killed, *(rate if killed == fetches else ()))
         code, out, err = await end_of(staging, within_s=90.0)
         assert code == 0, err
         said = progress(err)
         assert said.keys() == set(NODES) and all(lines[-1].endswith(digest[:12]) for lines in said.values())
         assert all(MOVING.fullmatch(line) for lines in said.values() for line in lines if ": staging " in line)
-        assert any(MOVING.fullmatch(line) for line in said[killed])
+        assert any(MOVING.fullmatch(line) for line in said[fetches])
         assert [row.split()[:2] for row in out.splitlines()[1:]] == [[name, "staged"] for name in NODES]
         assert {there.digest(name, "big") for name in NODES} == {digest}
         again = there.sent - 3 * size
@@ -225,6 +241,25 @@ async def test_a_node_that_is_killed_half_way_and_started_again_gets_hardly_a_by
         )
         assert 0 <= again <= max(0.05 * size, ON_ITS_WAY_BYTES)
         assert there.origin.sent <= 1.05 * size + ON_ITS_WAY_BYTES, "it came over the outer line once"
+
+
+async def test_a_model_of_the_hub_is_asked_for_by_one_node_and_comes_to_all(llorch: Cluster) -> None:
+    pytest.importorskip("huggingface_hub")
+    data = small(3_000_000)
+    async with place(llorch) as there, hub_server(there.web) as hub:
+        hub.repos["org/tale"], hub.token = {"tale-Q4_K_M.gguf": data, "README.md": b"words"}, secrets.token_hex(16)
+        env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "SSL_CERT_FILE": "", "SSL_CERT_DIR": ""}
+        await asyncio.gather(*(there.start(name, **env) for name in NODES))
+        code, _, err = await there.admin("model", "stage", "hf:org/tale:Q4_K_M", "--nodes", "all")
+        assert code == 0, err
+        assert progress(err).keys() == set(NODES)
+        staged = [llorch.folder / name / "models" for name in NODES]
+        digests = {sha256(path) for folder in staged for path in folder.rglob("*.gguf")}
+        assert digests == {hashlib.sha256(data).hexdigest()}
+        assert there.web.sent == len(data), "one node fetched it from outside, and nobody else"
+        assert not any(hub.token in running.text() for running in llorch.nodes.values())
+        catalog = await llorch.get("/v2/catalog")
+        assert catalog["models"]["org/tale:Q4_K_M"]["nodes"] == list(NODES)
 
 
 @pytest.mark.slow

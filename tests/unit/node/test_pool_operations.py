@@ -435,6 +435,9 @@ def test_an_engine_that_fails_once_it_was_proven_is_a_failure_of_the_pool_and_no
     world.exits(("p", "r1"), "out of memory", hopeless=True)
     assert ends_with(world, "failed") == "out of memory"
     assert world.report("p")["models"] == ["m2"] and task in world.tasks
+    world.exits(R0)
+    assert task is not None and world.pools.accepted("p") == 1
+    world.ends(task)
     world.do(ev.Load("p"))
     world.settle()
     assert world.serves("p") == ["m2"]
@@ -575,6 +578,54 @@ def test_undrain_says_who_else_holds_the_pool() -> None:
     world.do(ev.Hold("p", "hours", "18:00-08:00"))
     world.do(ev.Undrain("p"))
     assert ends_with(world, "done") == "still held: hours: 18:00-08:00"
+
+
+@pytest.mark.parametrize("wish", [ev.Unload, ev.Restart])
+def test_a_wish_with_a_deadline_ends_the_tasks_that_it_waits_for(wish: type[ev.Unload | ev.Restart]) -> None:
+    world = started(spec())
+    task = world.task("p")
+    assert task is not None
+    world.do(wish("p", None, 10.0))
+    world.time_passes(9.9)
+    assert task not in world.ended
+    world.time_passes(0.2)
+    assert world.ended[task].code is Code.DRAINING and wish.__name__.lower() in world.ended[task].reason
+    world.settle()
+    ends_with(world, "done")
+
+
+def test_the_deadline_of_a_wish_that_is_granted_ends_nobodys_task() -> None:
+    world = started(spec(replicas=2))
+    world.do(ev.Restart("p", None, 10.0))
+    world.settle(8)
+    ends_with(world, "done")
+    tasks = [world.task("p") for _ in range(4)]
+    world.do(ev.Restart("p"))
+    world.settle(100)
+    assert None not in tasks and not world.ended
+    world.do(ev.Restart("p", None, 5.0))
+    world.settle()
+    assert set(tasks) == set(world.ended), "asked for again, in a hurry"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_reload_with_a_deadline_ends_tasks_once_they_are_in_its_way(beside: bool) -> None:
+    world = started(spec())
+    task = world.task("p")
+    assert task is not None
+    world.do(ev.Reload("p", "m2", "m2", None, 10.0))
+    world.time_passes(100.0)
+    assert task not in world.ended, "the model is fetched"
+    world.room = beside
+    world.prepared()
+    world.settle(5)
+    other = world.task("p")
+    world.settle()
+    assert world.ended[task].code is Code.DRAINING
+    ends_with(world, "done")
+    other = other if beside else world.task("p")
+    world.settle()
+    assert other in world.tasks and other not in world.ended, "it is on the new one"
 
 
 # ---------------------------------------------------------------- hold

@@ -68,6 +68,19 @@ def test_a_new_pool_is_started_and_held_if_the_node_is() -> None:
     assert world.report("p")["held"] == [] and world.task("p") is not None
 
 
+def test_a_removed_pool_whose_engine_ends_goes_once_the_task_that_it_had_is_over() -> None:
+    world = started(spec())
+    task = world.task("p")
+    assert task is not None
+    world.configure()
+    world.exits(R0)
+    world.time_passes(1.0)
+    assert world.pools.ids() == ["p"]
+    world.ends(task)
+    world.time_passes(1.0)
+    assert world.pools.ids() == []
+
+
 def test_a_removed_pool_takes_no_tasks_and_goes_with_its_last_one() -> None:
     world = started(spec(replicas=2))
     task = world.task("p")
@@ -230,10 +243,46 @@ def test_what_operators_asked_for_outlives_other_settings_until_those_name_anoth
     assert world.report("p")["slots_total"] == 2
 
 
+def test_settings_of_when_a_pool_serves_leave_its_engines_alone() -> None:
+    world = started(spec())
+    run = world.processes[R0].run
+    for changes in ({"idle_unload_s": 900.0}, {"yield_to_owner": True}, {}):
+        world.configure(spec(**changes))
+        world.settle()
+        assert world.processes[R0].run == run and world.report("p")["ready"]
+
+
+def test_a_pool_that_is_idle_no_more_by_its_settings_comes_up() -> None:
+    world = started(spec(idle_unload_s=60.0))
+    world.settle(100)
+    assert not world.processes
+    world.configure(spec())
+    world.settle()
+    assert world.report("p")["ready"]
+
+
+def test_a_hold_outlives_other_settings_as_long_as_they_give_its_reason() -> None:
+    world = started(spec(yield_to_owner=True))
+    world.do(ev.Hold("p", "owner", "a game"))
+    world.settle()
+    world.configure(spec(yield_to_owner=True, slots=1))
+    world.settle()
+    assert not world.processes and world.report("p")["held"] == ["owner: a game"]
+    world.configure(spec(slots=1))
+    world.settle()
+    assert world.report("p")["held"] == [] and world.report("p")["ready"]
+
+
 def test_other_settings_are_another_chance_for_a_pool_that_has_failed() -> None:
     world = started(spec())
     world.exits(R0, hopeless=True)
     world.configure(spec(ctx=2048))
+    world.settle()
+    assert world.report("p")["ready"]
+    del world.files["p-r0.json"]
+    world.settle()
+    assert not world.processes
+    world.configure(spec())
     world.settle()
     assert world.report("p")["ready"]
 
@@ -303,3 +352,16 @@ def test_a_node_has_room_for_new_names_of_engines_that_others_hand_over() -> Non
     assert len(world.report("p")["replicas"]) == 256
     hand_over(world, replica="last")
     assert ("p", "last") in world.ready()
+
+
+def test_an_engine_whose_file_goes_while_it_gives_way_to_other_settings_takes_no_task() -> None:
+    world = started(on_demand(model="a"))
+    task = world.task("d", "a")
+    assert task is not None
+    world.configure(on_demand())
+    del world.files["d-r0.json"]
+    world.settle()
+    assert (world.report("d")["swappable"], world.report("d")["slots_free"]) == (False, 0)
+    world.do(ev.Load("d"))
+    world.settle()
+    assert world.report("d")["ready"]

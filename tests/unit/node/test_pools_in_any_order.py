@@ -16,7 +16,8 @@ from tests.pool_world import World, external, on_demand, spec
 
 VARIANTS: Mapping[str, tuple[PoolSpec | None, ...]] = {
     "p": (
-        spec(), spec(replicas=2), spec(replicas=2, slots=1), spec(model="m2"), None,
+        spec(), spec(replicas=2), spec(replicas=2, slots=1), spec(model="m2"), spec(idle_unload_s=20.0), None,
+        spec(yield_to_owner=True),
         spec(engine="external", url="http://127.0.0.1:7001"),
     ),
     "d": (
@@ -108,14 +109,23 @@ class AnyOrder(RuleBasedStateMachine):
     def operator(self, data: st.DataObject, what: type[ev.Load | ev.Unload | ev.Restart | ev.Purge]) -> None:
         self.wish(what(data.draw(st.sampled_from(self.POOLS))))
 
+    @rule(data=st.data(), what=st.sampled_from([ev.Unload, ev.Restart]), deadline_s=st.sampled_from([0.0, 10.0]))
+    def operator_is_in_a_hurry(
+        self, data: st.DataObject, what: type[ev.Unload | ev.Restart], deadline_s: float
+    ) -> None:
+        self.wish(what(data.draw(st.sampled_from(self.POOLS)), None, deadline_s))
+
     @rule(model=st.sampled_from(["a", "b"]))
     def operator_loads(self, model: str) -> None:
         self.wish(ev.Load("d", model))
 
-    @rule(data=st.data(), ref=st.sampled_from(["m", "m#2", "a", "a#2", "b"]), at_once=st.booleans())
-    def operator_reloads(self, data: st.DataObject, ref: str, at_once: bool) -> None:
+    @rule(
+        data=st.data(), ref=st.sampled_from(["m", "m#2", "a", "a#2", "b"]), at_once=st.booleans(),
+        deadline_s=st.sampled_from([None, 0.0, 10.0]),
+    )  # fmt: skip
+    def operator_reloads(self, data: st.DataObject, ref: str, at_once: bool, deadline_s: float | None) -> None:
         pool = data.draw(st.sampled_from(self.POOLS))
-        self.wish(ev.Reload(pool, ref.partition("#")[0], ref))
+        self.wish(ev.Reload(pool, ref.partition("#")[0], ref, None, deadline_s))
         if at_once and self.world.prepares:
             self.world.prepared()
 

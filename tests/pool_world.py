@@ -18,6 +18,7 @@ from llorch.errors import Code, LlorchError
 from llorch.messages import PoolReport
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff, file_name
+from llorch.node.pool_models import comes_and_goes
 from llorch.node.pools import Pools
 
 Key = tuple[str, str]  # pool id, replica id
@@ -197,8 +198,8 @@ class World:
             assert after[operation["model"]] == ref
         elif not any(note.event == "model.swapped" and note.pool_id == pool_id for note in self.notes[since:]):
             assert after == before
-            on_demand = len(before) > 1
-            assert on_demand or models == report["models"]
+            asked = self.settings.get(pool_id)
+            assert asked is None or comes_and_goes(asked) or models == report["models"]
 
     def _check_promise(self, pool_id: str, report: dict[str, Any]) -> None:
         """What may be sent, is taken."""

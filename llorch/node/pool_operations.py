@@ -16,11 +16,11 @@ from llorch.node import pool_events as ev
 from llorch.node.pool_events import Action, ReplicaState, Step, Wanted, step
 from llorch.node.pool_models import Models, comes_and_goes, first_model
 from llorch.node.pool_outfit import another, holds_that_stay, outfit, reloaded_to, same_engines
+from llorch.node.pool_progress import RELOAD_AGAIN_MS, Progress, conflict, must_be_declared, must_be_free, must_be_ours
 from llorch.node.replica_life import Ended, Life
-from llorch.node.replicas import COMING, DOWN, OPERATOR, RELOAD, Before, Operation, Pool, Replica
+from llorch.node.replicas import COMING, DOWN, OPERATOR, RELOAD, Before, Pool, Replica
 
 WITHDRAWN_AGAIN_S = 5.0  # a file that was to be removed and is still there
-RELOAD_AGAIN_MS = 5_000
 ENDED_FOR_DRAIN = "{what} was {why}, and the time that tasks were given is over"
 
 
@@ -30,6 +30,7 @@ class Operations:
     def __init__(self, life: Life, models: Models, changed: Callable[[Pool], None]) -> None:
         self._life = life
         self._models = models
+        self._progress = Progress(changed)
         self._changed = changed
 
     # ------------------------------------------------------------ wishes
@@ -43,10 +44,10 @@ class Operations:
                 param="model",
                 hint=f"it has {', '.join(pool.choices)}; or llorch pool reload",
             )
-        _must_be_declared(pool)
-        _must_be_free(pool)
+        must_be_declared(pool)
+        must_be_free(pool)
         model = wish.model or pool.model or next(iter(pool.choices), None)
-        actions = self._begin(pool, "load", wish.at, model)
+        actions = self._progress.begin(pool, "load", wish.at, model)
         pool.loaded = True
         self._try_again(pool)
         if pool.model != model:
@@ -54,46 +55,46 @@ class Operations:
         return actions + self.settle(pool, now)
 
     def unload(self, pool: Pool, wish: ev.Unload, now: float) -> list[Action]:
-        _must_be_ours(pool)
-        _must_be_free(pool)
-        actions = self._begin(pool, "unload", wish.at, pool.model)
+        must_be_ours(pool)
+        must_be_free(pool)
+        actions = self._progress.begin(pool, "unload", wish.at, pool.model)
         pool.loaded = False
-        self._give_tasks(pool, wish.deadline_s, now)
+        self._progress.give_tasks(pool, wish.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def restart(self, pool: Pool, wish: ev.Restart, now: float) -> list[Action]:
-        _must_be_ours(pool)
-        _must_be_free(pool)
+        must_be_ours(pool)
+        must_be_free(pool)
         if pool.operation is not None and pool.operation.running and pool.operation.kind == "restart":
-            self._give_tasks(pool, wish.deadline_s, now)
+            self._progress.give_tasks(pool, wish.deadline_s, now)
             return []
-        actions = self._begin(pool, "restart", wish.at, pool.model)
+        actions = self._progress.begin(pool, "restart", wish.at, pool.model)
         pool.loaded = True
-        self._give_tasks(pool, wish.deadline_s, now)
+        self._progress.give_tasks(pool, wish.deadline_s, now)
         self._try_again(pool)
         self._models.turn_to(pool, pool.model)
         return actions + self.settle(pool, now)
 
     def reload(self, pool: Pool, wish: ev.Reload, now: float) -> list[Action]:
         """Serve another model; the old one until the new one is proven, where there is memory for both."""
-        _must_be_ours(pool)
+        must_be_ours(pool)
         if pool.reloading is not None and (pool.reloading.model, pool.reloading.ref) == (wish.model, wish.ref):
             return []
-        _must_be_free(pool)
+        must_be_free(pool)
         if pool.reloading is not None:
-            raise _reloading(pool)
+            raise conflict(pool)
         if pool.parked:
             raise LlorchError(
                 Code.CONFLICT,
                 f"engines of pool {pool.id} may not run now ({', '.join(pool.held_by())}), so no model can be proven",
                 retry_after_ms=RELOAD_AGAIN_MS,
             )
-        actions = self._begin(pool, RELOAD, wish.at, wish.model)
+        actions = self._progress.begin(pool, RELOAD, wish.at, wish.model)
         operation = pool.operation
         assert operation is not None  # it was begun
         if wish.model == pool.model and pool.choices.get(wish.model) == wish.ref and pool.ready:
             operation.end("it serves that model already")
-            return actions + self._told(pool)
+            return actions + self._progress.told(pool)
         operation.ref, operation.preparing, operation.deadline_s = wish.ref, True, wish.deadline_s
         return [*actions, ev.Prepare(pool.id, wish.model, wish.ref)]
 
@@ -122,19 +123,19 @@ class Operations:
         pool.loaded = True
         self._try_again(pool)
         self._models.turn_to(pool, event.model)
-        self._give_tasks(pool, operation.deadline_s, now)
+        self._progress.give_tasks(pool, operation.deadline_s, now)
         return actions + self.settle(pool, now)
 
     def drain(self, pool: Pool, wish: ev.Drain, now: float) -> list[Action]:
         """It takes effect during a reload too, which remains the operation that is told."""
-        actions = self._begin(pool, "drain", wish.at, None)
+        actions = self._progress.begin(pool, "drain", wish.at, None)
         pool.holds[OPERATOR] = wish.reason
         pool.drain_deadline = None if wish.deadline_s is None else now + wish.deadline_s
         self._changed(pool)
-        return actions + self._proceed(pool)
+        return actions + self._progress.proceed(pool)
 
     def undrain(self, pool: Pool, wish: ev.Undrain, now: float) -> list[Action]:
-        actions = self._begin(pool, "undrain", wish.at, None)
+        actions = self._progress.begin(pool, "undrain", wish.at, None)
         pool.holds.pop(OPERATOR, None)
         pool.drain_deadline = None
         self._changed(pool)
@@ -144,15 +145,15 @@ class Operations:
         """An operator wants no tasks on the whole node, or does again (None)."""
         if pool.node_drained == why:
             return []
-        actions = self._begin(pool, "undrain" if why is None else "drain", at, None)
+        actions = self._progress.begin(pool, "undrain" if why is None else "drain", at, None)
         pool.node_drained = why
         self._changed(pool)
-        return actions + self._proceed(pool)
+        return actions + self._progress.proceed(pool)
 
     def begin_load(self, pool: Pool, now: float) -> list[Action]:
         """When the node starts: what its settings ask for is an operation like others."""
         wanted = pool.spec is not None and pool.may_run
-        actions = self._begin(pool, "load", None, pool.model) if wanted else []
+        actions = self._progress.begin(pool, "load", None, pool.model) if wanted else []
         return actions + self.settle(pool, now)
 
     def hold(self, pool: Pool, wish: ev.Hold, now: float) -> list[Action]:
@@ -171,17 +172,17 @@ class Operations:
     def purge(self, pool: Pool, wish: ev.Purge) -> list[Action]:
         """What went wrong is forgotten, so what failed is tried again. Raises CONFLICT for a pool of which something
         runs: its log and its key are in use."""
-        _must_be_free(pool)
+        must_be_free(pool)
         if any(replica.owned and replica.state not in DOWN for replica in pool.replicas.values()):
             raise LlorchError(
                 Code.CONFLICT, f"engines of pool {pool.id} run", hint=f"llorch pool unload NODE/{pool.id} first"
             )
-        actions = self._begin(pool, "purge", wish.at, None)
+        actions = self._progress.begin(pool, "purge", wish.at, None)
         self._forgive(pool)
         pool.last_error = None
         assert pool.operation is not None
         pool.operation.end()
-        return [*actions, ev.Forget(pool.id), *self._told(pool)]
+        return [*actions, ev.Forget(pool.id), *self._progress.told(pool)]
 
     # ------------------------------------------------------------ other settings
 
@@ -191,9 +192,9 @@ class Operations:
         pool.holds = holds_that_stay(pool, wanted.spec)
         if pool.spec is not None and pool.own and same_engines(pool.spec, wanted.spec) and not pool.leaves:
             return self._serve_otherwise(pool, wanted, now)
-        actions = self._give_up_reload(pool, why, now) if pool.reloading is not None else []
+        actions = self._revert(pool, why, now) if pool.reloading is not None else []
         pool.leaves = False
-        actions += self._begin(pool, "restart", None, None)
+        actions += self._progress.begin(pool, "restart", None, None)
         reloaded = reloaded_to(pool, wanted)
         outfit(pool, wanted)
         if reloaded is not None:
@@ -222,12 +223,12 @@ class Operations:
     def remove(self, pool: Pool, now: float) -> list[Action]:
         """It is no more in the settings, or is to be another there: it goes once its engines have."""
         why = "the pool is no more in the settings"
-        actions = self._give_up_reload(pool, why, now) if pool.reloading is not None else []
+        actions = self._revert(pool, why, now) if pool.reloading is not None else []
         pool.leaves = True
         self._changed(pool)
         if pool.operation is not None and pool.operation.running:
             pool.operation.end(why, failed=True)
-            actions += self._told(pool)
+            actions += self._progress.told(pool)
         return actions + self.settle(pool, now)
 
     # ------------------------------------------------------------ what follows from an end
@@ -247,14 +248,17 @@ class Operations:
         if pool.on_demand and not pool.ready and not any(other.state in COMING for other in pool.own):
             if operation is not None and operation.kind in ("load", "restart"):
                 operation.end(ended.why, failed=True)
-                actions += self._told(pool)
+                actions += self._progress.told(pool)
             actions += self._models.not_loaded(pool, replica, now)
         elif operation is not None and replica.retry_at is not None:
             operation.message = f"{ended.why}; it is tried again in {replica.retry_at - now:.0f} s"
         return actions + self.settle(pool, now)
 
     def _give_up_reload(self, pool: Pool, why: str, now: float) -> list[Action]:
-        """One that was to take over did not come up, or may not: all of those go, and what was is again."""
+        return [*self._revert(pool, why, now), *self.settle(pool, now)]
+
+    def _revert(self, pool: Pool, why: str, now: float) -> list[Action]:
+        """One that was to take over did not come up, or may not: all of those go, and what was is to be again."""
         operation = pool.reloading
         assert operation is not None
         before, actions = operation.before, list[Action]()
@@ -270,7 +274,7 @@ class Operations:
                 actions += self._retire(pool, replica, now)
         self._changed(pool)
         note = ev.Note("pool.not_reloaded", pool.id, None, operation.message or "")
-        return [note, *actions, *self._told(pool), *self.settle(pool, now)]
+        return [note, *actions, *self._progress.told(pool)]
 
     def proven(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
         """`replica` has generated a token."""
@@ -289,7 +293,7 @@ class Operations:
         pool.choices = {**(pool.choices if pool.on_demand else {}), model: ref}
         self._models.turn_to(pool, model)
         if pool.reloading is not None:
-            self._give_tasks(pool, pool.reloading.deadline_s, now)
+            self._progress.give_tasks(pool, pool.reloading.deadline_s, now)
         for other in pool.replicas.values():
             if other.next:
                 other.next, other.revision = False, pool.revision
@@ -328,7 +332,7 @@ class Operations:
         for replica in list(pool.replicas.values()):
             if replica.spawned:
                 actions += self._settle(pool, replica, now)
-        return actions + self._proceed(pool)
+        return actions + self._progress.proceed(pool)
 
     def _settle(self, pool: Pool, replica: Replica, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -387,109 +391,3 @@ class Operations:
             if replica.state is ReplicaState.FAILED:
                 replica.state = step(replica.state, Step.FORGIVEN)
         self._changed(pool)
-
-    # ------------------------------------------------------------ operations and their ends
-
-    def _begin(self, pool: Pool, kind: str, at: str | None, model: str | None) -> list[Action]:
-        """The same again goes on as it is. A reload is not hidden by a drain; it ends for a wish that is granted before
-        it has changed anything."""
-        running = pool.operation if pool.operation is not None and pool.operation.running else None
-        if running is not None and (running.kind, running.model) == (kind, model):
-            return []
-        if running is not None and running.kind == RELOAD and kind in ("drain", "undrain"):
-            return []
-        actions: list[Action] = []
-        if running is not None:
-            running.end(f"{kind} came in its place", failed=True)
-            actions += self._told(pool)
-        pool.operation = Operation(kind, model, began=at)
-        self._changed(pool)
-        return [*actions, ev.Note("pool.asked", pool.id, None, f"{kind} {model}" if model else kind)]
-
-    def _give_tasks(self, pool: Pool, deadline_s: float | None, now: float) -> None:
-        """The operation's tasks have so long. Those that a drain ends sooner have less."""
-        if pool.operation is not None and deadline_s is not None:
-            pool.operation.task_deadline = now + deadline_s
-
-    def _told(self, pool: Pool) -> list[Action]:
-        """The end of the operation, for the log."""
-        operation = pool.operation
-        assert operation is not None
-        self._changed(pool)
-        return [ev.Note("pool.answered", pool.id, None, f"{operation.kind}: {operation.message or operation.state}")]
-
-    def _proceed(self, pool: Pool) -> list[Action]:
-        """What has become of the operation."""
-        if pool.operation is None or not pool.operation.running:
-            return []
-        self._look(pool, pool.operation)
-        return [] if pool.operation.running else self._told(pool)
-
-    def _look(self, pool: Pool, operation: Operation) -> None:
-        spawned = [replica for replica in pool.replicas.values() if replica.spawned]
-        up = [replica for replica in spawned if replica.state not in DOWN]
-        if operation.preparing:
-            return
-        if operation.kind == "drain":
-            self._look_at_drain(pool, operation)
-        elif operation.kind == "undrain":
-            held = pool.held_by()
-            operation.end(f"still held: {', '.join(held)}" if held else None)
-        elif operation.kind == "unload":
-            if not up:
-                operation.end()
-        elif not pool.loaded:
-            operation.end("not now: it is unloaded", failed=operation.began is not None)
-        elif pool.parked:
-            operation.end(f"not now: {', '.join(pool.held_by())}", failed=operation.began is not None)
-        elif any(replica.next for replica in spawned):
-            pass  # the first of them says
-        elif pool.ready and (operation.kind == "load" or not any(r.leaves or not pool.current(r) for r in up)):
-            operation.end()
-        elif any(replica.state is ReplicaState.FAILED for replica in pool.own):
-            operation.end(pool.last_error, failed=True)
-        elif not up and pool.model is None:
-            operation.end("a task decides what is loaded")
-        elif not up and not pool.coming:
-            operation.end(pool.last_error, failed=True)
-
-    def _look_at_drain(self, pool: Pool, operation: Operation) -> None:
-        drained = OPERATOR in pool.holds or pool.node_drained is not None
-        if not drained or not pool.busy:
-            operation.end()
-            return
-        message = f"{pool.busy} task{'s' if pool.busy > 1 else ''} still run{'s' if pool.busy == 1 else ''}"
-        if operation.message != message:
-            operation.message = message
-            self._changed(pool)
-
-
-def _must_be_free(pool: Pool) -> None:
-    """Raises CONFLICT for a pool that is being reloaded, its model being here, or goes away."""
-    if pool.leaves:
-        raise LlorchError(Code.CONFLICT, f"pool {pool.id} is no more in this node's settings, and goes")
-    if pool.reloading is not None and not pool.reloading.preparing:
-        raise _reloading(pool)
-
-
-def _reloading(pool: Pool) -> LlorchError:
-    model = pool.reloading.model if pool.reloading is not None else None
-    return LlorchError(Code.CONFLICT, f"pool {pool.id} is being reloaded to {model}", retry_after_ms=RELOAD_AGAIN_MS)
-
-
-def _must_be_declared(pool: Pool) -> None:
-    if pool.spec is None:
-        raise LlorchError(
-            Code.INVALID_REQUEST,
-            f"pool {pool.id} is not in this node's settings: its engines were handed over",
-            hint="whoever handed them over takes them back by removing the handoff files",
-        )
-
-
-def _must_be_ours(pool: Pool) -> None:
-    if not any(replica.owned for replica in pool.replicas.values()):
-        raise LlorchError(
-            Code.INVALID_REQUEST,
-            f"the engine of pool {pool.id} was not started by llorch",
-            hint="whoever started it can stop it; llorch pool drain keeps tasks away",
-        )

@@ -618,8 +618,10 @@ def test_a_reload_with_a_deadline_ends_tasks_once_they_are_in_its_way(beside: bo
     assert task not in world.ended, "the model is fetched"
     world.room = beside
     world.prepared()
-    world.settle(5)
+    for _ in range(4):
+        world.step(0.5)
     other = world.task("p")
+    assert (other is not None) is beside and task not in world.ended
     world.settle()
     assert world.ended[task].code is Code.DRAINING
     ends_with(world, "done")

@@ -365,3 +365,14 @@ def test_an_engine_whose_file_goes_while_it_gives_way_to_other_settings_takes_no
     world.do(ev.Load("d"))
     world.settle()
     assert world.report("d")["ready"]
+
+
+def test_a_reload_that_other_settings_end_starts_nothing_for_what_goes() -> None:
+    world = started(on_demand())
+    assert world.task("d", "a") is not None
+    world.do(ev.Reload("d", "c", "c"))
+    assert of(world.configure(), ev.Spawn) == []
+    world = started(on_demand())
+    assert world.task("d", "a") is not None
+    world.do(ev.Reload("d", "c", "c"))
+    assert of(world.configure(on_demand(slots=1)), ev.Spawn) == []

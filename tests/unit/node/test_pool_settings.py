@@ -8,7 +8,7 @@ from llorch.config_pools import PoolSpec
 from llorch.errors import Code
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
-from tests.pool_world import World, external, on_demand, refused, spec, started
+from tests.pool_world import World, external, of, on_demand, refused, spec, started
 
 R0 = ("p", "r0")
 

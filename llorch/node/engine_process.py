@@ -40,7 +40,7 @@ from llorch.node.listeners import Holder, holder, session
 from llorch.node.process_hold import ProcessHold
 
 SHIM = "llorch.node.engines.shim"
-ENGINE_MARK = "LLORCH_ENGINE"  # in the environment of an engine and of all that it starts: the name of its key file
+ENGINE_MARK = "STARTED_BY_LLORCH"  # in the environment of an engine and of all that it starts: the name of its key file
 START_WITHIN_S = 30.0  # for the shim, on the slowest of machines; the engine may take longer to load
 BACKSTOP_S = 10.0  # beyond the grace, for the shim to end what has not ended
 STUCK_S = 5.0  # after SIGKILL: what is still there is stuck in the kernel

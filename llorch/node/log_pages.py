@@ -20,7 +20,6 @@ from llorch.node.engines.shim_files import generations
 
 READ_BYTES = 128 * 1024  # of one log at once: a follower asks twice a second
 MAX_DIGITS = 20  # of a file's number, and of a place in it
-MOST_OFFSET = (1 << 63) - 1  # more than this no file has, and no file is asked for
 
 LATELY_S = 3600.0  # a replica that did not come up is gone from its pool, and why it did not is what is asked
 
@@ -69,7 +68,7 @@ def _places(after: str | None) -> dict[str, Place]:
         replica, _, place = part.partition("=")
         file, _, offset = place.partition(":")
         if file.isdecimal() and offset.isdecimal() and max(len(file), len(offset)) <= MAX_DIGITS:
-            places[replica] = (int(file), min(int(offset), MOST_OFFSET))
+            places[replica] = (int(file), int(offset))
     return places
 
 

@@ -91,7 +91,9 @@ class Machine:
         if self._uses_gpus(plan):
             there = fit.room(plan.spec.gpus, self.read(sorted(self._own)))
             size = self._peaks.peak(self._key(plan, model)) or self._need(plan, model, there.count).total
-            return bool(there.total_bytes) and engines * size <= there.free_bytes
+            with self._lock:
+                free_bytes = there.free_bytes - self._kept_for_others(None, frozenset(plan.spec.gpus or ()))
+            return bool(there.total_bytes) and engines * size <= free_bytes
         needed = self._need(plan, model, 0)
         return engines * needed.total <= self._read_ram().available_bytes
 
@@ -111,12 +113,14 @@ class Machine:
         peak = self._peaks.peak(self._key(plan, model))
         gpus = frozenset(plan.spec.gpus or ())
         with self._lock:
-            others = [what for other, what in self._reserved.items() if other is not start and what[0] & gpus]
-            free_bytes = max(0, room.free_bytes - sum(size for _, size in others))
+            free_bytes = max(0, room.free_bytes - self._kept_for_others(start, gpus))
             verdict = fit.judge(needed, peak, free_bytes, room.total_bytes, where=room.where)
             if verdict.fits:
                 self._reserved[start] = (gpus, peak or (needed.total if needed is not None else 0))
         return verdict
+
+    def _kept_for_others(self, start: object, gpus: frozenset[int]) -> int:
+        return sum(size for other, (theirs, size) in self._reserved.items() if other is not start and theirs & gpus)
 
     def _need(self, plan: Plan, model: LocalModel, gpus: int) -> fit.Need:
         spec = plan.spec

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llorch.messages import model_id_ok
+from llorch.node.pool_events import ReplicaState, Step, step
 from llorch.node.pool_models import EXTERNAL
 from llorch.node.replicas import MAX_WHY_CHARS, OPERATOR, Pool
 
@@ -49,3 +50,7 @@ def restore(pool: Pool, wish: Mapping[str, Any]) -> None:
         return
     if model_id_ok(model_id) and 0 < len(ref) <= MAX_REF_CHARS:
         pool.choices, pool.model = {model_id: ref}, model_id
+        pool.last_error = None
+        for replica in pool.own:  # that the settings' own model can't be used is nothing to this one
+            if replica.state is ReplicaState.FAILED:
+                replica.state = step(replica.state, Step.FORGIVEN)

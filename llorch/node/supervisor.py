@@ -381,12 +381,12 @@ class Supervisor:
         if why_not is not None:
             return why_not
         key = (identity.pool_id, identity.replica_id)
-        self._left[key] = (left, model)
         handoff = identity.handoff(plan, left)
         try:
             parse(handoff.file_name, render(handoff))
         except ValueError as error:
             return f"what was written down of it is not so: {error}"
+        self._left[key] = (left, model)
         actions = self.pools.handle(ev.Adopted(identity.model, identity.ref, handoff), self._clock())
         for action in actions:
             self._do(action)

@@ -153,6 +153,7 @@ async def test_a_crash_loop_fails_its_pool_with_the_reason_and_the_log_and_no_ot
     assert len(engines) == 11
 
 
+@pytest.mark.slow
 async def test_one_that_dies_at_every_task_fails_its_pool_and_its_words_are_not_quoted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -178,6 +179,7 @@ async def test_one_that_dies_at_every_task_fails_its_pool_and_its_words_are_not_
         ("time.sleep(0.1); os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV: loading"),
     ],
 )
+@pytest.mark.slow
 async def test_one_that_ends_while_it_loads_fails_its_pool(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, then: str, how: str
 ) -> None:
@@ -230,6 +232,7 @@ async def test_one_that_never_gets_ready_has_its_load_time_and_that_of_its_model
     ],
     ids=["accepts and never answers", "never listens"],
 )
+@pytest.mark.slow
 async def test_one_that_hangs_while_it_loads_is_killed_and_started_anew(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -241,13 +244,14 @@ async def test_one_that_hangs_while_it_loads_is_killed_and_started_anew(
     seen = Seen()
     with nothing_left(tmp_path, caplog) as engines:
         async with supervised(
-            tmp_path, command(*words), clock=hurried(), load_timeout_s=8.0, told=seen.told
+            tmp_path, command(*words), clock=hurried(), load_timeout_s=40.0, told=seen.told
         ) as supervisor:
             await until(lambda: seen.count("engine.ended") == 2)
-            assert error(supervisor) == f"it was not ready within 8 s: {why}"
+            assert error(supervisor) == f"it was not ready within 40 s: {why}"
     assert len(engines) in (2, 3)
 
 
+@pytest.mark.slow
 async def test_one_that_hangs_while_it_loads_and_ignores_sigterm_is_killed_after_the_grace(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -295,7 +299,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llorch.node.probing.HEALTH_TIMEOUT_S", 0.1)
 
 
-@pytest.mark.parametrize("fault", ["hang", "deaf"])
+@pytest.mark.parametrize("fault", ["deaf", pytest.param("hang", marks=pytest.mark.slow)])
 async def test_one_that_hangs_ends_its_tasks_is_drained_killed_and_comes_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, impatient: None, fault: str
 ) -> None:
@@ -322,6 +326,7 @@ async def test_one_that_hangs_ends_its_tasks_is_drained_killed_and_comes_back(
     assert len(engines) == 2
 
 
+@pytest.mark.slow
 async def test_one_that_has_gone_deaf_before_its_task_came_is_found_out_all_the_same(
     tmp_path: Path, impatient: None
 ) -> None:
@@ -342,14 +347,14 @@ async def test_one_that_has_gone_deaf_before_its_task_came_is_found_out_all_the_
 
 
 async def test_a_busy_one_whose_counters_move_is_never_restarted(tmp_path: Path, impatient: None) -> None:
-    """Five times as long as a stall, and nobody hears a byte of its answer before it is whole."""
+    """Four times as long as a stall, and nobody hears a byte of its answer before it is whole."""
     seen = Seen()
     slow = plan("--delay-ms", "60", "--tokens", "100")
-    async with supervised(tmp_path, slow, stall_timeout_s=0.5, told=seen.told) as supervisor:
+    async with supervised(tmp_path, slow, stall_timeout_s=0.4, told=seen.told) as supervisor:
         await until(lambda: ready(supervisor))
         first, began = pid_of(tmp_path), time.monotonic()
-        assert await answer(supervisor, "t", "go", tokens=42) == expected_text(42)
-        assert time.monotonic() - began > 2.4
+        assert await answer(supervisor, "t", "go", tokens=28) == expected_text(28)
+        assert time.monotonic() - began > 1.6
         assert ready(supervisor) and pid_of(tmp_path) == first
         assert seen.count("engine.stalled") == 0 and seen.ended == []
 
@@ -357,7 +362,10 @@ async def test_a_busy_one_whose_counters_move_is_never_restarted(tmp_path: Path,
 # ---------------------------------------------------------------- it will not end
 
 
-@pytest.mark.parametrize("wish", [ev.Unload("p"), ev.Restart("p")], ids=["unload", "restart"])
+@pytest.mark.parametrize(
+    "wish",
+    [pytest.param(ev.Unload("p"), id="unload"), pytest.param(ev.Restart("p"), id="restart", marks=pytest.mark.slow)],
+)
 async def test_one_that_ignores_sigterm_is_killed_after_the_grace_whoever_asks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, wish: ev.Event
 ) -> None:
@@ -396,6 +404,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.slow
 async def test_one_that_the_kernel_kills_for_memory_fails_its_pool_and_its_agent_lives(
     tmp_path: Path, version: int
 ) -> None:
@@ -414,6 +423,7 @@ async def test_one_that_the_kernel_kills_for_memory_fails_its_pool_and_its_agent
 # ---------------------------------------------------------------- a whole node
 
 
+@pytest.mark.slow
 async def test_a_node_with_a_pool_that_fails_and_one_that_hangs_stays_online_and_serves(tmp_path: Path) -> None:
     pools = [
         {"id": "bad", "engine": "simulated", "model": "b", "args": ["--no-such-flag"]},

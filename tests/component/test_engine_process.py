@@ -305,6 +305,7 @@ async def test_a_wait_that_is_given_up_ends_the_engine_at_once(tmp_path: Path) -
     engine = made(files, stop_grace_s=600.0)
     await engine.start(sh("trap '' TERM; echo ready; sleep 600"), os.environ)
     waiting = asyncio.ensure_future(engine.wait())
+    await asyncio.sleep(0)  # its first step: who is given up before that has not begun to wait
     await eventually(lambda: "ready" in engine.log_file.read_text())
     shim = shim_of(files)
     waiting.cancel()

@@ -95,6 +95,7 @@ async def test_outside_its_hours_a_pool_drains_and_ends_its_engine_and_comes_bac
         assert len(engines(node)) == 2 and now(node)["held"] == [] and now(node)["last_error"] is None
 
 
+@pytest.mark.slow
 async def test_a_pool_that_yields_stands_back_for_who_owns_the_gpu_and_comes_back(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     runtime = tmp_path / "data" / ".runtime"

@@ -376,6 +376,15 @@ async def test_its_journal_tells_what_became_of_each_request_by_the_name_in_its_
     assert aborted[:2] == ("aborted", None)
 
 
+async def test_the_last_word_of_its_journal_is_that_it_dies_as_it_was_told_to(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    async with simulated_process(tmp_path, "--journal", str(journal), "--obey") as engine:
+        with pytest.raises(aiohttp.ClientError):
+            await engine.whole(COMPLETIONS, prompt="#a!die@0 go", max_tokens=4)
+    steps = [json.loads(line)["step"] for line in journal.read_text().splitlines()]
+    assert steps == ["serving", "arrived", "dead"]
+
+
 async def test_one_that_obeys_has_the_fault_that_a_prompt_names(tmp_path: Path) -> None:
     async with simulated(tmp_path, "--obey") as engine:
         whole = await engine.events(COMPLETIONS, prompt="#a go", max_tokens=4)

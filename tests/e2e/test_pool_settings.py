@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from tests.cluster import Cluster, alive, eventually, expected_text, simulated
 from tests.component.test_supervisor import left, pid_of
 from tests.e2e.test_pool_operations import Load, pool_of
@@ -84,6 +86,7 @@ async def _refused(llorch: Cluster, model: str) -> bool:
     return status != 200
 
 
+@pytest.mark.slow
 async def test_a_change_that_can_not_be_made_whole_is_not_made_at_all(llorch: Cluster) -> None:
     """Broken YAML, an unknown engine, a model that is not there, a certificate that can't be used: each beside a change
     that is good."""
@@ -114,6 +117,7 @@ async def test_a_change_that_can_not_be_made_whole_is_not_made_at_all(llorch: Cl
     assert not alive(first)
 
 
+@pytest.mark.slow
 async def test_sighup_has_the_settings_read_again_though_no_file_of_theirs_changed(llorch: Cluster) -> None:
     await llorch.start_control()
     serves = simulated("p", "m", 2)

@@ -410,7 +410,7 @@ async def test_a_model_that_was_staged_is_served_and_is_not_removed_while_it_is(
         task = await llorch.complete("tale", 4)
         assert task["text"] and task["node_id"] == "b"
         code, _, err = await there.admin("model", "rm", "tale", "--nodes", "b")
-        assert code == 1 and "why: CONFLICT\n" in err and "a pool of this node uses tale" in err, err
+        assert code == 1 and "why: CONFLICT\n" in err and "a pool of this node has tale" in err, err
         assert (await llorch.complete("tale", 4))["text"]
         code, _, err = await there.admin("model", "rm", "tale", "--nodes", "a")
         assert code == 0, err

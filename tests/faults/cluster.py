@@ -207,7 +207,7 @@ class Broken:
             for line in whole.splitlines():
                 entry = json.loads(line)
                 self.recorder.add({"what": "engine", "pool": pool, **entry})
-                if entry["step"] == "serving":  # what the one before it ran died with it
+                if entry["step"] in ("serving", "dead"):  # what the one before it ran died with it
                     self.running = {name: where for name, where in self.running.items() if where != pool}
                 marker = entry.get("marker")
                 if marker is not None and entry["step"] == "arrived":

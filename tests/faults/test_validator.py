@@ -546,6 +546,17 @@ def test_an_overtaken_attempt_ends_soon_after_its_node_is_back(for_s: float, rul
     assert tale.wait(for_s).engine("aborted").rules() == rules
 
 
+@pytest.mark.parametrize(("dead", "rules"), [(True, []), (False, ["fence"])])
+def test_an_engine_that_dies_as_it_was_told_to_has_ended_all_that_it_ran(dead: bool, rules: list[str]) -> None:
+    """Its node lets it rest for a while: the next one serves long after."""
+    tale = Tale().task(model="odd", script="die@0").send().engine("arrived", "a/p1")
+    if dead:
+        tale.engine("dead", "a/p1", marker=None)
+    tale.engine("arrived", "a/p1", pid=12)
+    tale.answer().show(log(3, pool="a/p1", attempt=2)).engine("finished", "a/p1", pid=12).closed().over()
+    assert tale.wait(9.0).engine("serving", "a/p1", pid=13, marker=None).rules() == rules
+
+
 @pytest.mark.parametrize(("for_s", "rules"), [(0.5, []), (3.0, ["fence"])])
 def test_an_overtaken_attempt_ends_at_once_where_the_next_one_runs(for_s: float, rules: list[str]) -> None:
     tale = Tale().task().send().engine("arrived").fault("link.cut", "a").wait(0.5).engine("arrived")

@@ -79,6 +79,9 @@ class Facts:
                 for other in [key for key in open_ if key[0] == pool and key[1] != pid]:
                     for _, execution in open_.pop(other):
                         execution.end, execution.step = self._death(execution, at), "killed"
+            elif step == "dead":  # as it was told to, and long before the next one serves
+                for _, execution in open_.pop((pool, pid), []):
+                    execution.end, execution.step = at, "killed"
             elif marker is not None and step == "arrived":
                 execution = Execution(pool, pid, at)
                 open_[pool, pid].append((marker, execution))

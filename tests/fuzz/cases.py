@@ -223,6 +223,7 @@ class _Making:
                 return rng.choice(tuple(OPENAI))
             nodes = NODE_IDS[:3] if self.operation.method == "DELETE" and rng.random() < 0.95 else NODE_IDS
             known = {"node_id": nodes, "pool": ("p0", "p1", "x"), "model_id": MODELS, "token": ("aaaaaaaa", "default")}
+            known |= {"pool_id": known["pool"], "job": ("1", "aaaaaaaa", "stage")}
             return rng.choice((known | {"model": MODELS})[name])
         self.plain = False
         pick = rng.random()

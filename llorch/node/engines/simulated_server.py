@@ -243,6 +243,7 @@ async def break_off(request: web.Request, fault: Fault) -> None:
         await asyncio.sleep(0.001)
     await asyncio.sleep(0.001)  # uvloop writes at the end of a turn
     if fault is Fault.DIE:
+        engine.journal.note("dead")
         os._exit(1)
     if transport is not None:
         transport.close()

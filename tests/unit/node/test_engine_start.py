@@ -68,7 +68,7 @@ def test_what_nobody_wrote_is_no_engine_of_ours(meta: Any) -> None:
     assert identity_of(left(meta)) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     meta=st.dictionaries(
         st.sampled_from([*META, "version", "x"]),

@@ -36,6 +36,20 @@ def test_what_was_asked_is_asked_again_after_a_restart(tmp_path: Path) -> None:
     assert after.pool_report("p")["held"] == ["operator: new kernel"]
 
 
+def test_a_pool_that_serves_another_model_does_so_again_though_that_of_the_settings_is_gone() -> None:
+    spec = PoolSpec(id="p", engine="simulated", model="m")
+    wish = {"model": {"id": "other", "ref": "file:/other.gguf", "instead_of": "m"}}
+    made = Pools([Wanted(spec, {"m": "m"}, refusal="m can't be read")])
+    assert made.pool_report("p")["state"] == "failed"
+    made.restore({"pools": {"p": wish}})
+    (spawn,) = [action for action in made.handle(ev.Start(), 0.0) if isinstance(action, ev.Spawn)]
+    assert (spawn.model, spawn.ref) == ("other", "file:/other.gguf")
+    stays = Pools([Wanted(spec, {"m": "m"}, refusal="m can't be read")])
+    stays.restore({"pools": {"p": {"model": wish["model"] | {"instead_of": "another"}}}})
+    assert stays.pool_report("p")["last_error"] == "m can't be read"
+    assert not [action for action in stays.handle(ev.Start(), 0.0) if isinstance(action, ev.Spawn)]
+
+
 def test_no_file_is_no_wish(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert standing.read(tmp_path / "none.json") == {} and caplog.text == ""
 
@@ -89,7 +103,7 @@ WISH = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     wishes=st.fixed_dictionaries({"drained": JSON, "pools": JSON | st.fixed_dictionaries({"p": JSON | WISH})}) | JSON
 )

@@ -117,8 +117,8 @@ class Slots:
         if task_id not in self._held:
             return
         pool, replica, lease, breaker = self._held[task_id]
-        if replica.breaker is not breaker or replica.state is not ReplicaState.READY:
-            return  # its engine is gone, or has been replaced
+        if replica.breaker is not breaker or replica.state is not ReplicaState.READY or not pool.current(replica):
+            return  # its engine is gone, has been replaced, or stands by with another model
         if not failed:
             if breaker.succeeded(now, trial=lease.trial):
                 self._back(pool, replica, "its trial succeeded")
@@ -152,4 +152,4 @@ class Slots:
 
 
 def _ready(pool: Pool) -> list[Breaker]:
-    return [replica.breaker for replica in pool.replicas.values() if replica.state is ReplicaState.READY]
+    return [replica.breaker for replica in pool.serving]

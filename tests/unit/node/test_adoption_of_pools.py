@@ -210,6 +210,14 @@ def test_another_model_stays_until_the_settings_name_another(ref: str) -> None:
     assert world.pools.wishes()["pools"] == {}
 
 
+def test_another_model_is_tried_though_that_of_the_settings_can_not_be_used() -> None:
+    wishes = {"pools": {"p": {"model": {"id": "m2", "ref": "m2", "instead_of": "m"}}}}
+    pools = Pools([ev.Wanted(spec(), {"m": "m"}, "there is no such file")])
+    pools.restore(wishes)
+    assert pools.pool_report("p")["last_error"] is None
+    assert of(pools.handle(ev.Start(), 0.0), ev.Spawn) == [ev.Spawn("p", "r0", 1, "m2", "m2")]
+
+
 def test_holds_of_a_gpus_owner_or_of_hours_are_judged_anew() -> None:
     world = started(spec())
     world.do(ev.Hold("p", "owner", "a game"))

@@ -728,6 +728,22 @@ def test_a_handed_over_engine_is_not_used_for_a_model_that_it_does_not_have() ->
     assert world.report("p")["slots_total"] == 7, "5 of its own, 2 that are held on engines that go"
 
 
+def test_an_engine_that_stands_by_with_another_model_is_none_that_tasks_could_go_to() -> None:
+    world = started(spec())
+    hand_over(world)
+    old = [world.task("p") for _ in range(3)]
+    reload(world, beside=True)
+    world.settle()
+    task = world.task("p")
+    for task_id in [*old, task]:
+        assert task_id is not None
+        for _ in range(10):
+            world.pools.told(task_id, True, world.now)
+    world.time_passes(1.0)
+    assert [each["breaker"] for each in world.report("p")["replicas"] if each["state"] == "ready"] == ["closed"] * 2
+    assert world.task("p") is not None
+
+
 def test_a_pool_of_engines_of_others_can_only_be_drained() -> None:
     world = World()
     hand_over(world, "q")

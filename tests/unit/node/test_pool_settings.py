@@ -350,6 +350,11 @@ def test_a_node_has_room_for_new_names_of_engines_that_others_hand_over() -> Non
         world.pools.handle(ev.HandoffSeen(made), world.now)
         world.pools.handle(ev.HandoffGone(made.file_name), world.now)
     assert len(world.report("p")["replicas"]) == 256
+    for number in range(255):
+        world.pools.handle(ev.HandoffSeen(Handoff("p", "vllm", "http://127.0.0.1:6000", "m", f"y{number}")), world.now)
+    [note] = of(world.do(ev.HandoffSeen(Handoff("p", "vllm", "http://127.0.0.1:6000", "m", "z"))), ev.Note)
+    assert "256 replicas already" in note.reason
+    world.pools.handle(ev.HandoffGone("p-y7.json"), world.now)
     hand_over(world, replica="last")
     assert ("p", "last") in world.ready()
 

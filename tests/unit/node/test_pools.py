@@ -401,6 +401,35 @@ def test_measured_speeds_are_averaged() -> None:
     assert pools.pool_report("p")["prompt_tps"] is None
 
 
+# ---------------------------------------------------------------- what others ask
+
+
+def test_models_are_those_that_run_may_be_loaded_come_or_may_come_back() -> None:
+    on_demand = spec(id="d", model=None, models=("a",))
+    pools = Pools([ev.Wanted(spec(), {"m": "m"}), ev.Wanted(on_demand, {"a": "a"})])
+    bring_up(pools)
+    assert pools.models() == {"m", "a"}
+    pools.handle(ev.Reload("p", "m2", "m2"), 0)
+    assert pools.models() == {"m", "a", "m2"}, "it is fetched"
+    pools.handle(ev.Prepared("p", "m2", False), 0)
+    assert pools.models() == {"m", "a", "m2"}, "it may fail"
+    pools.handle(ev.Exited("p", "r0", 1, "", 0), 0)
+    assert pools.models() == {"m", "a", "m2"}
+    pools.handle(ev.Exited("p", "r0", 2, "", 0), 0)
+    assert pools.models() == {"m", "a"}, "it has failed"
+    assert pools.ref_of("p", "m") == "m" and pools.ref_of("p", "m2") is None and pools.ref_of("d", "a") == "a"
+
+
+def test_engines_are_known_by_their_processes_and_by_whether_tasks_are_there() -> None:
+    pools = pools_of(spec())
+    assert pools.pids() == [] and not pools.busy("p", "r0") and not pools.busy("p", "r1") and not pools.busy("q", "r0")
+    bring_up(pools)
+    offer(pools, foreign())
+    assert pools.pids() == [101]
+    pools.acquire("p", "t")
+    assert pools.busy("p", "r0")
+
+
 # ---------------------------------------------------------------- any order of events
 
 IDS = st.sampled_from(["r0", "r1", "x", "y"])

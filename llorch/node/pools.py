@@ -365,8 +365,7 @@ class Pools:
                 actions += self._operations.configure(old, each, now)
             elif old.leaves or (old.spec.engine == EXTERNAL) != (each.spec.engine == EXTERNAL):
                 self._after[pool_id] = each  # it comes back as another, once its engines have gone
-                if not old.leaves:
-                    actions += self._operations.remove(old, now)
+                actions += self._operations.remove(old, now)
             elif old.spec != each.spec:
                 actions += self._operations.configure(old, each, now)
         return actions

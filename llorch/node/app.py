@@ -42,6 +42,7 @@ from llorch.node.routes import routes
 from llorch.node.runner import Runner
 from llorch.node.signals import Stop
 from llorch.node.staging import Stager, StagingLimits
+from llorch.node.standing import Standing
 from llorch.node.state import NODE, Node
 from llorch.node.supervisor import Supervisor, Told
 from llorch.node.tasklog import Limits, TaskLogs
@@ -115,6 +116,7 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
         finally:
             await parts.runner.close()
             await parts.supervisor.close()
+            await parts.standing.settle()
             await members.close()
             await asyncio.gather(*(membership.leave() for membership in memberships))
     return 0
@@ -131,6 +133,7 @@ class _Parts:
     planner: Planner
     catalog: Catalog
     stager: Stager
+    standing: Standing
     metrics: NodeMetrics
 
     def __init__(self) -> None:
@@ -158,6 +161,7 @@ class _Parts:
         plans = await asyncio.to_thread(self.planner.plans, settings)
         self.pools = pools = Pools(plan.wanted for plan in plans)
         pools.restore(await asyncio.to_thread(standing.read, data_dir / WISHES))
+        self.standing = Standing(data_dir / WISHES)
         pools.subscribe(lambda _pool_id: self.changed())
         self.runner = Runner(
             node_id,
@@ -191,7 +195,7 @@ class _Parts:
             keep_engines=settings.keep_engines,
             engine_cidrs=settings.engine_cidr,
             poll_handoffs=settings.poll_handoffs,
-            told=_told(metrics, self.runner, data_dir / WISHES),
+            told=_told(metrics, self.runner, self.standing),
         )
         self.node = Node(
             node_id=node_id,
@@ -257,7 +261,7 @@ class _Parts:
             self.supervisor.configure(plans)
 
 
-def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
+def _told(metrics: NodeMetrics, runner: Runner, kept: Standing) -> Told:
     def seated(seat: ev.Seated) -> None:
         runner.seated(seat.task_id, seat.replica_id, seat.url, seat.api_key_file, trial=seat.trial)
 
@@ -265,7 +269,7 @@ def _told(metrics: NodeMetrics, runner: Runner, wishes: Path) -> Told:
         note=partial(_note, metrics, set()),
         seated=seated,
         end_tasks=lambda ended: runner.end(ended.task_ids, LlorchError(ended.code, ended.reason)),
-        wishes=partial(standing.write, wishes),
+        wishes=kept.changed,
         heard_at=runner.heard_at,
     )
 
@@ -328,6 +332,7 @@ async def _listen(settings: NodeSettings, access: Access, parts: _Parts, exits: 
 def _loops(guard: Guard, settings: NodeSettings, source: Source[NodeSettings], access: Access, parts: _Parts) -> None:
     guard.loop(parts.runner.sweep, "sweep")
     guard.loop(parts.refresh, "refresh")
+    guard.loop(parts.standing.step, "wishes")
     guard.spawn(parts.digest(), "digests")
     guard.loop(access.step, "access")
     reloader = Reloader(settings, source, LIVE, partial(parts.settle, access))

@@ -1,11 +1,12 @@
 """What operators asked of this node, kept on disk: a drained node stays drained when its agent is started again.
 
 Owns the file `<data>/wishes.json`. What is in it, and what it means, is `pools`. A file that can't be read is nobody's
-wish, and is said so; one that can't be written is tried again at the next change. Blocking, for one small file.
+wish, and is said so; one that can't be written is tried again until it can.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from llorch.logs import Log
 from llorch.messages import decode_object
 
 MAX_BYTES = 1024 * 1024  # 256 pools with their reasons are a tenth of it
+AGAIN_S = 10.0  # where the disk would not take them
 
 log = Log("node.standing")
 
@@ -43,8 +45,43 @@ def read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write(path: Path, wishes: dict[str, Any]) -> None:
+def write(path: Path, wishes: dict[str, Any]) -> bool:
+    """Whether they are on disk now."""
     try:
         whole_file.replace(path, json.dumps(wishes, indent=1).encode() + b"\n")
     except OSError as error:
         log.error("wishes.unwritten", file=path.name, reason=error.strerror, hint="a restart forgets them")
+        return False
+    return True
+
+
+class Standing:
+    """Keeps the last that it was told at `path`, beside the event loop: a disk may be slow, or full for a while."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._unwritten: dict[str, Any] | None = None
+        self._news = asyncio.Event()
+        self._writing = asyncio.Lock()
+
+    def changed(self, wishes: dict[str, Any]) -> None:
+        self._unwritten = wishes
+        self._news.set()
+
+    async def step(self) -> float:
+        """A step of a loop: wait for news, and write it."""
+        await self._news.wait()
+        return 0.0 if await self.settle() else AGAIN_S
+
+    async def settle(self) -> bool:
+        """Write what is not written yet. Whether all is."""
+        async with self._writing:
+            wishes = self._unwritten
+            if wishes is None:
+                return True
+            if not await asyncio.to_thread(write, self._path, wishes):
+                return False
+            if self._unwritten is wishes:
+                self._unwritten = None
+                self._news.clear()
+            return True

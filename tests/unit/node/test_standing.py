@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from llorch.node import pool_events as ev
 from llorch.node import standing
 from llorch.node.pool_events import Wanted
 from llorch.node.pools import Pools
+from llorch.tasks import Guard
 
 
 def pools(**changes: Any) -> Pools:
@@ -86,6 +90,46 @@ def test_a_place_that_can_not_be_written_is_told(tmp_path: Path, caplog: pytest.
     (tmp_path / "file").write_text("")
     standing.write(tmp_path / "file" / "wishes.json", {})
     assert "wishes.unwritten" in caplog.text and "a restart forgets them" in caplog.text
+
+
+async def test_what_the_disk_does_not_take_is_kept_until_it_does_and_only_the_last_of_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standing, "AGAIN_S", 0.01)
+    folder = tmp_path / "data"
+    folder.write_text("in the way")
+    kept = standing.Standing(folder / "wishes.json")
+    async with asyncio.timeout(10), guarded(kept.step):
+        kept.changed({"drained": "first"})
+        await asyncio.sleep(0.05)
+        kept.changed({"drained": "second"})
+        folder.unlink()
+        folder.mkdir()
+        while standing.read(folder / "wishes.json") != {"drained": "second"}:
+            await asyncio.sleep(0.01)
+        (folder / "wishes.json").unlink()
+        await asyncio.sleep(0.05)
+        assert not (folder / "wishes.json").exists()  # it is not written again for nothing
+
+
+async def test_what_is_told_while_it_is_written_is_written_too(tmp_path: Path) -> None:
+    kept = standing.Standing(tmp_path / "wishes.json")
+    kept.changed({"drained": "first"})
+    writing = asyncio.create_task(kept.settle())
+    await asyncio.sleep(0)
+    kept.changed({"drained": "second"})
+    assert await kept.settle() and await writing
+    assert standing.read(tmp_path / "wishes.json") == {"drained": "second"}
+
+
+@contextlib.asynccontextmanager
+async def guarded(step: Callable[[], Awaitable[float]]) -> AsyncIterator[None]:
+    guard = Guard("test")
+    guard.loop(step, "step")
+    try:
+        yield
+    finally:
+        await guard.close()
 
 
 JSON = st.recursive(

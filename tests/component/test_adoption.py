@@ -278,7 +278,7 @@ async def test_a_pid_file_that_is_none_is_no_engine(tmp_path: Path, raw: bytes) 
 @pytest.mark.parametrize("what", ["link", "pipe", "directory", "open to others", "another's"])
 async def test_a_pid_file_that_others_may_have_written_is_not_believed(tmp_path: Path, what: str) -> None:
     files = runtime(tmp_path)
-    engine = engine_process(files)
+    engine = engine_process(files, orphan_grace_s=60.0)  # for a shim, too, that file is nobody's
     await engine.start(python("import time; time.sleep(600)"), os.environ)
     try:
         path, elsewhere = files.pids / NAME, tmp_path / "elsewhere.json"

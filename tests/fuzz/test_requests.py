@@ -12,6 +12,7 @@ import pytest
 
 from tests.component.control_harness import TOKENS, LinkedNode, a_control, pool
 from tests.component.node_harness import SERVICE_TOKEN, node_between
+from tests.component.scripted_operations import operated
 from tests.fuzz import requests
 from tests.fuzz.cases import CANARY, Case, Cases, Credential
 from tests.fuzz.oracles import judge, judge_log, secrets_in
@@ -44,7 +45,8 @@ async def test_a_thousand_requests_break_neither_role(
             Credential.WRONG: secrets.token_hex(16),
         }
         urls = {"control": control.url, "node": setup.node.url}
-        await fire(urls, tokens, range(SLICE), SEED, findings)
+        async with operated(node):
+            await fire(urls, tokens, range(SLICE), SEED, findings)
         answering.cancel()
         await asyncio.gather(answering, return_exceptions=True)
     findings.wrong.pop("GET /metrics: 401 for who may ask this", None)  # the harness's node does not open its metrics

@@ -74,9 +74,10 @@ class Keys:
     @classmethod
     def read_or_make(cls, folder: Path) -> Keys:
         """Those there are; new ones only where there is no log yet. Two that come at once get the same."""
+        begun = next(_chain_folders(folder), None) is not None  # before the keys, which are made before any log
         for name, made in ((MAC_KEY, _new_mac_key), (SIGNING_KEY, _new_signing_key)):
             if not (folder / name).exists():
-                if next(_chain_folders(folder), None) is not None:
+                if begun:
                     raise ConfigError(f"{folder / name} is missing, and there is an audit log", hint=_RESTORE)
                 _make_private(folder / name, made())
         return cls.read(folder)

@@ -583,6 +583,29 @@ def test_keys_are_not_made_where_another_controls_could_be_written_over(
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_keys_that_another_control_makes_in_the_same_moment_are_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists, others = Path.exists, list[AuditLog]()
+
+    async def another() -> None:
+        others.append(AuditLog(tmp_path))
+        await others[0].start()
+        await others[0].close()
+
+    def looked_for(path: Path) -> bool:
+        there = exists(path)
+        if path.name == "mac.key" and not others:
+            asyncio.run(another())
+        return there
+
+    monkeypatch.setattr(Path, "exists", looked_for)
+    log = AuditLog(tmp_path)
+    await log.start()
+    await log.close()
+    assert len(others) == 1
+
+
 async def test_two_controls_on_one_data_directory_have_a_chain_each_and_the_same_keys(tmp_path: Path) -> None:
     made = [AuditLog(tmp_path) for _ in range(3)]
     await asyncio.gather(*(log.start() for log in made))

@@ -271,6 +271,7 @@ async def test_a_token_that_is_cut_off_is_told_before_anybody_is_asked(llorch: C
 # ---------------------------------------------------------------- several controls
 
 
+@pytest.mark.slow
 async def test_two_controls_trust_the_same_nodes_and_honour_the_same_tokens_and_revocations(llorch: Cluster) -> None:
     """The second one has what `certs export` wrote, and later what has changed since."""
     first = await start_control(llorch)

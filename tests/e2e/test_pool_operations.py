@@ -75,6 +75,7 @@ async def test_a_drain_under_load_fails_no_task_and_outlives_the_agent(llorch: C
     await load.end()
 
 
+@pytest.mark.slow
 async def test_a_pool_is_drained_restarted_unloaded_and_loaded_under_load_and_no_task_fails(llorch: Cluster) -> None:
     await llorch.start_control()
     pool = simulated("p0", "sim", 4, "--delay-ms", "5")
@@ -106,6 +107,7 @@ async def test_a_reload_to_a_broken_model_leaves_the_old_one_serving(llorch: Clu
     assert (await llorch.complete("demo", 4))["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.llama
 async def test_a_reload_to_another_model_serves_the_old_one_until_the_new_one_is_proven(llorch: Cluster) -> None:
     import shutil

@@ -50,6 +50,7 @@ class Settings:
         await eventually(look, within_s=20.0)
 
 
+@pytest.mark.slow
 async def test_a_changed_pool_restarts_a_removed_one_ends_after_its_tasks_and_no_other_notices(llorch: Cluster) -> None:
     await llorch.start_control()
     keeps, changes = simulated("keeps", "k", 2), simulated("changes", "c", 2)

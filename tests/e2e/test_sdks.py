@@ -165,6 +165,7 @@ async def test_an_engine_that_breaks_off_is_an_api_error_after_what_it_said(clie
     assert caught.value.code == "ENGINE_FAILED"
 
 
+@pytest.mark.slow
 @pytest.mark.llama
 async def test_the_sdks_reach_real_llama_cpp(tmp_path: Path) -> None:
     import anthropic

@@ -324,6 +324,7 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True, capture_output=True, timeout=10)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 async def test_a_disk_that_becomes_full_keeps_what_came_and_the_pools_beside_it_serve_on(llorch: Cluster) -> None:
     size, beside = 12_000_000, 14_000_000
@@ -376,6 +377,7 @@ async def test_a_model_that_does_not_fit_is_refused_before_its_first_byte_with_t
         assert (await llorch.complete(tokens=4))["text"] == expected_text(4)
 
 
+@pytest.mark.slow
 async def test_an_origin_that_sends_something_else_to_the_second_node_is_found_out(llorch: Cluster) -> None:
     """The first one has no address, so the second asks the origin, too; it is told what the first one has."""
     async with place(llorch) as there:
@@ -396,6 +398,7 @@ async def test_an_origin_that_sends_something_else_to_the_second_node_is_found_o
         assert there.digest("b", "big") == digest
 
 
+@pytest.mark.slow
 @pytest.mark.llama
 @pytest.mark.timeout(90)
 async def test_a_model_that_was_staged_is_served_and_is_not_removed_while_it_is(llorch: Cluster) -> None:

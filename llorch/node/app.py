@@ -158,9 +158,10 @@ class _Parts:
         exits.callback(self.machine.close)
         gpus = await asyncio.to_thread(self.machine.read)
         self.planner = Planner(settings, self.catalog, frozenset(gpu.index for gpu in gpus))
-        plans = await asyncio.to_thread(self.planner.plans, settings)
+        wishes = await asyncio.to_thread(standing.read, data_dir / WISHES)
+        plans = await asyncio.to_thread(self.planner.plans, settings, standing.pools(wishes))
         self.pools = pools = Pools(plan.wanted for plan in plans)
-        pools.restore(await asyncio.to_thread(standing.read, data_dir / WISHES))
+        pools.restore(wishes)
         self.standing = Standing(data_dir / WISHES)
         pools.subscribe(lambda _pool_id: self.changed())
         self.runner = Runner(

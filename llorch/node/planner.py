@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Collection
 
 from llorch.config import NodeSettings
 from llorch.config_pools import PoolSpec
@@ -30,8 +31,10 @@ class Planner:
         self._gpus = gpus
         self._specs: tuple[PoolSpec, ...] = ()
 
-    def plans(self, settings: NodeSettings) -> list[Plan]:
-        """At the start. Raises ConfigError if there are pools and none can be planned."""
+    def plans(self, settings: NodeSettings, wished: Collection[str] = ()) -> list[Plan]:
+        """At the start. Raises ConfigError if there are pools and none can be planned; but for those of `wished`, where
+        an operator asked for something else than the settings say.
+        """
         self._specs = tuple(settings.effective_pools())
         facts = self._facts(self._specs)
         plans: list[Plan] = []
@@ -42,7 +45,7 @@ class Planner:
             except ConfigError as error:
                 errors.append(error)
                 plans.append(refused(spec, error))
-        if errors and len(errors) == len(plans):
+        if errors and len(errors) == len(plans) and not any(spec.id in wished for spec in self._specs):
             raise errors[0]
         for refusal in errors:
             log.error("pool.refused", reason=refusal.message, hint=refusal.hint)

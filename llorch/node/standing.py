@@ -7,10 +7,12 @@ wish, and is said so; one that can't be written is tried again until it can.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,12 @@ def read(path: Path) -> dict[str, Any]:
         return {}
 
 
+def pools(wishes: Mapping[str, Any]) -> frozenset[str]:
+    """The pools of which something is asked."""
+    found = wishes.get("pools")
+    return frozenset(found) if isinstance(found, Mapping) else frozenset()
+
+
 def write(path: Path, wishes: dict[str, Any]) -> bool:
     """Whether they are on disk now."""
     try:
@@ -71,17 +79,19 @@ class Standing:
     async def step(self) -> float:
         """A step of a loop: wait for news, and write it."""
         await self._news.wait()
-        return 0.0 if await self.settle() else AGAIN_S
+        self._news.clear()
+        if not await self.settle():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), AGAIN_S)
+            self._news.set()
+        return 0.0
 
     async def settle(self) -> bool:
         """Write what is not written yet. Whether all is."""
         async with self._writing:
             wishes = self._unwritten
-            if wishes is None:
-                return True
-            if not await asyncio.to_thread(write, self._path, wishes):
+            if wishes is not None and not await asyncio.to_thread(write, self._path, wishes):
                 return False
             if self._unwritten is wishes:
                 self._unwritten = None
-                self._news.clear()
             return True

@@ -336,8 +336,8 @@ async def test_a_full_disk_fails_starts_with_the_reason_and_loses_no_engine(tmp_
             await call("POST", "/v2/pools/other/load", {})
             await eventually(lambda: pool_now(node.control, "other").get("ready"), within_s=20.0)
             await call("POST", f"/v2/pools/{POOL}/drain", {"reason": "room again"})
-        kept = standing.read(tmp_path / "data" / "wishes.json")
-        assert kept["pools"] == {POOL: {"drained": "room again"}}
+            path = tmp_path / "data" / "wishes.json"
+            await eventually(lambda: standing.read(path).get("pools") == {POOL: {"drained": "room again"}})
         assert not any("Traceback" in line for line in node.said)
 
 
@@ -390,3 +390,15 @@ async def test_a_node_whose_own_files_are_hostile_is_up_and_says_which(tmp_path:
             assert "wishes.unread file=wishes.json" in said
             await serves(node, "demo", "bad")
         assert "Traceback" not in said and not (tmp_path / "etc").exists()
+
+
+async def test_what_an_operator_gave_a_pool_is_served_though_the_settings_model_is_gone(tmp_path: Path) -> None:
+    gone = f"file:{tmp_path}/gone.gguf"
+    data = tmp_path / "data"
+    data.mkdir(mode=0o700)
+    wish = {"model": {"id": "demo", "ref": "demo", "instead_of": gone}}
+    (data / "wishes.json").write_text(json.dumps({"drained": None, "pools": {POOL: wish}}))
+    pools = [{"id": POOL, "engine": "llamacpp", "model": gone, "args": []}]
+    async with node_process(tmp_path, pools=pools, allow_cpu=True) as node:
+        await serves(node, "demo")
+        assert any("pool.refused" in line and "gone.gguf" in line for line in node.said)

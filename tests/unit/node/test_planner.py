@@ -59,6 +59,10 @@ def test_at_the_start_a_node_without_one_good_pool_is_refused(tmp_path: Path) ->
     made, given = planner(bad(tmp_path))
     with pytest.raises(ConfigError, match="not a usable GGUF"):
         made.plans(given)
+    with pytest.raises(ConfigError, match="not a usable GGUF"):
+        made.plans(given, {"another"})
+    [listed] = made.plans(given, {"bad"})
+    assert listed.refusal is not None, "an operator may have given it another model"
     made, given = planner()
     assert made.plans(given) == [], "one without pools is not"
 

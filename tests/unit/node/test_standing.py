@@ -112,6 +112,20 @@ async def test_what_the_disk_does_not_take_is_kept_until_it_does_and_only_the_la
         assert not (folder / "wishes.json").exists()  # it is not written again for nothing
 
 
+async def test_news_does_not_wait_for_the_next_try_of_what_failed(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.write_text("in the way")
+    kept = standing.Standing(folder / "wishes.json")
+    async with asyncio.timeout(5), guarded(kept.step):  # half of what it would wait
+        kept.changed({"drained": "first"})
+        await asyncio.sleep(0.05)
+        folder.unlink()
+        folder.mkdir()
+        kept.changed({"drained": "second"})
+        while standing.read(folder / "wishes.json") != {"drained": "second"}:
+            await asyncio.sleep(0.01)
+
+
 async def test_what_is_told_while_it_is_written_is_written_too(tmp_path: Path) -> None:
     kept = standing.Standing(tmp_path / "wishes.json")
     kept.changed({"drained": "first"})

@@ -332,10 +332,6 @@ class Catalog:
                 Code.CONFLICT, f"a pool of this node has {model}", hint="take it out of the node's settings first"
             )
 
-    def remove(self, model: str) -> None:
-        self.check_removable(model)
-        self.forget(model)
-
     def close(self) -> None:
         self._closed.set()
 

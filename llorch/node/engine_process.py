@@ -215,10 +215,6 @@ class EngineProcess:
             shim_files.replace(path, content | dict(fields))
             return True
 
-    def note(self, meta: Mapping[str, object]) -> None:
-        """Replace what the next agent is told of this engine. Raises OSError."""
-        self._change({"meta": dict(meta)})
-
     # ------------------------------------------------------------ its port
 
     async def port_holder(self) -> Holder:

@@ -45,6 +45,11 @@ def test_a_closed_catalog_gives_up_its_digests() -> None:
     assert not catalog.digest_all() and catalog.report()[0].sha256 is None
 
 
+def remove(catalog: Catalog, model: str) -> None:
+    catalog.check_removable(model)
+    catalog.forget(model)
+
+
 def split_model(folder: Path) -> list[Path]:
     """A model in two files as its writer makes them: only the first one describes it."""
     writer = gguf.GGUFWriter(folder / "big.gguf", "llama", split_max_tensors=2)
@@ -173,7 +178,7 @@ def test_a_symbolic_link_among_staged_files_is_not_followed(tmp_path: Path) -> N
     assert catalog.look("m") is None
     entry = catalog.get("m")
     assert entry is not None and "symbolic link" in str(entry.error)
-    catalog.remove("m")
+    remove(catalog, "m")
     assert outside.exists() and not folder.exists()
 
 
@@ -184,13 +189,13 @@ def test_a_model_in_use_is_not_removed_and_somebodys_own_file_never(tmp_path: Pa
     catalog = Catalog(tmp_path / "data", in_use=lambda: used)
     catalog.find(f"file:{path}")
     with pytest.raises(LlorchError) as refused:
-        catalog.remove("own")
+        remove(catalog, "own")
     assert refused.value.code is Code.CONFLICT
     used.clear()
-    catalog.remove("own")
+    remove(catalog, "own")
     assert path.exists() and catalog.report() == []
     with pytest.raises(LlorchError, match="not in this node's catalog"):
-        catalog.remove("own")
+        remove(catalog, "own")
 
 
 def test_a_file_that_was_damaged_is_found_by_verifying_and_its_model_fails(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ from tests.fuzz.values import Pairs, anything, from_schema, text, write
 CANARY = "a prompt that nobody logs 8f2e"  # in the content of tasks, and so in no log
 TASK_IDS = tuple(f"00000000-0000-0000-0000-{number:012x}" for number in range(16))  # as the schemas' strings, too
 NODE_IDS = ("fz-a", "fz-b", "fz-c", "n0")
-MODELS = ("sim", "broken", "hostile", "hostile", "fz-m", "none")
+POOLS = ("p0", "p1", "x")
+SPARE = "p2"  # what drains, unloads and reloads pools is for this one, or no task would be served for long
+MODELS = ("sim", "broken", "hostile", "hostile", "fz-m", "none", "demo")
+REFS = ("demo", "demo", "demo", "sim", "hf:org/repo:Q4_K_M", "https://127.0.0.1:1/a.gguf", "file:/nowhere/a.gguf")
 OPENAI = {
     "chat/completions": {"model": "sim", "messages": [{"role": "user", "content": CANARY}], "stream": True},
     "completions": {"model": "sim", "prompt": CANARY, "max_tokens": 3},
@@ -221,10 +224,13 @@ class _Making:
                 return rng.choice(TASK_IDS)
             if name == "path":
                 return rng.choice(tuple(OPENAI))
-            nodes = NODE_IDS[:3] if self.operation.method == "DELETE" and rng.random() < 0.95 else NODE_IDS
-            known = {"node_id": nodes, "pool": ("p0", "p1", "x"), "model_id": MODELS, "token": ("aaaaaaaa", "default")}
-            known |= {"pool_id": known["pool"], "job": ("1", "aaaaaaaa", "stage")}
-            return rng.choice((known | {"model": MODELS})[name])
+            path, spared = self.operation.path, rng.random() < 0.95
+            ends = (self.operation.method == "DELETE" and path == "/v2/nodes/{node_id}") or path.endswith("_id}/drain")
+            operates = self.operation.method == "POST" and not path.endswith("/infer")
+            pools = (SPARE,) if operates and spared else POOLS
+            known = {"node_id": NODE_IDS[:3] if ends and spared else NODE_IDS, "pool": pools, "pool_id": pools}
+            known |= {"model_id": MODELS, "model": MODELS, "token": ("aaaaaaaa", "default")}
+            return rng.choice((known | {"job": ("1", "aaaaaaaa", "stage")})[name])
         self.plain = False
         pick = rng.random()
         if pick < 0.7:
@@ -323,6 +329,13 @@ class _Making:
         if path == "/v1/{path}" or (path.endswith("/infer") and rng.random() < 0.5):
             return write({**rng.choice(tuple(OPENAI.values())), "model": rng.choice(("sim", "sim", *MODELS))})
         schema = self.operation.schema
+        if path == "/v2/catalog/stage" and rng.random() < 0.6:
+            ref = {"ref" if self.operation.role == "node" else "model": rng.choice(REFS)}
+            return write(
+                ref if self.operation.role == "node" else ref | {"nodes": rng.choice(("all", ["n0"], ["fz-a"]))}
+            )
+        if path == "/v2/catalog/verify" and rng.random() < 0.6:
+            return write(rng.choice(({}, {"model": "demo"}, {"nodes": ["n0"]})))
         if path.endswith("/infer"):
             return write({"model": "sim", "prompt": CANARY, "max_tokens": rng.randrange(1, 5)})
         if schema is None:

@@ -308,9 +308,16 @@ def limit_send_buffer(request: web.Request) -> None:
     """For streams: a reader that stalls holds little memory, in the kernel and here."""
     if request.transport is not None:
         request.transport.set_write_buffer_limits(high=STREAM_WRITE_BUFFER_BYTES)
-        sock = request.transport.get_extra_info("socket")
+        bound_kernel_buffer(request.transport, socket.SO_SNDBUF, STREAM_SEND_BUFFER_BYTES)
+
+
+def bound_kernel_buffer(transport: asyncio.BaseTransport, which: int, most_bytes: int) -> None:
+    """What the kernel keeps for a connection: `which` is SO_SNDBUF or SO_RCVBUF. Never raises: one whose peer has just
+    gone has no socket any more (with TLS), or one that takes no option; who writes to it learns that."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
         with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, which, most_bytes)
 
 
 async def drained(request: web.Request) -> None:

@@ -26,7 +26,7 @@ from llorch.node.staging import Stager
 from llorch.node.staging_http import PEER_WINDOW_BYTES
 from llorch.node.state import NODE, Node
 from llorch.private import stamp
-from llorch.web import PRINCIPAL, Route, json_response
+from llorch.web import PRINCIPAL, Route, bound_kernel_buffer, json_response
 from llorch.wishes import StageOrder
 
 CHUNK_BYTES = 1024 * 1024  # read at once
@@ -155,8 +155,7 @@ async def _send(request: web.Request, stager: Stager, entry: Entry, place: int, 
         raise LlorchError(Code.CONFLICT, f"{entry.id} can't be read here: {error.strerror}", hint="verify it") from None
     try:
         if request.transport is not None:
-            connection = request.transport.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PEER_WINDOW_BYTES)
+            bound_kernel_buffer(request.transport, socket.SO_SNDBUF, PEER_WINDOW_BYTES)
         await response.prepare(request)
         log.info("blob.asked", model=entry.id, to=request[PRINCIPAL].name, offset=start, bytes=end - start)
         while start < end:

@@ -31,6 +31,7 @@ from llorch.node.catalog_file import PartialState
 from llorch.node.engines.gguf import MAGIC
 from llorch.node.staging_partial import Partial
 from llorch.reach import why_unreachable
+from llorch.web import bound_kernel_buffer
 
 BATCH_BYTES = 1024 * 1024  # handed to the disk at once; the next is read meanwhile
 MAX_REDIRECTS = 5
@@ -293,8 +294,7 @@ class Download:
         """Read and write at once: one batch is on its way to the disk while the next one comes."""
         partial, batch = self._partial, bytearray()
         if self._remote.peer and response.connection is not None and response.connection.transport is not None:
-            connection = response.connection.transport.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PEER_WINDOW_BYTES)
+            bound_kernel_buffer(response.connection.transport, socket.SO_RCVBUF, PEER_WINDOW_BYTES)
         left = (partial.state.size_bytes if partial.state is not None else 0) - partial.length
         writing: asyncio.Future[None] | None = None
         window_ends, in_window = time.monotonic() + SLOW_WINDOW_S, 0

@@ -10,9 +10,11 @@ import json
 import logging
 import secrets
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -25,6 +27,7 @@ from llorch.doors import Doors
 from llorch.errors import ConfigError
 from llorch.listen import Server
 from llorch.web import Gate, Route
+from tests.certificates import certificate
 from tests.cluster import eventually
 
 TOKEN = secrets.token_hex(16)
@@ -413,6 +416,27 @@ async def test_a_body_is_asked_for_only_of_those_who_may_send_it() -> None:
 
 
 # ---------------------------------------------------------------- streams
+
+
+async def test_the_buffer_of_a_connection_that_has_just_gone_is_nobodys_to_bound(tmp_path: Path) -> None:
+    """A transport of asyncio's with TLS keeps its socket for itself once its peer has gone, and one that serves a
+    stream learns of that later."""
+    cert, key = certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    accepted: asyncio.Future[asyncio.Transport] = asyncio.get_running_loop().create_future()
+    server = await asyncio.start_server(
+        lambda _reader, writer: accepted.set_result(writer.transport), "127.0.0.1", 0, ssl=context
+    )
+    async with server:
+        trusting = ssl.create_default_context(cafile=str(cert))
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), ssl=trusting)
+        transport = await accepted
+        web.bound_kernel_buffer(transport, socket.SO_SNDBUF, 8_192)
+        assert transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * 8_192
+        writer.transport.abort()
+        await eventually(lambda: transport.get_extra_info("socket") is None)
+        web.bound_kernel_buffer(transport, socket.SO_SNDBUF, 8_192)
 
 
 async def test_a_reader_that_stalls_holds_little_memory() -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import re
 import shutil
 import signal
 import time
@@ -40,6 +41,7 @@ SETTLE_S = 30.0
 QUIET_WITHIN_S = 15.0
 CLIENT_LOOKS_S = 12.0  # how long a LlorchClient looks for its task; by itself it does for a minute
 LASTING_DEGREE = 0.85  # a half-open link this bad is left for its ends to find out, which takes pings 20 s
+_STAMPED = re.compile(r"\d{4}-\d\d-\d\dT\S+ ([A-Z]+) ")  # how a line of a role's log begins
 MOST_ENGINE_KILLS = 3  # of one pool, per life of its node: its node gives an engine up after five
 
 
@@ -339,6 +341,21 @@ def _struck(folder: Path) -> list[str]:
     return [line for text in logs for line in text.splitlines() if "node.struck" in line]
 
 
+def bugs_logged(folder: Path) -> list[str]:
+    """Every line with which a role logged a bug of its own, and which exception it was."""
+    found: list[str] = []
+    for path in sorted(folder.glob("*.log")):
+        told = ""
+        for line in path.read_text(errors="replace").splitlines():
+            stamped = _STAMPED.match(line)
+            if stamped is None and told:  # its traceback, whose last line names the exception
+                if not line.startswith(" "):
+                    found.append(f"{path.name}: {told}: {line}")
+            else:
+                told = line if stamped and stamped[1] == "ERROR" else ""
+    return found
+
+
 async def run(plan: Plan, folder: Path, make: type[Broken] = Broken, tls_ca: str | None = None) -> list[Entry]:
     """A run in `folder`, where its logs and its `history.jsonl` stay. Returns the history.
 
@@ -360,6 +377,8 @@ async def run(plan: Plan, folder: Path, make: type[Broken] = Broken, tls_ca: str
                 await broken.close()
         for line in _struck(folder):
             recorder.note("struck", line=line)
+        for line in bugs_logged(folder):
+            recorder.note("bug", line=line)
     finally:
         recorder.close()
     return sorted(recorder.entries, key=lambda entry: entry["at"])

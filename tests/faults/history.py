@@ -24,6 +24,8 @@ all processes read alike, so that an engine's own lines fit among those of the c
     stopped  no new task from here on
     calm     every fault is healed
     final    what is left when all is over: pools as in a sample, queued, tasks, engines {pool: processes}
+    struck   line: a control took a node for one that lies, in its log's words
+    bug      line: a role logged a bug of its own
     ended    asked, left {pid: argv}: engines without an agent that were told to end, and what did not
 """
 

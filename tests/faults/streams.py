@@ -128,7 +128,8 @@ class _Log:
         if event["kind"] == "error":
             case = Case(story, self.facts, event["at"], story.output_at() is not None)
             if not explained(word, case):
-                yield self._bad("unexplained error", event, f"{word} ({'with' if case.output else 'without'} output)")
+                how = f"{word} ({'with' if case.output else 'without'} output): {data.get('message')}"
+                yield self._bad("unexplained error", event, how)
             return
         shown = self.next_token.get(last)
         if word in FINISHED and shown != story.ask["tokens"]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults.harness import bugs_logged
 from tests.faults.tale import POOLS, WHOLE, Tale, log, text
 from tests.faults.validator import judge
 
@@ -687,3 +689,19 @@ def test_a_run_in_which_most_tasks_fail_is_invalid() -> None:
 
 def test_an_honest_node_is_never_struck() -> None:
     assert Tale().whole().note("struck", line="node.struck node_id=a kind=false_slots").rules() == ["struck"]
+
+
+def test_no_role_logs_a_bug_of_its_own() -> None:
+    assert Tale().whole().note("bug", line="a.log: ERROR task.fault: KeyError").rules() == ["bug"]
+
+
+def test_what_a_role_logs_of_its_own_bugs_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a-1.log").write_text(
+        "2026-11-30T07:00:00.000Z WARNING reader.lost task_id=t\n"
+        "2026-11-30T07:00:01.000Z ERROR engine.gone node_id=a\n"  # an error, and no bug: it has no traceback
+        "2026-11-30T07:00:02.000Z ERROR task.fault task_id=t\n"
+        '  File "llorch/control/dispatch.py", line 1, in run\n    run()\nKeyError\n'
+        "2026-11-30T07:00:03.000Z INFO task.ended task_id=t\n"
+    )
+    found = ["a-1.log: 2026-11-30T07:00:02.000Z ERROR task.fault task_id=t: KeyError"]
+    assert bugs_logged(tmp_path) == found

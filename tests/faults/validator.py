@@ -6,6 +6,7 @@ executions    here: one that is seen, none after a replay, none beside another, 
 time          here: cancels and readers that leave free their slots; every task ends once all is healed
 engines       here: those of an agent that went are taken over or end with it, as its life has it
 what is left  here: no claim, no slot, no waiter, no process
+logs          here: no role logged a bug of its own, none took another for a liar
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def judge(history: Sequence[dict[str, Any]]) -> Verdict:
     verdict.violations += _engines(facts, entries, verdict.engines)
     verdict.violations += _what_is_left(facts, entries)
     verdict.violations += (
-        Violation("struck", None, entry["at"], entry["line"]) for entry in entries if entry["what"] == "struck"
+        Violation(entry["what"], None, entry["at"], entry["line"])
+        for entry in entries
+        if entry["what"] in ("struck", "bug")
     )
     verdict.violations.sort(key=lambda violation: violation.at)
     _count(verdict, told, facts, entries)

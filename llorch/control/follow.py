@@ -56,7 +56,7 @@ async def _follow(
     if task is not None and task.owner != mine.owner:
         task = None  # another's, under an id that both chose
     if task is not None and _control_ended(task, offset):
-        return await _last_word(mine, task, answer)
+        return await _last_word(mine, task, answer, offset)
     known = control.registry.task(mine.task_id)
     mine.node_id, mine.pool_id, mine.attempt = _place_of(task, known)
     beyond = known is not None and known[1].state == "sealed" and known[1].offset < offset
@@ -64,7 +64,8 @@ async def _follow(
         _check_attempt(control, task, offset, attempt, beyond)
     left = False
     try:
-        patience_s = 0.0 if task is not None and _failed_here(task) else None
+        # What failed with its node has no log to wait for; what its engine failed has, and its node is soon back.
+        patience_s = 0.0 if task is not None and _failed_here(task) and task.tail is None else None
         async with control.dispatcher.attached(mine.node_id, mine, offset, patience_s=patience_s) as reader:
             return await _relay(mine, reader, answer, offset)
     except LlorchError as error:
@@ -74,7 +75,7 @@ async def _follow(
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(audience.gone.wait(), END_WITHIN_S)
         if task is not None and _failed_here(task):
-            return await _last_word(mine, task, answer)  # what is missing went with its node
+            return await _last_word(mine, task, answer, offset)  # what is missing went with its node
         if answer.committed and isinstance(answer, NativeStream):
             return answer.broken_off()
         raise
@@ -115,14 +116,21 @@ def _failed_here(task: Task) -> bool:
     return task.ended and not task.abandoned and task.error is not None
 
 
-async def _last_word(mine: Task, task: Task, answer: Answer) -> web.StreamResponse:
+async def _last_word(mine: Task, task: Task, answer: Answer, offset: int) -> web.StreamResponse:
     """The end that the task has, to one who reads it again."""
     if task.stopped:
         raise ShuttingDown
+    if offset and task.tail is not None and task.tail.length == offset and not answer.committed:
+        return _nothing_more(mine)
     mine.node_id, mine.pool_id, mine.attempt = task.node_id, task.pool_id, task.attempt
     if task.tail is not None and task.tail.length == 0:
         return await answer.ended(task.tail)
     return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
+
+
+def _nothing_more(mine: Task) -> web.Response:
+    """To one who has seen the end."""
+    return web.Response(status=204, headers={"X-Llorch-Task": mine.task_id})
 
 
 def _check_attempt(control: Control, task: Task | None, offset: int, wanted: int | None, beyond: bool) -> None:
@@ -163,7 +171,7 @@ async def _relay(mine: Task, reader: LogReader, answer: Answer, offset: int) -> 
             mine.enter(State.PLACED)
             mine.end(item, None)
             if offset and item.length == offset and not answer.committed:
-                return web.Response(status=204, headers={"X-Llorch-Task": mine.task_id})
+                return _nothing_more(mine)
             return await answer.ended(item)
         elif isinstance(item, Refused):
             raise item.error

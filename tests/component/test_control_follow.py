@@ -15,6 +15,7 @@ from tests.component.control_harness import (
     LinkedNode,
     Stream,
     a_control,
+    error_wire,
     eventually,
     look_often,
     lost_soon,
@@ -323,6 +324,39 @@ async def test_a_reader_of_a_task_that_went_with_its_node_is_told_how_it_ended(m
         again = await control.ask("GET", f"/v2/tasks/{attempt.task_id}/events").answer()
         assert (again.status, again.names) == (200, ["error"])
         assert again.events[0][1]["code"] == "NODE_LOST"
+
+
+async def test_a_failed_task_whose_link_is_away_for_a_moment_is_shown_as_its_log_has_it() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        attempt = (await node.asked()).begin().say("one")
+        attempt.fail()
+        assert (await asking.answer()).names[-1] == "error"
+        await node.cut()
+        again = control.events(attempt.task_id)
+        await control.get("/v2/nodes")  # it has asked by now, and the node can't be read
+        assert (await node.open_link())[0] == 101
+        reader = await node.reader()
+        reader.accept().head().data(attempt.log).tail(error=error_wire(Code.ENGINE_FAILED))
+        answer = await again.answer()
+        assert (answer.status, answer.said, answer.terminals) == (200, "one", ["error"])
+        assert answer.raw == attempt.log
+
+
+async def test_one_who_has_seen_the_end_of_a_failed_task_is_told_so_also_without_its_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost_soon(monkeypatch)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.submit()
+        attempt = (await node.asked()).begin().say("one")
+        attempt.fail()
+        await asking.answer()
+        await node.cut()
+        answer = await control.events(attempt.task_id, after=f"{len(attempt.log):x}").answer()
+        assert (answer.status, answer.raw) == (204, b"")
 
 
 async def test_a_node_that_sends_no_proper_events_is_a_failed_engine_not_a_fault_of_the_control() -> None:

@@ -88,6 +88,12 @@ class Story:
                     found = f"{event['data'].get('node_id')}/{event['data'].get('pool_id')}"
         return found
 
+    def shown_from(self) -> set[str]:
+        """Every pool whose output was seen."""
+        seen = {conn.pool for conn in self.conns if conn.pool and (conn.events or conn.chunks or conn.body)}
+        started = [event["data"] for conn in self.conns for event in conn.events if event["kind"] == "started"]
+        return seen | {f"{data.get('node_id')}/{data.get('pool_id')}" for data in started}
+
     def end(self) -> tuple[float, str, str | None] | None:
         """(when, "end" or "error" or "refused", finish reason or code) of what the client took for the end."""
         for conn in self.reading():

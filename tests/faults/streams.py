@@ -112,8 +112,9 @@ class _Log:
         kind, offset, word = terminal
         node = str(self.started[0] if self.started else "")
         gone = self.facts.hit(self.began_at, at, parts=("node",), hows=("kill", "term"), node=node)
+        away = self.facts.away(node, self.began_at, at) >= self.facts.promises["reconnect_s"] - 1.0
         same = self.terminal is not None and (kind, word) == (self.terminal[0], self.terminal[2])
-        return kind == "error" and offset is None and same and bool(gone)
+        return kind == "error" and offset is None and same and (bool(gone) or away)
 
     def _end(self, conn: Conn, event: dict[str, Any], last: int) -> Iterator[Violation]:
         data, story = event["data"], self.story

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import bugs_logged
-from tests.faults.tale import POOLS, WHOLE, Tale, log, text
+from tests.faults.tale import PIDS, POOLS, WHOLE, Tale, log, text
 from tests.faults.validator import judge
 
 
@@ -420,17 +420,38 @@ def test_a_second_execution_is_right_where_the_first_died_with_its_node() -> Non
 
 
 @pytest.mark.parametrize(
-    ("fault", "tokens", "rules"),
+    ("fault", "step", "after_s", "shown", "rules"),
     [
-        (("link.cut", "b"), 0, []),  # the last on a link that was cut is seen after the one sent in its place
-        (("link.cut", "b"), 3, ["one execution"]),
-        (("link.cut", "c"), 0, ["one execution"]),
+        (("link.cut", "b"), "aborted", 0.1, "a/p0", []),  # the last on a link that was cut is seen after its successor
+        (("link.cut", "b"), "finished", 0.1, "a/p0", []),  # before its node was told
+        (("link.cut", "b"), "finished", 5.0, "a/p0", ["fence", "one execution"]),
+        (("link.cut", "b"), "aborted", 0.1, "b/p0", ["one execution"]),
+        (("link.cut", "c"), "aborted", 0.1, "a/p0", ["one execution"]),
     ],
 )
-def test_the_last_request_on_a_cut_link_is_seen_late(fault: tuple[str, str], tokens: int, rules: list[str]) -> None:
+def test_the_last_request_on_a_cut_link_is_seen_late(
+    fault: tuple[str, str], step: str, after_s: float, shown: str, rules: list[str]
+) -> None:
+    """Its engine may have made a token or two, which nobody is shown."""
     tale = Tale().task().send().fault(*fault).wait(0.01).engine("arrived").wait(0.002).engine("arrived", "b/p0")
-    tale.wait(0.02).engine("aborted", "b/p0", tokens=tokens).answer().show(log(3, attempt=3))
-    assert tale.engine("finished").closed().over().rules() == rules
+    tale.answer().show(log(3, pool=shown, attempt=3)).wait(after_s).engine(step, "b/p0", tokens=2)
+    assert sorted(tale.engine("finished").closed().over().rules()) == rules
+
+
+@pytest.mark.parametrize(
+    ("look_s", "hit", "rules"),
+    [(1.0, False, []), (0.5, False, ["one execution"]), (1.0, True, ["one execution"])],
+)
+def test_a_retry_without_a_fault_is_right_where_the_machine_could_not_keep_up(
+    look_s: float, hit: bool, rules: list[str]
+) -> None:
+    """The control took that long to answer a look at its pools, and not because it was hit."""
+    tale = Tale().task().send().note("sample", pools=WHOLE)
+    if hit:
+        tale.fault("control.kill", "control", 0.3)
+    tale.wait(look_s - 0.1).engine("arrived").engine("finished").note("sample", pools=WHOLE)
+    tale.engine("arrived", "b/p0").answer().show(log(3, pool="b/p0", attempt=2))
+    assert tale.engine("finished", "b/p0").closed().over().rules() == rules
 
 
 @pytest.mark.parametrize(("pool", "rules"), [("a/p0", []), ("b/p0", ["one execution"])])
@@ -689,6 +710,12 @@ def test_a_run_in_which_most_tasks_fail_is_invalid() -> None:
 
 def test_an_honest_node_is_never_struck() -> None:
     assert Tale().whole().note("struck", line="node.struck node_id=a kind=false_slots").rules() == ["struck"]
+
+
+def test_an_engine_that_dies_as_told_after_it_was_taken_over_is_not_missed() -> None:
+    tale = Tale().note("went", node="a", keeps=True, engines={"a/p0": [PIDS["a/p0"]]})
+    tale.engine("dead", marker=None).note("back", node="a", engines={"a/p0": []})
+    assert tale.whole().rules() == []
 
 
 def test_no_role_logs_a_bug_of_its_own() -> None:

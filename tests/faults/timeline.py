@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 FOREVER = float("inf")
 REBIND_S = 2.5  # a node's way back after its link was cut: it beats at once, then every 0.2 to 2 s
+SLOW_S = 0.75  # between two looks at the pools; they come every 0.15 s, and as soon as the last is answered
 LATE_S = 1.0  # what two observers of one machine under load may differ by
 TROUBLE = ("kill", "term", "stop", "half_open", "partition", "blackout", "cut_off", "cut", "reset", "delay", "throttle")
 HOLDING = ("engine", "node", "link")  # what is on its way when one is held up comes later; also what got through a cut
@@ -39,7 +41,7 @@ class Hit:
 class Execution:
     """One request as an engine saw it. `end` is when it stopped, also by its engine's death.
 
-    `asked`: since when it may have been on its way, where something held it up.
+    `asked`: since when it may have been on its way, where something held it up. Of what was shown nothing was.
     """
 
     pool: str
@@ -106,11 +108,11 @@ class Facts:
 
     def _asked(self, run: Execution) -> float:
         """A request that found its engine or its node stopped, was slow on its link or the last on it before a cut, is
-        seen later than one that was sent after it. Only of those that came to nothing: whatever was shown was not held
-        up like this."""
-        if run.tokens or run.step not in ("aborted", "killed"):
-            return run.start
+        seen later than one that was sent after it. When it is seen it ends, unless its node could not yet be told that
+        it was overtaken."""
         holds = self.hit(run.start, run.start, parts=HOLDING, hows=HOLDS, node=run.node, pool=run.pool)
+        if run.step not in ("aborted", "killed"):
+            holds = [hit for hit in holds if hit.part == "link" and run.end <= hit.end + REBIND_S]
         return min([run.start, *(hit.start for hit in holds if hit.start <= run.start)])
 
     # ---- hits
@@ -174,6 +176,15 @@ class Facts:
 
     def pools_of(self, model: str) -> list[str]:
         return [pool for pool, facts in self.pools.items() if facts["model"] == model]
+
+    def slow(self, since: float, until: float) -> bool:
+        """Whether the control, which nothing had hit by then, took so long to answer that there was more to do than
+        the machine could: an OPEN may then be answered too late."""
+        return any(
+            low <= until and high >= since
+            for (low, _), (high, _) in pairwise(self.samples)
+            if high - low >= SLOW_S and not self.hit(low, low + SLOW_S, parts=("control",), late_s=0.0)
+        )
 
     def restarted(self, since: float, until: float) -> list[Hit]:
         return self.hit(since, until, parts=("control",), hows=("kill", "term"))

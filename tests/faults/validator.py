@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -207,8 +208,11 @@ def _left(story: Story, facts: Facts) -> Iterator[Violation]:
 
 def _executions(story: Story, facts: Facts) -> Iterator[Violation]:
     """A second execution only where the first has shown nothing, or can't be found any more."""
-    runs = sorted(facts.executions.get(story.marker, ()), key=lambda run: run.asked)
-    for first, second in pairwise(runs):
+    shown = story.shown_from()
+    runs = [
+        replace(run, asked=run.start) if run.pool in shown else run for run in facts.executions.get(story.marker, ())
+    ]
+    for first, second in pairwise(sorted(runs, key=lambda run: run.asked)):
         yield from _fence(story, facts, first, second)
         if _may_run_again(story, facts, first, second):
             continue
@@ -257,7 +261,7 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
             return True
         if ended and (first.step in ("aborted", "killed") or left):
             return True  # it failed before it showed anything, or was fenced, or cancelled
-        return bool(facts.hit(since, at, parts=("control",), hows=("stop",)))
+        return facts.slow(since, at) or bool(facts.hit(since, at, parts=("control",), hows=("stop",)))
     gone = facts.hit(since, at, parts=("node",), hows=("kill", "term"), node=first.node)
     if gone or facts.away(first.node, first.start, at) >= facts.promises["reconnect_s"] - LATE_S:
         return True
@@ -305,7 +309,10 @@ def _engines(facts: Facts, entries: Sequence[dict[str, Any]], fates: Counter[str
     """An engine whose agent goes is the next one's, the same process, or ends; never both, and never is there another
     beside it."""
     went: dict[str, dict[str, Any]] = {}
+    died: dict[int, float] = {}  # as a request had told it to
     for entry in entries:
+        if entry["what"] == "engine" and entry["step"] == "dead":
+            died[entry["pid"]] = entry["at"]
         if entry["what"] == "went":
             went[entry["node"]] = entry
         if entry["what"] != "back" or entry["node"] not in went:
@@ -313,7 +320,9 @@ def _engines(facts: Facts, entries: Sequence[dict[str, Any]], fates: Counter[str
         before, at = went.pop(entry["node"]), entry["at"]
         for pool, now in entry["engines"].items():
             had = before["engines"].get(pool, [])
-            if facts.hit(before["at"], at, parts=("engine",), node=entry["node"], pool=pool, late_s=REBIND_S):
+            if any(pid in died for pid in had):
+                fates["died as told"] += len(had)
+            elif facts.hit(before["at"], at, parts=("engine",), node=entry["node"], pool=pool, late_s=REBIND_S):
                 fates["hit itself"] += len(had)
             elif not before["keeps"]:
                 fates["ended with its agent"] += len(had)

@@ -143,7 +143,7 @@ class Acceptor:
         """From an accepted socket to a protocol that reads requests."""
         try:
             if self._tls is None:
-                await self._loop.connect_accepted_socket(lambda: self._make(place), sock)
+                await self._plain(sock, place)
                 return
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 name = await self._server_name(sock) if self._tls.named else None
@@ -165,6 +165,16 @@ class Acceptor:
         except BaseException:
             self._doors.leave(place)
             sock.close()
+            raise
+
+    async def _plain(self, sock: socket.socket, place: Place) -> None:
+        protocol = self._make(place)
+        try:
+            await self._loop.connect_accepted_socket(lambda: protocol, sock)
+        except BaseException:
+            # uvloop (0.23) closes what was cancelled on its way in and tells its protocol nothing. That may be about to
+            # answer, and the transport does not look closed to it: it raises RuntimeError.
+            protocol.connection_lost(None)
             raise
 
     async def _server_name(self, sock: socket.socket) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp import web as aiohttp_web
 
 from llorch import framing, http_connection, link, listen, logs, web
@@ -273,6 +274,33 @@ async def test_a_connection_that_has_just_come_is_closed_with_its_listener() -> 
             client.settimeout(5)
             assert await asyncio.to_thread(client.recv, 1) == b""
         assert doors.arriving == 0
+
+
+def test_a_connection_that_is_closed_as_it_comes_is_answered_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its request came with it. The roles' own loop closes such a connection, and its transport does not say so."""
+    take = http_connection.Connection.data_received
+
+    def take_and_close(self: http_connection.Connection, data: bytes) -> None:
+        take(self, data)
+        for task in asyncio.all_tasks():
+            if task.get_name() == "listen.arrive":
+                task.cancel()
+
+    async def main() -> None:
+        room = Room()
+        async with serving(room) as server:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(request("GET", "/wait", AUTH).encode())
+                client.settimeout(5)
+                assert await asyncio.to_thread(client.recv, 1) == b""
+                room.go_on.set()
+                await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(http_connection.Connection, "data_received", take_and_close)
+    uvloop.run(main())
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_closing_ends_idle_connections_at_once_and_running_ones_within_the_grace() -> None:

@@ -623,7 +623,8 @@ def agent_gone(*, keeps: bool, before: list[int], after: list[int], hit: str | N
     tale.note("went", node="a", keeps=keeps, engines={"a/p0": before, "a/p1": [11]})
     if hit is not None:
         tale.fault("engine.kill", hit)
-    return tale.wait(1.0).note("back", node="a", engines={"a/p0": after, "a/p1": [11] if keeps else [12]})
+    tale.wait(1.0).note("life", node="a", number=2, keeps=keeps)
+    return tale.note("back", node="a", engines={"a/p0": after, "a/p1": [11] if keeps else [12]})
 
 
 @pytest.mark.parametrize(
@@ -650,6 +651,15 @@ def test_an_engine_that_was_hit_itself_need_not_be_taken_over() -> None:
     assert tale.rules() == []
     assert judge(tale.entries).engines == {"hit itself": 1, "taken over": 1}
     assert agent_gone(keeps=True, before=[10], after=[13], hit="a/p1").rules() == ["engines"]
+
+
+def test_an_agent_that_goes_again_before_its_return_was_noticed_is_judged_by_its_last_going() -> None:
+    tale = agent_gone(keeps=True, before=[10], after=[10]).note("went", node="a", keeps=False, engines={"a/p0": [10]})
+    tale.note("back", node="a", engines={"a/p0": [10]})
+    assert tale.rules() == []
+    again = tale.note("life", node="a", number=3, keeps=True).note("back", node="a", engines={"a/p0": [13]})
+    assert again.rules() == []
+    assert judge(again.entries).engines == {"taken over": 2, "ended with its agent": 1}
 
 
 def test_a_process_that_does_not_end_when_it_is_told_to() -> None:

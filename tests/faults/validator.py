@@ -309,14 +309,19 @@ def _engines(facts: Facts, entries: Sequence[dict[str, Any]], fates: Counter[str
     """An engine whose agent goes is the next one's, the same process, or ends; never both, and never is there another
     beside it."""
     went: dict[str, dict[str, Any]] = {}
-    died: dict[int, float] = {}  # as a request had told it to
+    began: dict[str, float] = {}  # its latest life
+    died: set[int] = set()  # as a request had told them to
     for entry in entries:
         if entry["what"] == "engine" and entry["step"] == "dead":
-            died[entry["pid"]] = entry["at"]
+            died.add(entry["pid"])
         if entry["what"] == "went":
             went[entry["node"]] = entry
+        elif entry["what"] == "life":
+            began[entry["node"]] = entry["at"]
         if entry["what"] != "back" or entry["node"] not in went:
             continue
+        if began.get(entry["node"], entry["at"]) < went[entry["node"]]["at"]:
+            continue  # it went again before its last return was noticed
         before, at = went.pop(entry["node"]), entry["at"]
         for pool, now in entry["engines"].items():
             had = before["engines"].get(pool, [])

@@ -1,8 +1,8 @@
 """The client's side of a task: one class per form of answer.
 
 Owns what is written to a client and when: the commit to a status, `queued` events, pings, error events and frames. Log
-bytes pass through as they came; only when an answer fails does this look whether they had ended already. Every write is
-bounded in time, so that a reader that stalls costs 30 s, not for ever.
+bytes pass through as they came, those of a stream event by event; only when an answer fails does this look whether they
+had ended already. Every write is bounded in time, so that a reader that stalls costs 30 s, not for ever.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from llorch.messages import Head, Tail
 from llorch.web import drained, error_response, json_response, limit_send_buffer
 
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+MAX_HELD_BYTES = 64 * 1024  # of an event that has not come whole; a larger one is passed on in parts
 LAST_BLOCK_BYTES = 4 * 1024  # of the last pieces, kept to see whether they ended the answer: its last event is small
 NO_TEXT_SHA256 = hashlib.sha256(b"").hexdigest()
 QUEUED_EVERY_S = 0.99  # `queued` events come at most once a second; timers may be a little early
@@ -93,6 +94,7 @@ class Stream:
         self._write_timeout_s = write_timeout_s
         self._response: web.StreamResponse | None = None
         self._last = (b"", b"")
+        self._held = b""
         self.whole = True
 
     @property
@@ -118,6 +120,29 @@ class Stream:
             self.abort()
             raise SlowReader("the client took no byte in time") from None
 
+    async def write_events(self, data: bytes) -> None:
+        """Bytes of an event stream, as far as they are whole events; the rest waits for its end.
+
+        A client would take what was cut off for an event when an error comes after it. Lines that end in CR are passed
+        on as they are: no engine that is known sends them.
+        """
+        if self._held:
+            data, self._held = self._held + data, b""
+        if not data.endswith(b"\n\n"):
+            end = data.rfind(b"\n\n") + 2
+            whole, rest = (data[:end], data[end:]) if end >= 2 else (b"", data)
+            if len(rest) <= MAX_HELD_BYTES and b"\r" not in rest:
+                data, self._held = whole, rest
+                if not data:
+                    return
+        await self.write(data)
+
+    async def write_rest(self) -> None:
+        """The log has ended, and with it what looked like the beginning of an event."""
+        rest, self._held = self._held, b""
+        if rest:
+            await self.write(rest)
+
     async def ping(self) -> None:
         if self.committed and self.whole:
             await self.write(sse.comment("ping"))
@@ -127,7 +152,7 @@ class Stream:
         return b"".join(self._last).removesuffix(b"\n\n").rpartition(b"\n\n")[2] if self.whole else b""
 
     async def write_last(self, event: bytes) -> None:
-        """One more event, apart from what may have been cut before it."""
+        """One more event, in place of one that has not come whole; apart from one that was passed on in parts."""
         await self.write(event if self.whole else b"\n\n" + event)
 
     def finished(self) -> web.StreamResponse:
@@ -180,10 +205,11 @@ class NativeStream:
         await self._commit()
 
     async def write(self, data: bytes) -> None:
-        await self._stream.write(data)
+        await self._stream.write_events(data)
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
         await self._commit()
+        await self._stream.write_rest()
         if tail.length == 0:
             await self._stream.write(empty_end(tail, self._task.request_id, self._task.task_id))
         return self._stream.finished()
@@ -213,6 +239,7 @@ class OpenAiAnswer:
         self._stream = Stream(request, write_timeout_s)
         self._last_word = time.monotonic()
         self._length: int | None = None  # of the whole answer, where it was announced
+        self._events = False  # it is a stream of them
 
     @property
     def committed(self) -> bool:
@@ -240,12 +267,13 @@ class OpenAiAnswer:
             headers["content-length"] = str(self._length)
         if self._task.stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            self._events = headers.get("content-type", "").lower().startswith("text/event-stream")
         await self._stream.commit(head.status, headers | task_headers(self._task))
 
     async def write(self, data: bytes) -> None:
         if self._length is not None and self._task.offset + len(data) > self._length:
             raise LlorchError(Code.ENGINE_FAILED, "the answer is longer than it was announced")
-        await self._stream.write(data)
+        await (self._stream.write_events(data) if self._events else self._stream.write(data))
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
         if tail.length == 0:
@@ -255,6 +283,7 @@ class OpenAiAnswer:
             return await self.failed(error, self._task.request_id)
         if not self._task.stream and (tail.error is not None or self._length not in (None, tail.length)):
             raise _cut()
+        await self._stream.write_rest()
         return self._stream.finished()
 
     async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llorch.control import answers, dispatch
+from llorch.control.answers import MAX_HELD_BYTES
 from llorch.control.answers import Stream as ClientStream
 from llorch.errors import Code
 from llorch.records import Type
@@ -74,7 +75,7 @@ async def after_head(node: LinkedNode, attempt: Attempt) -> str:
 
 async def mid_event(node: LinkedNode, attempt: Attempt) -> str:
     _begin(attempt)
-    attempt.data(b"event: tok")
+    attempt.data(b'event: token\ndata: {"t": "tw')
     await node.settled()
     await node.cut()
     return "NODE_LOST"
@@ -180,11 +181,46 @@ async def test_a_node_that_is_lost_after_the_last_event_gets_no_second_one(
         last = attempt.log[before:]
         for start in range(0, len(last), -(-len(last) // pieces)):
             kept(Type.DATA, last[start : start + -(-len(last) // pieces)])
-            await asking.has(last[start : start + 4])
-        await node.settled()
+        await asking.has(last)
         await node.cut()
         answer = await asking.answer()
         assert answer.terminals == ["end"]
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\n", b""])
+async def test_a_v1_stream_comes_whole_however_its_log_is_cut_into_pieces(end: bytes) -> None:
+    """Also one whose last event has no end."""
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat()
+        attempt = (await node.asked()).accept().head()
+        said = b"data: 1\n\ndata: 2\n\n: ping\n\ndata: 3" + end
+        for at in range(len(said)):
+            attempt.data(said[at : at + 1])
+            await node.settled()
+        attempt.tail()
+        assert (await asking.answer()).raw == said
+
+
+async def test_a_v1_stream_whose_lines_end_in_cr_or_that_is_none_is_not_held_up() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        for content_type, piece in (("text/event-stream", b"data: 1\r\n\r\n"), ("audio/wav", b"RIFF")):
+            asking = control.chat()
+            attempt = (await node.asked()).accept().head(content_type).data(piece)
+            await asking.has(piece)
+            attempt.tail()
+            assert (await asking.answer()).raw == piece
+
+
+async def test_an_event_that_is_too_large_to_be_held_is_passed_on_in_parts() -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat()
+        attempt = (await node.asked()).accept().head().data(b"data: " + b"x" * MAX_HELD_BYTES)
+        await asking.has(b"x" * MAX_HELD_BYTES)
+        attempt.data(b"\n\n").tail()
+        assert (await asking.answer()).raw == attempt.log
 
 
 async def test_a_v1_stream_that_was_done_gets_no_error_frame(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,19 +504,36 @@ async def test_a_native_stream_that_only_pinged_gets_its_failure_as_an_event(mon
 async def test_a_silence_is_filled_with_pings_only_between_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    soon = ping_soon(monkeypatch)
+    ping_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
         asking = control.submit()
         attempt = (await node.asked()).begin().say("one")
         await asking.has(b": ping")
-        attempt.data(b"event: token\n")
-        await asking.has(b"event: token\n")
+        attempt.data(b"event: token\n")  # nobody sees it before it is whole
+        await node.settled()
+        pings = asking.so_far.count(b": ping")
+        await eventually(lambda: asking.so_far.count(b": ping") > pings)
+        attempt.data(b'data: {"t":"two","i":1}\n\n').end()
+        answer = await asking.answer()
+        assert answer.said == "onetwo"
+        assert b'event: token\ndata: {"t":"two","i":1}\n\n' in answer.raw
+
+
+async def test_an_event_that_is_passed_on_in_parts_is_not_broken_by_a_ping(monkeypatch: pytest.MonkeyPatch) -> None:
+    soon = ping_soon(monkeypatch)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat()
+        attempt = (await node.asked()).accept()
+        await asking.has(b": ping")
+        attempt.head().data(b"data: 1\r\n")
+        await asking.has(b"data: 1")
         pings = asking.so_far.count(b": ping")
         await asyncio.wait((asking._task,), timeout=2.5 * soon)
-        assert asking.so_far.count(b": ping") == pings, "a ping in the middle of an event breaks it"
-        attempt.data(b'data: {"t":"two","i":1}\n\n').end()
-        assert (await asking.answer()).said == "onetwo"
+        assert asking.so_far.count(b": ping") == pings
+        attempt.data(b"\r\n").tail()
+        assert (await asking.answer()).raw.endswith(b"data: 1\r\n\r\n")
 
 
 async def test_an_answer_in_one_piece_is_never_pinged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -480,12 +480,17 @@ def test_a_v1_task_runs_again_if_its_client_left_and_not_if_its_control_did(
     assert tale.rules() == rules
 
 
+@pytest.mark.parametrize("noticed_late", [False, True])
 @pytest.mark.parametrize(("kind", "rules"), [("client.reset", []), ("control.kill", ["one execution"])])
 def test_an_answer_in_one_piece_runs_again_if_its_client_left_just_as_its_engine_ended(
-    kind: str, rules: list[str]
+    kind: str, rules: list[str], noticed_late: bool
 ) -> None:
     tale = Tale().task(form="v1-json", key="key").send().engine("arrived").wait(2.0)
-    tale.fault(kind, "clients").closed("broken").engine("finished").wait(0.1)
+    tale.fault(kind, "clients")
+    if noticed_late:
+        tale.engine("finished").closed("broken").wait(0.1)
+    else:
+        tale.closed("broken").engine("finished").wait(0.1)
     tale.send().engine("arrived", "b/p0").answer().note("body", task="k1", conn=2, text=text(3), finish="length")
     tale.engine("finished", "b/p0").closed().over()
     assert [rule for rule in tale.rules() if rule == "one execution"] == rules

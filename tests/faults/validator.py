@@ -253,7 +253,7 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     held = facts.hit(first.start, at, parts=HOLDING, hows=HOLDS, node=first.node, pool=first.pool)
     ends = [hit.end for hit in held if hit.end < FOREVER]
     told = max([first.end, *ends])
-    left = not story.native and any(went(conn, facts) and conn.until <= told for conn in story.reading())
+    left = not story.native and any(went(conn, facts) and _cut_at(conn, facts) <= told for conn in story.reading())
     if not seen:
         if story.ask.get("script") and facts.pools[first.pool]["obeys"]:
             return True  # it failed because it was told to
@@ -272,6 +272,12 @@ def _may_run_again(story: Story, facts: Facts, first: Execution, second: Executi
     if ended and (first.step == "aborted" or left) and was_canceled(story, facts, at):
         return True
     return not story.native and first.end + V1_LOG_S <= at
+
+
+def _cut_at(conn: Conn, facts: Facts) -> float:
+    """When a connection ended: its client notices a while after it was cut."""
+    cuts = facts.hit(conn.sent, conn.until, parts=("client",), hows=("cut", "reset"), late_s=0.0)
+    return max((hit.start for hit in cuts), default=conn.until)
 
 
 def _slots(facts: Facts) -> Iterator[Violation]:

@@ -118,7 +118,8 @@ class EngineProcess:
         self.key_file = files.keys / f"{stem}-{secrets.token_hex(4)}.key"
         try:
             self.port = free_port()
-            whole_file.replace(self.key_file, secrets.token_urlsafe(32).encode() + b"\n", durable=False)
+            # In hex, for a key on somebody's command line must not look like a flag of its own.
+            whole_file.replace(self.key_file, secrets.token_hex(32).encode() + b"\n", durable=False)
         except OSError as error:
             raise _unwritable("the engine's key", str(files.keys), error.strerror) from None
 

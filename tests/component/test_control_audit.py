@@ -77,7 +77,7 @@ async def test_accepted_tasks_are_on_record_with_who_and_what_and_so_is_who_ende
         ):
             stream = (await node.asked()).accept()
             stream.head()
-            stream.data(b"x")
+            stream.data(b"x\n\n")
             if stream.header["path"] != "native":
                 stream.tail()
             await (asking.answer() if stream.header["detach"] else asking.has(b"x"))

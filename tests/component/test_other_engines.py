@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -21,7 +22,7 @@ import pytest
 from llorch.config_pools import PoolSpec
 from llorch.errors import LlorchError
 from llorch.messages import Open, Tail
-from llorch.node import listeners, probing
+from llorch.node import engine_process, listeners, probing
 from llorch.node.engine_answer import engine_session
 from llorch.node.engine_keys import read_key
 from llorch.node.engines.command import Command
@@ -124,7 +125,7 @@ async def ready(running: Node) -> None:
 
     await eventually(look, within_s=20)
     health = running.supervisor.pools.health("p")
-    assert health["ready"], (health, running.supervisor.tail("p"))
+    assert health["ready"], health
 
 
 def texts(log: str) -> str:
@@ -200,6 +201,15 @@ async def test_what_vllm_leaves_open_beside_its_key_no_task_reaches(tmp_path: Pa
         for path in ("/invocations", "/pause", "/v1/../pause", "/v1/load_lora_adapter"):
             with pytest.raises(LlorchError):
                 await running.run({"prompt": "Hi"}, path)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+async def test_its_key_may_look_like_a_flag(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "secrets", SimpleNamespace(token_hex=lambda count: "-" * 2 * count))
+    async with node(tmp_path, plan(name, tmp_path)) as running:
+        await ready(running)
+        assert running.key == "-" * 64
+        assert (await running.run({"prompt": "one", "max_tokens": 1}))[1].tokens_out == 1
 
 
 @pytest.mark.parametrize("name", ENGINES)

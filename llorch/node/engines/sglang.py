@@ -19,7 +19,7 @@ KEY_ENV = "LLORCH_ENGINE_KEY"
 # Run by the interpreter that has sglang, which need not have llorch. Children are spawned from the module's own name.
 START = (
     "import os, runpy, sys; "
-    f"sys.argv += ['--api-key', os.environ.pop('{KEY_ENV}')]; "
+    f"sys.argv += ['--api-key=' + os.environ.pop('{KEY_ENV}')]; "
     "runpy.run_module('sglang.launch_server', run_name='__main__', alter_sys=True)"
 )
 

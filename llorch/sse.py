@@ -61,6 +61,11 @@ class Splitter:
             raise SseError(f"an event is larger than {self._limit} bytes")
         return blocks
 
+    @property
+    def waiting(self) -> int:
+        """Bytes of an event that has not ended yet."""
+        return len(self._rest)
+
     def finish(self) -> bytes:
         """What is left at the end of the stream: b"" if it ended at an event boundary.
 

@@ -87,14 +87,14 @@ def refusal(error: LlorchError, request_id: str, task: Task) -> web.Response:
 
 
 class Stream:
-    """A response that is written piece by piece. `whole` tells whether the last piece ended an event."""
+    """A response that is written piece by piece. `whole` tells whether something else may come after the last piece."""
 
     def __init__(self, request: web.Request, write_timeout_s: float) -> None:
         self._request = request
         self._write_timeout_s = write_timeout_s
         self._response: web.StreamResponse | None = None
         self._last = (b"", b"")
-        self._held = b""
+        self._split = sse.Splitter()
         self.whole = True
 
     @property
@@ -108,9 +108,9 @@ class Stream:
             await response.prepare(self._request)
             self._response = response
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes, *, whole: bool = True) -> None:
         assert self._response is not None
-        self.whole = data.endswith(b"\n\n")
+        self.whole = whole
         self._last = (self._last[1], data[-LAST_BLOCK_BYTES:])
         try:
             async with asyncio.timeout(self._write_timeout_s):
@@ -123,23 +123,20 @@ class Stream:
     async def write_events(self, data: bytes) -> None:
         """Bytes of an event stream, as far as they are whole events; the rest waits for its end.
 
-        A client would take what was cut off for an event when an error comes after it. Lines that end in CR are passed
-        on as they are: no engine that is known sends them.
+        A client would take what was cut off for an event when an error comes after it.
         """
-        if self._held:
-            data, self._held = self._held + data, b""
-        if not data.endswith(b"\n\n"):
-            end = data.rfind(b"\n\n") + 2
-            whole, rest = (data[:end], data[end:]) if end >= 2 else (b"", data)
-            if len(rest) <= MAX_HELD_BYTES and b"\r" not in rest:
-                data, self._held = whole, rest
-                if not data:
-                    return
-        await self.write(data)
+        split = self._split
+        if split.waiting or not data.endswith(b"\n\n"):  # nearly every piece of a log is whole events
+            data = b"".join(split.feed(data))
+            if split.waiting > MAX_HELD_BYTES:
+                await self.write(data + split.finish(), whole=False)
+                return
+        if data:
+            await self.write(data)
 
     async def write_rest(self) -> None:
         """The log has ended, and with it what looked like the beginning of an event."""
-        rest, self._held = self._held, b""
+        rest = self._split.finish()
         if rest:
             await self.write(rest)
 
@@ -149,7 +146,8 @@ class Stream:
 
     def last_block(self) -> bytes:
         """The last whole event that was written, as far as the last two pieces hold it; b"" if one was cut."""
-        return b"".join(self._last).removesuffix(b"\n\n").rpartition(b"\n\n")[2] if self.whole else b""
+        blocks = sse.Splitter().feed(b"".join(self._last)) if self.whole else []
+        return blocks[-1].rstrip(b"\r\n") if blocks else b""
 
     async def write_last(self, event: bytes) -> None:
         """One more event, in place of one that has not come whole; apart from one that was passed on in parts."""
@@ -273,7 +271,10 @@ class OpenAiAnswer:
     async def write(self, data: bytes) -> None:
         if self._length is not None and self._task.offset + len(data) > self._length:
             raise LlorchError(Code.ENGINE_FAILED, "the answer is longer than it was announced")
-        await (self._stream.write_events(data) if self._events else self._stream.write(data))
+        if self._events:
+            await self._stream.write_events(data)
+        else:
+            await self._stream.write(data, whole=False)
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
         if tail.length == 0:

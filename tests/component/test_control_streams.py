@@ -187,14 +187,15 @@ async def test_a_node_that_is_lost_after_the_last_event_gets_no_second_one(
         assert answer.terminals == ["end"]
 
 
-@pytest.mark.parametrize("end", [b"\n\n", b"\n", b""])
-async def test_a_v1_stream_comes_whole_however_its_log_is_cut_into_pieces(end: bytes) -> None:
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("last", [2, 1, 0])
+async def test_a_v1_stream_comes_whole_however_its_log_is_cut_into_pieces(line_end: bytes, last: int) -> None:
     """Also one whose last event has no end."""
     async with a_control() as control:
         node = await control.join("a")
         asking = control.chat()
         attempt = (await node.asked()).accept().head()
-        said = b"data: 1\n\ndata: 2\n\n: ping\n\ndata: 3" + end
+        said = b"data: 1\n\ndata: 2\n\n: ping\n\ndata: 3".replace(b"\n", line_end) + last * line_end
         for at in range(len(said)):
             attempt.data(said[at : at + 1])
             await node.settled()
@@ -202,15 +203,58 @@ async def test_a_v1_stream_comes_whole_however_its_log_is_cut_into_pieces(end: b
         assert (await asking.answer()).raw == said
 
 
-async def test_a_v1_stream_whose_lines_end_in_cr_or_that_is_none_is_not_held_up() -> None:
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+async def test_what_a_lost_node_cut_off_is_no_event_whatever_its_lines_end_in(
+    line_end: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRLF is what sse-starlette (3.x) writes if it is told nothing."""
+    lost_soon(monkeypatch)
     async with a_control() as control:
         node = await control.join("a")
-        for content_type, piece in (("text/event-stream", b"data: 1\r\n\r\n"), ("audio/wav", b"RIFF")):
-            asking = control.chat()
-            attempt = (await node.asked()).accept().head(content_type).data(piece)
-            await asking.has(piece)
-            attempt.tail()
-            assert (await asking.answer()).raw == piece
+        asking = control.chat()
+        first = b'data: {"choices": []}' + 2 * line_end
+        (await node.asked()).accept().head().data(first + b'data: {"cho')
+        await asking.has(first)
+        await node.cut()
+        answer = await asking.answer()
+        assert answer.raw.startswith(first + b'data: {"error"')
+        assert not answer.cut
+
+
+async def test_a_v1_stream_with_crlf_that_was_done_gets_no_error_frame_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost_soon(monkeypatch)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat()
+        (await node.asked()).accept().head().data(b"data: [DONE]\r\n\r\n")
+        await asking.has(b"[DONE]")
+        await node.cut()
+        assert (await asking.answer()).raw == b"data: [DONE]\r\n\r\n"
+
+
+async def test_a_silent_v1_stream_with_crlf_is_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
+    ping_soon(monkeypatch)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat()
+        attempt = (await node.asked()).accept().head().data(b"data: 1\r\n\r\n")
+        await asking.has(b"data: 1\r\n\r\n: ping")
+        attempt.tail()
+        await asking.answer()
+
+
+async def test_a_streamed_v1_answer_that_is_no_stream_of_events_is_neither_held_nor_pinged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    soon = ping_soon(monkeypatch)
+    async with a_control() as control:
+        node = await control.join("a")
+        asking = control.chat()
+        attempt = (await node.asked()).accept().head("audio/wav").data(b"RIFF\n\n")
+        await asking.has(b"RIFF")
+        await asyncio.wait((asking._task,), timeout=2.5 * soon)
+        attempt.tail()
+        assert (await asking.answer()).raw == b"RIFF\n\n"
 
 
 async def test_an_event_that_is_too_large_to_be_held_is_passed_on_in_parts() -> None:
@@ -527,13 +571,13 @@ async def test_an_event_that_is_passed_on_in_parts_is_not_broken_by_a_ping(monke
         asking = control.chat()
         attempt = (await node.asked()).accept()
         await asking.has(b": ping")
-        attempt.head().data(b"data: 1\r\n")
-        await asking.has(b"data: 1")
+        attempt.head().data(b"data: " + b"x" * MAX_HELD_BYTES)
+        await asking.has(b"x" * MAX_HELD_BYTES)
         pings = asking.so_far.count(b": ping")
         await asyncio.wait((asking._task,), timeout=2.5 * soon)
         assert asking.so_far.count(b": ping") == pings
-        attempt.data(b"\r\n").tail()
-        assert (await asking.answer()).raw.endswith(b"data: 1\r\n\r\n")
+        attempt.data(b"\n\n").tail()
+        assert (await asking.answer()).raw.endswith(b"x\n\n")
 
 
 async def test_an_answer_in_one_piece_is_never_pinged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -770,8 +814,9 @@ def test_only_a_whole_event_can_have_been_the_last_one() -> None:
     for pieces, last in (
         ((b"", b"a\n\nb\n\n"), b"b"),
         ((b"event: e", b"nd\n\n"), b"event: end"),
+        ((b"a\r\n\r\n", b"data: [DONE]\r\n\r\n"), b"data: [DONE]"),
         ((b"x\n\n", b"event: end\n"), b""),
         ((b"", b""), b""),
     ):
-        stream._last, stream.whole = pieces, b"".join(pieces).endswith(b"\n\n") or pieces == (b"", b"")
+        stream._last, stream.whole = pieces, not pieces[1].endswith(b"end\n")
         assert stream.last_block() == last

@@ -95,8 +95,9 @@ def _is_unraisable(data: bytes) -> None:
     ],
 )
 def test_a_planted_fault_is_found(planted: Callable[[bytes], None], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("SLOW_S", 0.05), ("HANG_S", 0.1)):
-        monkeypatch.setattr(watch, name, seconds)
+    if kind == "slow":  # to fill much memory may take as long on a busy machine, and is another fault
+        for name, seconds in (("SLOW_S", 0.05), ("HANG_S", 0.1)):
+            monkeypatch.setattr(watch, name, seconds)
     target = Target("planted", planted, (b'{"a": 1}',), (ValueError,), Shape.JSON)
     result = explore(target, 5_000, seed=1, most_crashes=1)
     assert [crash.kind for crash in result.crashes.values()] == [kind]

@@ -208,7 +208,7 @@ class Large:
 async def test_one_that_never_gets_ready_has_its_load_time_and_that_of_its_models_bytes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """1 s and 20 s for its GiB, on a clock that is 40 times as fast."""
+    """1 s and 20 s for its GiB, on a hurried clock."""
 
     async def model(_ref: str, _said: Any) -> Large:
         return Large(tmp_path / "m.gguf")
@@ -387,7 +387,7 @@ async def test_one_that_ignores_sigterm_is_killed_after_the_grace_whoever_asks(
 
 # ---------------------------------------------------------------- it eats all memory
 
-# Stands for an agent in a cgroup with its engines: 30 s are 1 s.
+# Stands for an agent in a cgroup with its engines, on a hurried clock.
 AGENT = """
 import asyncio, os, sys
 from pathlib import Path

@@ -66,6 +66,7 @@ def engines(node: Process) -> list[str]:
     return [line for line in node.said if "engine.started" in line and f"pool_id={POOL}" in line]
 
 
+@pytest.mark.slow
 async def test_outside_its_hours_a_pool_drains_and_ends_its_engine_and_comes_back(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     assert parse("mon-fri 08:00-18:00")

@@ -144,6 +144,7 @@ async def test_engines_are_kept_over_an_upgrade_and_end_with_the_last_agent(llor
     await eventually(lambda: gone(pids_of(before)))
 
 
+@pytest.mark.slow
 async def test_an_engine_that_the_settings_want_otherwise_is_not_taken_over(llorch: Cluster) -> None:
     await llorch.start_control()
     node = await llorch.start_node("a", [simulated()], LLORCH_ORPHAN_GRACE="60s")
@@ -160,6 +161,7 @@ async def test_an_engine_that_the_settings_want_otherwise_is_not_taken_over(llor
     assert alive(after["pid"])
 
 
+@pytest.mark.slow
 async def test_an_engine_that_nobody_adopts_ends_after_its_grace(llorch: Cluster) -> None:
     await llorch.start_control()
     node = await llorch.start_node("a", LLORCH_ORPHAN_GRACE="1s")
@@ -170,6 +172,7 @@ async def test_an_engine_that_nobody_adopts_ends_after_its_grace(llorch: Cluster
     assert not engines(llorch, "a")
 
 
+@pytest.mark.slow
 async def test_a_stranger_with_the_pid_of_an_engine_is_neither_adopted_nor_killed(
     llorch: Cluster, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ async def test_offline_after_is_30_s_by_default(llorch: Cluster) -> None:
     assert (answer["offline_after_ms"], answer["heartbeat_interval_ms"]) == (30_000, 10_000)
 
 
+@pytest.mark.slow
 async def test_a_killed_control_has_its_nodes_back_within_3_s_and_costs_no_reader_anything(llorch: Cluster) -> None:
     """One reads with `llorch submit`, the other over HTTP, and comes back where it was by what it last saw."""
     port = lasting_port()
@@ -131,6 +132,7 @@ async def test_a_killed_control_has_its_nodes_back_within_3_s_and_costs_no_reade
     assert (code, seen.decode() + more, err) == (0, expected_text(150), "")
 
 
+@pytest.mark.slow
 async def test_sigterm_lets_a_node_finish_end_its_engines_and_sign_off_last(llorch: Cluster) -> None:
     await llorch.start_control()
     node = await llorch.start_node("a", [simulated("p0", "sim", 2, "--tokens", "1000", "--delay-ms", "20")])

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.llama
 STORY = "Tell me a story about a fox"
 
 
+@pytest.mark.slow
 async def test_every_way_in_reads_well_and_stops_by_itself(llorch: Cluster) -> None:
     await llorch.start_control()
     await llorch.start_node("a", [{"id": "p0", "engine": "llamacpp", "model": "demo", "slots": 2, "ctx": 1024}])

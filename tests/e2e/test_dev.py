@@ -83,6 +83,7 @@ def dev(llorch: Cluster) -> Dev:
 
 
 @pytest.mark.llama
+@pytest.mark.slow
 async def test_dev_with_a_prompt_tells_a_story_to_its_end_or_as_far_as_it_is_told(dev: Dev) -> None:
     words = ("dev", "-p", "Once upon a time")
     (code, long, _), (other, short, _) = await asyncio.gather(
@@ -104,6 +105,7 @@ async def test_dev_with_a_prompt_prints_the_answer_alone_and_ends(dev: Dev) -> N
     await dev.nothing_is_left()
 
 
+@pytest.mark.slow
 async def test_dev_with_a_prompt_and_several_nodes_says_which_of_them_answered(dev: Dev) -> None:
     words = ("dev", "--engine", "simulated", "--nodes", "2", "-p", "go", "--max-tokens", "3")
     code, out, err = await asyncio.to_thread(dev.run, *words)
@@ -131,6 +133,7 @@ async def test_dev_that_is_killed_leaves_nothing_behind(dev: Dev) -> None:
     await dev.nothing_is_left()
 
 
+@pytest.mark.slow
 async def test_dev_with_several_nodes_serves_whoever_follows_its_words(dev: Dev) -> None:
     running = await dev.ready("--nodes", "2", "--engine", "simulated", "--slots", "2")
     assert stat.S_IMODE(dev.file.stat().st_mode) == 0o600
@@ -158,6 +161,7 @@ async def test_dev_with_several_nodes_serves_whoever_follows_its_words(dev: Dev)
     assert dev.contexts.current is None
 
 
+@pytest.mark.slow
 async def test_on_a_terminal_it_says_what_it_waits_for_and_where_each_task_went(dev: Dev) -> None:
     leader, follower = os.openpty()
     running = subprocess.Popen(
@@ -196,6 +200,7 @@ async def test_on_a_terminal_it_says_what_it_waits_for_and_where_each_task_went(
     await dev.nothing_is_left()
 
 
+@pytest.mark.slow
 async def test_a_node_that_dies_is_told_and_the_rest_goes_on_until_none_is_left(dev: Dev) -> None:
     running = await dev.ready("--nodes", "2", "--engine", "simulated")
 
@@ -216,6 +221,7 @@ async def test_a_node_that_dies_is_told_and_the_rest_goes_on_until_none_is_left(
     await dev.nothing_is_left()
 
 
+@pytest.mark.slow
 async def test_dev_whose_keeper_is_killed_cleans_up_itself(dev: Dev) -> None:
     running = await dev.ready("--engine", "simulated")
     keeper = dev.contexts.named["dev"].keeper
@@ -227,6 +233,7 @@ async def test_dev_whose_keeper_is_killed_cleans_up_itself(dev: Dev) -> None:
     await dev.nothing_is_left()
 
 
+@pytest.mark.slow
 async def test_dev_takes_another_name_where_its_own_is_taken_and_changes_no_current_context(dev: Dev) -> None:
     with contexts.changing(dev.file) as known:
         known.named["dev"] = contexts.Context("http://127.0.0.1:1", token="somebody-elses")

@@ -112,6 +112,7 @@ async def test_two_commands_make_a_cluster_and_no_certificate_is_handled_by_hand
     assert secret not in kept.read_text()
 
 
+@pytest.mark.slow
 async def test_no_secret_of_such_a_cluster_is_anywhere_but_where_it_is_kept(llorch: Cluster) -> None:
     """Join token, client token, keys, prompt and output: in no log, no audit record, no argument, no environment."""
     prompt = f"canary{secrets.token_hex(8)}"
@@ -162,6 +163,7 @@ async def test_no_secret_of_such_a_cluster_is_anywhere_but_where_it_is_kept(llor
     assert expected_text(4) not in places["the control's log"] + places["the node's log"] + places["the audit log"]
 
 
+@pytest.mark.slow
 async def test_a_node_comes_back_with_its_certificate_alone(llorch: Cluster) -> None:
     await start_control(llorch)
     env, words = await join_command(llorch)
@@ -180,6 +182,7 @@ async def test_a_node_without_certificate_and_token_says_what_to_do(llorch: Clus
     assert "Traceback" not in node.text()
 
 
+@pytest.mark.slow
 async def test_a_token_is_made_listed_used_and_revoked_on_the_controls_own_machine(llorch: Cluster) -> None:
     await start_control(llorch)
     code, out, err = await command(llorch, "token", "new", "--name", "ci", "--expires", "90d", *data(llorch))
@@ -235,6 +238,7 @@ async def impostor(cacerts: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
 
 
 @pytest.mark.parametrize("shows", ["its own authority", "the true one, without its key"])
+@pytest.mark.slow
 async def test_an_impostor_never_sees_the_secret(llorch: Cluster, shows: str) -> None:
     control = await start_control(llorch)
     async with llorch.session.get(f"{control.url}/cacerts", ssl=False) as response:
@@ -326,6 +330,7 @@ def space() -> Iterator[netns.Namespace]:
 
 
 @pytest.mark.parametrize("dialled", [False, True], ids=["by its link", "dialled at its address"])
+@pytest.mark.slow
 async def test_control_and_node_on_different_addresses(space: netns.Namespace, llorch: Cluster, dialled: bool) -> None:
     control = await start_control(llorch, "--tls", "auto", bind=f"{space.here}:0")
     env, words = await join_command(llorch)

@@ -51,6 +51,7 @@ async def test_streams_of_many_tasks_have_no_loss_and_no_repetition(llorch: Clus
         assert text.rstrip().splitlines()[-2] == "event: end"
 
 
+@pytest.mark.slow
 async def test_a_full_queue_refuses_with_the_time_to_come_back(llorch: Cluster) -> None:
     await llorch.start_control("--queue-limit", "2")
     await llorch.start_node("a", [simulated("p0", "sim", 1, "--tokens", "1000", "--delay-ms", "20")])
@@ -76,6 +77,7 @@ async def test_a_full_queue_refuses_with_the_time_to_come_back(llorch: Cluster) 
     assert [task["text"] for task in await asyncio.gather(*waiting)] == [expected_text(3)] * 2
 
 
+@pytest.mark.slow
 async def test_a_waiting_task_times_out_and_says_so(llorch: Cluster) -> None:
     await llorch.start_control("--queue-timeout", "200ms")
     await llorch.start_node("a", [simulated("p0", "sim", 1, "--tokens", "1000", "--delay-ms", "20")])

@@ -47,6 +47,7 @@ class Load:
         await asyncio.gather(*self._clients)
 
 
+@pytest.mark.slow
 async def test_a_drain_under_load_fails_no_task_and_outlives_the_agent(llorch: Cluster) -> None:
     await llorch.start_control()
     pool = simulated("p0", "sim", 4, "--delay-ms", "10")
@@ -89,6 +90,7 @@ async def test_a_pool_is_drained_restarted_unloaded_and_loaded_under_load_and_no
     assert (await pool_of(llorch))["ready"]
 
 
+@pytest.mark.slow
 async def test_a_reload_to_a_broken_model_leaves_the_old_one_serving(llorch: Cluster) -> None:
     """The second model's engine ends while it loads; the first one's tasks never notice."""
     await llorch.start_control()
@@ -132,6 +134,7 @@ async def test_a_reload_to_another_model_serves_the_old_one_until_the_new_one_is
     assert (await llorch.complete("other", 4))["text"]
 
 
+@pytest.mark.slow
 async def test_pools_are_changed_in_the_file_and_only_those_are_touched(llorch: Cluster) -> None:
     await llorch.start_control()
     keeps, goes = simulated("keeps", "k"), simulated("goes", "g")

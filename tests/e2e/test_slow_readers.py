@@ -7,6 +7,8 @@ import json
 import socket
 import time
 
+import pytest
+
 from tests.cluster import Cluster, eventually, expected_text, simulated
 
 
@@ -27,6 +29,7 @@ def stalled_reader(url: str, token: str, body: object) -> socket.socket:
     return sock
 
 
+@pytest.mark.slow
 async def test_stalled_readers_hold_up_nobody_on_the_same_link_and_cost_their_window(llorch: Cluster) -> None:
     control = await llorch.start_control()
     # 150,000 tokens are 9 MB of events: far more than every buffer between the engine and the client.

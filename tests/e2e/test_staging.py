@@ -200,7 +200,7 @@ def progress(err: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("size", "fetches", "killed"),
     [
-        pytest.param(16_000_000, "c", "c", id="small"),
+        pytest.param(16_000_000, "c", "c", id="small", marks=pytest.mark.slow),
         pytest.param(200_000_000, "c", "c", id="it fetches from a node", marks=pytest.mark.slow),
         pytest.param(200_000_000, "a", "a", id="it fetches from outside", marks=pytest.mark.slow),
         pytest.param(200_000_000, "c", "a", id="it is fetched from", marks=pytest.mark.slow),
@@ -243,6 +243,7 @@ async def test_what_is_killed_half_way_and_started_again_costs_hardly_a_byte_twi
         assert there.origin.sent <= 1.05 * size + ON_ITS_WAY_BYTES, "it came over the outer line once"
 
 
+@pytest.mark.slow
 async def test_a_model_of_the_hub_is_asked_for_by_one_node_and_comes_to_all(llorch: Cluster) -> None:
     pytest.importorskip("huggingface_hub")
     data = small(3_000_000)
@@ -361,6 +362,7 @@ async def test_a_disk_that_becomes_full_keeps_what_came_and_the_pools_beside_it_
             assert (await llorch.complete(tokens=4))["text"] == expected_text(4)
 
 
+@pytest.mark.slow
 async def test_a_model_that_does_not_fit_is_refused_before_its_first_byte_with_the_numbers(llorch: Cluster) -> None:
     async with place(llorch) as there:
         path = llorch.folder / "big.gguf"

@@ -20,6 +20,7 @@ class Kept(Broken):
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.slow
 async def test_engines_that_outlive_their_agent_are_seen_and_ended_at_the_end(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "history.jsonl")
     async with aiohttp.ClientSession() as session:

@@ -219,7 +219,12 @@ CLUSTER_BUGS: dict[str, Plant] = {
 }
 
 
-@pytest.mark.parametrize("bug", CLUSTER_BUGS)
+TAKE_LONG = ("what has shown bytes is tried elsewhere", "a control that has just started knows all")
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=pytest.mark.slow) if bug in TAKE_LONG else bug for bug in CLUSTER_BUGS]
+)
 def test_a_bug_in_the_whole_is_found(bug: str) -> None:
     found(ClusterWorld, CLUSTER_BUGS[bug])
 

@@ -24,6 +24,7 @@ async def passes(plan: Plan, folder: Path, *, certified: bool = False) -> Verdic
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 async def test_six_faults_break_no_promise(tmp_path: Path) -> None:
     await passes(Plan(1, 6, clients=8, gap_s=(0.2, 0.4), calm_first_s=0.5, min_rate=1.0), tmp_path / "run")
 

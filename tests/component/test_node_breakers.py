@@ -52,6 +52,15 @@ class Two:
         (await self.first.asked()).reply(b"{}", status)
         return await self.ended(stream)
 
+    async def runs_out_of_time(self) -> None:
+        """A task whose deadline comes while the engine works: a later one, where it came before the engine was asked."""
+        for deadline_ms in (50, 400, 3200):
+            await self.ended(self.link.prompt(deadline_ms=deadline_ms))
+            if not self.first.calls.empty():
+                await self.first.asked()
+                return
+        raise AssertionError("the engine was not asked within 3.2 s")
+
 
 @contextlib.asynccontextmanager
 async def two_engines(folder: Path) -> AsyncIterator[Two]:
@@ -105,13 +114,15 @@ async def test_what_is_no_fault_of_the_engine_does_not_count(tmp_path: Path, how
             if how.isdigit():
                 await two.fails(int(how))
                 continue
-            stream = two.link.prompt(**({"deadline_ms": 50} if how == "deadline" else {}))
+            if how == "deadline":
+                await two.runs_out_of_time()
+                continue
+            stream = two.link.prompt()
             call = await two.first.asked()
             if how == "cancel":
                 call.say("t0 ")
                 await eventually(lambda s=stream: s.text == "t0 ")
-            if how != "deadline":
-                two.link.send(stream.id, Type.CANCEL)
+            two.link.send(stream.id, Type.CANCEL)
             await two.ended(stream)
         assert two.replica()["breaker"] == "closed"
         await two.fails()  # and it is no success either: this is the fifth in a row

@@ -53,7 +53,7 @@ class Two:
         return await self.ended(stream)
 
     async def runs_out_of_time(self) -> None:
-        """A task whose deadline comes while the engine works: a later one, where it came before the engine was asked."""
+        """A task whose deadline comes while the engine works; a later one where the engine was not asked before it."""
         for deadline_ms in (50, 400, 3200):
             await self.ended(self.link.prompt(deadline_ms=deadline_ms))
             if not self.first.calls.empty():

@@ -433,7 +433,7 @@ async def test_a_stream_that_is_cut_anywhere_comes_whole(control: ScriptedContro
 async def test_a_control_that_takes_the_connection_and_says_nothing_is_left(
     control: ScriptedControl, client: LlorchClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "SILENCE_S", 0.05)
+    monkeypatch.setattr(api, "SILENCE_S", 0.5)
     control.on(SUBMIT, stream(started(), token(0), then=Then.CUT))
     control.on(EVENTS, no_answer, stream(token(1), end()))
     assert await by_stream(client, BODY) == "t0 t1 "
@@ -442,7 +442,7 @@ async def test_a_control_that_takes_the_connection_and_says_nothing_is_left(
 async def test_a_control_that_takes_a_submission_and_says_nothing_is_asked_again(
     control: ScriptedControl, client: LlorchClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "SILENCE_S", 0.05)
+    monkeypatch.setattr(api, "SILENCE_S", 0.5)
     control.on(SUBMIT, no_answer, stream(*WHOLE, headers=REPLAYED))
     async with asyncio.timeout(5):
         assert await by_stream(client, BODY) == "t0 t1 "

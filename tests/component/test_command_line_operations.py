@@ -228,13 +228,14 @@ async def test_when_the_time_is_up_the_operation_is_not(control: ScriptedControl
     ids=["no operation", "no pool", "another one"],
 )  # fmt: skip
 async def test_an_operation_that_is_not_there_any_more_is_not_waited_for(
-    control: ScriptedControl, llorch: CommandLine, pools: list[dict[str, Any]]
+    control: ScriptedControl, llorch: CommandLine, monkeypatch: pytest.MonkeyPatch, pools: list[dict[str, Any]]
 ) -> None:
     control.on("POST /v2/nodes/n1/pools/p0/drain", taken(pooled("drain")))
     control.on(LOOK, noded(*pools))
     ran = await llorch("pool", "drain", "n1/p0")
     assert (ran.code, lines_of(ran)["hint"]) == (1, "llorch pool show n1/p0")
     assert "is not among what the node reports any more" in lines_of(ran)["error"]
+    monkeypatch.setattr(operations, "UNSEEN_FOR_S", 5.0)
     control.on(LOOK, *([noded(*pools)] * 3), noded(pooled("drain", "done")))  # an older view than the answer was
     assert (await llorch("pool", "drain", "n1/p0")).code == 0
 

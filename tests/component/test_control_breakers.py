@@ -89,9 +89,10 @@ def quick(monkeypatch: pytest.MonkeyPatch, *, ejected_s: float = 0.3, trial_s: f
 async def test_a_pool_where_five_tasks_in_a_row_fail_is_ejected_and_shown_as_such(
     how: Callable[[Attempt], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(dispatch, "ACCEPT_AT_LAST_S", 0.1)
-    async with a_control(ttft_timeout=0.1) as control:
+    if how is says_nothing:
+        monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(dispatch, "ACCEPT_AT_LAST_S", 0.1)
+    async with a_control(**{"ttft_timeout": 0.1} if how is sends_no_first_byte else {}) as control:
         node = await control.join("a", pool("p0"), pool("p1"))
         await fail_five(control, node, how)
         seen = await shown(control, "p0")

@@ -41,9 +41,10 @@ async def visiting(cluster: Cluster) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def start(llorch: Cluster, *argv: str, stdin: int = DEVNULL, **env: str) -> Process:
+async def start(llorch: Cluster, *argv: str, stdin: int = DEVNULL, nice: bool = False, **env: str) -> Process:
+    """A command of llorch's. `nice`: one of so many that what else runs on the machine is to come first."""
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "llorch", *argv,
+        *(("nice", "-n", "19") if nice else ()), sys.executable, "-m", "llorch", *argv,
         env=llorch.client_env() | env, stdin=stdin, stdout=PIPE, stderr=PIPE, cwd=llorch.folder,
     )  # fmt: skip
 

@@ -101,7 +101,7 @@ async def test_200_submits_at_once_over_two_nodes_all_print_their_whole_answer(l
     )
 
     async def submit() -> tuple[int | None, str]:
-        process = await start(llorch, "submit", "-m", "sim", "--max-tokens", "150", "go")
+        process = await start(llorch, "submit", "-m", "sim", "--max-tokens", "150", "go", nice=True)
         out, _ = await process.communicate()
         return process.returncode, out.decode()
 

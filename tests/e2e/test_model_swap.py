@@ -66,10 +66,14 @@ async def test_two_models_of_one_pool_serve_200_interleaved_tasks(llorch: Cluste
     assert loads(node) <= 2 + run_s / KEPT_S, node.text()
     engine = descendants(node.pid)
 
+    async def resident() -> bool:
+        return (await pool_of(llorch))["model"] in models
+
     async def unloaded() -> bool:
         pool = await pool_of(llorch)
         return pool["model"] is None and not pool["ready"]
 
+    await eventually(resident)  # what was loaded last may have done its tasks before the node's next report
     await eventually(unloaded, within_s=KEPT_S + 15.0)
     try:
         await eventually(lambda: not any(alive(pid) for pid in engine), within_s=15.0)

@@ -66,11 +66,11 @@ async def supervised(root: Path, *plans: Plan, **settings: Any) -> AsyncIterator
         await supervisor.close()
 
 
-def hurried(by: float = 10.0) -> Callable[[], float]:
-    """A clock for backoffs, so many times as fast. What a process needs to start is drawn out by as much: at 10, five
-    failures count as five within 5 min while each start takes under 6 s, on whatever machine."""
+def hurried() -> Callable[[], float]:
+    """A clock for backoffs, ten times as fast. What a process needs to start is drawn out by as much: five failures
+    still count as five within 5 min while each start takes under 6 s."""
     began = time.monotonic()
-    return lambda: began + (time.monotonic() - began) * by
+    return lambda: began + (time.monotonic() - began) * 10
 
 
 def alive(pid: int) -> bool:

@@ -150,7 +150,7 @@ class Run:
             lasting = step.degree > LASTING_DEGREE and step.kind == "link.half_open" and index < len(steps) - 15
             self.recorder.note(
                 "fault", fault=number, kind=step.kind, target=target, for_s=round(step.for_s, 3), lasting=lasting,
-                phase=step.phase if task else None, task=task,
+                phase=step.phase if task else None, task=task, resent=self._resent(step.kind, target),
             )  # fmt: skip
             self._busy.add(_resource(step.kind, target))
             healing = asyncio.ensure_future(self._heal(number, step, target, lasting))
@@ -169,6 +169,9 @@ class Run:
             if time.monotonic() > until:
                 return None
             await asyncio.sleep(0.02)
+
+    def _resent(self, kind: str, target: str) -> bool:
+        return kind.startswith("link.") and self.broken.links[target].resends
 
     def _targets(self, kind: str) -> list[str]:
         """What can be hit now: one node at a time, so that there is always somewhere to go."""

@@ -4,7 +4,8 @@ Owns the words that histories are written in, and the clock that their times are
 all processes read alike, so that an engine's own lines fit among those of the clients. The validator reads only this.
 
     run      seed, pools {"a/p0": {node, model, slots, obeys}}, promises {name: number}
-    fault    fault (a number), kind, target ("control", "clients", a node, or a pool "a/p0"), phase
+    fault    fault (a number), kind, target ("control", "clients", a node, or a pool "a/p0"), phase,
+             resent: what was sent meanwhile is sent again by the kernel once it is healed
     healed   fault: what it broke works again, as far as the harness can tell
     task     task (its marker), form, model, tokens, task_id, key, deadline_s, script: what is asked, once
     send     task, conn, op ("post", "events", "cancel", "mismatch"), after

@@ -68,6 +68,7 @@ class Namespace:
     # ---- as a link of the cluster: what the harness asks of a proxy
 
     dead = 0
+    resends = True
     url = ""
 
     def half_open(self, *, new_too: bool = True) -> None:

@@ -51,6 +51,8 @@ class _Pair:
 class Proxy:
     """Passes TCP from `url`'s port on to the port that `target` gives at the time."""
 
+    resends = False  # what it swallows never arrives
+
     def __init__(self, target: Callable[[], int]) -> None:
         self._target = target
         self._server: asyncio.Server | None = None

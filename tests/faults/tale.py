@@ -112,9 +112,9 @@ class Tale:
         name = self.marker if marker == "" else marker
         return self.note("engine", pool=pool, pid=pid or PIDS[pool], step=step, marker=name, tokens=tokens)
 
-    def fault(self, kind: str, target: str, for_s: float = 0.0) -> Tale:
+    def fault(self, kind: str, target: str, for_s: float = 0.0, *, resent: bool = False) -> Tale:
         self.faults += 1
-        self.note("fault", fault=self.faults, kind=kind, target=target)
+        self.note("fault", fault=self.faults, kind=kind, target=target, resent=resent)
         healed = {"at": self.at + for_s, "what": "healed", "fault": self.faults}
         self.entries.append(healed)
         return self

@@ -567,6 +567,24 @@ def test_an_overtaken_attempt_that_was_held_up_is_seen_after_the_next_one(
     assert tale.rules() == rules
 
 
+@pytest.mark.parametrize(
+    ("resent", "late_s", "step", "rules"),
+    [
+        (True, 0.2, "aborted", []),
+        (True, 2.8, "aborted", []),  # as late after an outage as that was long, and as observers differ by
+        (True, 0.2, "finished", []),  # of a token or two, before the cancel behind it was read
+        (True, 3.3, "aborted", ["one execution"]),
+        (False, 0.2, "aborted", ["one execution"]),  # nothing that a proxy swallows arrives
+    ],
+)
+def test_what_was_sent_to_a_node_that_was_cut_off_arrives_once_the_network_is_whole(
+    resent: bool, late_s: float, step: str, rules: list[str]
+) -> None:
+    tale = Tale().fault("link.partition", "b", 2.0, resent=resent).task().send().wait(1.1).engine("arrived").answer()
+    tale.show(log(3, attempt=2)).engine("finished").closed().over().wait(0.8 + late_s)
+    assert tale.engine("arrived", "b/p0").wait(0.04).engine(step, "b/p0").rules() == rules
+
+
 @pytest.mark.parametrize(("for_s", "rules"), [(3.0, []), (9.0, ["fence"])])
 def test_an_overtaken_attempt_ends_soon_after_its_node_is_back(for_s: float, rules: list[str]) -> None:
     tale = Tale().task().send().engine("arrived").fault("link.half_open", "a", 1.0).wait(0.5).engine("arrived", "b/p0")

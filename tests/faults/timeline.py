@@ -28,6 +28,17 @@ class Hit:
     target: str
     start: float
     end: float
+    resent: bool = False  # what was sent meanwhile arrives once it is over
+
+    @property
+    def arrives(self) -> float:
+        """When what was sent meanwhile is there at the latest: TCP waits twice as long before each next try."""
+        return self.end + (self.end - self.start if self.resent else 0.0) + LATE_S
+
+    @property
+    def told(self) -> float:
+        """When a node whose link was hit knows again what its control wants."""
+        return self.arrives if self.resent else self.end + REBIND_S
 
     @property
     def node(self) -> str:
@@ -107,12 +118,13 @@ class Facts:
         return min(killed, default=found)
 
     def _asked(self, run: Execution) -> float:
-        """A request that found its engine or its node stopped, was slow on its link or the last on it before a cut, is
-        seen later than one that was sent after it. When it is seen it ends, unless its node could not yet be told that
-        it was overtaken."""
+        """A request that found its engine or its node stopped, was slow on its link or the last on it before a cut, or
+        was sent while its node was cut off by a network that takes everything up again, is seen later than one that was
+        sent after it. When it is seen it ends, unless its node could not yet be told that it was overtaken."""
         holds = self.hit(run.start, run.start, parts=HOLDING, hows=HOLDS, node=run.node, pool=run.pool)
+        holds += [hit for hit in self.hits if hit.resent and hit.node == run.node and run.start <= hit.arrives]
         if run.step not in ("aborted", "killed"):
-            holds = [hit for hit in holds if hit.part == "link" and run.end <= hit.end + REBIND_S]
+            holds = [hit for hit in holds if hit.part == "link" and run.end <= hit.told]
         return min([run.start, *(hit.start for hit in holds if hit.start <= run.start)])
 
     # ---- hits
@@ -204,7 +216,13 @@ def _longest(spans: Sequence[tuple[float, float]]) -> float:
 def _hits(entries: Iterable[dict[str, Any]]) -> list[Hit]:
     healed = {entry["fault"]: entry["at"] for entry in entries if entry["what"] == "healed"}
     return [
-        Hit(*entry["kind"].split("."), entry["target"], entry["at"], healed.get(entry["fault"], FOREVER))
+        Hit(
+            *entry["kind"].split("."),
+            entry["target"],
+            entry["at"],
+            healed.get(entry["fault"], FOREVER),
+            entry.get("resent", False),
+        )
         for entry in entries
         if entry["what"] == "fault"
     ]

@@ -17,6 +17,7 @@ from tests.cluster import Cluster, belonging, cluster, descendants
 
 LEAKS_WITHIN_S = 10.0
 MACHINE_WITHIN_S = 600.0  # as long as all that ask for it take together
+SLOW_WITHIN_S = 240.0  # what hangs ends then; a machine that has much to do is no fault of a test with many processes
 
 
 def pytest_configure() -> None:
@@ -28,6 +29,12 @@ def pytest_configure() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # under nohup, or behind `&`, they are ignored
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)  # as before, here; what is started has the default again
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_WITHIN_S))
 
 
 def pytest_collection_finish() -> None:

@@ -50,34 +50,21 @@ class NoRoom:
 Said = Callable[[str], None]
 
 
-async def _no_models(ref: str, said: Said) -> LocalModel:
-    raise NotImplementedError
-
-
-async def _as_it_is(spec: PoolSpec) -> Plan:
-    raise NotImplementedError
-
-
-async def _room_for_both(plan: Plan, model: LocalModel | None) -> bool:
-    return True
-
-
-async def _any_room(start: object, plan: Plan, model: LocalModel) -> NoRoom | None:
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class Starts:
-    """`model`: a reference's file, fetched first if need be. `here`: the same without fetching, None if it is not here;
-    blocking. `room`: why it does not fit now; None if it does.
+    """What a start needs of its node.
+
+    `model`: a reference's file, fetched first if need be. `here`: the same without fetching, None if it is not here;
+    blocking. `room`: why it does not fit now; None if it does. `beside`: whether it fits beside what runs. `plan`: of a
+    pool that could not be planned, anew. `mask`: how CUDA names these GPUs.
     """
 
-    model: Callable[[str, Said], Awaitable[Any]] = _no_models
-    room: Callable[[object, Plan, Any], Awaitable[NoRoom | None]] = _any_room
-    beside: Callable[[Plan, Any], Awaitable[bool]] = _room_for_both
-    plan: Callable[[PoolSpec], Awaitable[Plan]] = _as_it_is
-    mask: Callable[[tuple[int, ...]], str] = lambda gpus: ",".join(map(str, gpus))
-    here: Callable[[str], Any | None] = lambda _ref: None
+    model: Callable[[str, Said], Awaitable[Any]]
+    room: Callable[[object, Plan, Any], Awaitable[NoRoom | None]]
+    beside: Callable[[Plan, Any], Awaitable[bool]]
+    plan: Callable[[PoolSpec], Awaitable[Plan]]
+    here: Callable[[str], Any | None]
+    mask: Callable[[tuple[int, ...]], str]
 
     async def same(self, plan: Plan, identity: Identity, left: Left) -> tuple[bool, Any]:
         """Whether a start by today's settings would run just what `left` runs; and its model's file, if it has one.

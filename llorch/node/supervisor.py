@@ -76,7 +76,7 @@ class Supervisor:
         plans: Iterable[Plan],
         *,
         runtime_dir: Path,
-        starts: Starts | None = None,
+        starts: Starts,
         node_id: str | None = None,
         stop_grace_s: float = 10.0,
         load_timeout_s: float = 300.0,
@@ -93,7 +93,7 @@ class Supervisor:
         self.files = RuntimeDir(runtime_dir)
         self.plans = {plan.spec.id: plan for plan in plans}
         self.keep_engines = keep_engines
-        self._starts = starts or Starts()
+        self._starts = starts
         self._node_id = node_id
         self._stop_grace_s = stop_grace_s
         self._load_timeout_s = load_timeout_s

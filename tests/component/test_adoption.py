@@ -15,12 +15,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from llorch import demo
 from llorch.errors import LlorchError
+from llorch.node import adoption
 from llorch.node.adoption import challenge, clear_strays, end, forget, look
 from llorch.node.engine_process import EngineProcess, RuntimeDir
 from llorch.node.engine_record import Left, Verdict
@@ -191,8 +193,18 @@ async def test_an_engine_without_its_shim_is_ended_too(tmp_path: Path) -> None:
         assert not alive(one.pid) and left(files) == []
 
 
-async def test_an_engine_that_names_itself_is_known_by_its_new_name(tmp_path: Path) -> None:
+async def test_an_engine_that_names_itself_is_known_by_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also before its shim has written that down."""
+    look_once, looked = adoption._look, Event()
+
+    def watched(files: RuntimeDir) -> list[Left]:
+        found = look_once(files)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(adoption, "_look", watched)
     files = runtime(tmp_path)
     engine = engine_process(files)
     await engine.start(python("import time; time.sleep(600)"), os.environ)
@@ -200,7 +212,7 @@ async def test_an_engine_that_names_itself_is_known_by_its_new_name(tmp_path: Pa
     (files.pids / NAME).write_text(json.dumps(right | {"argv_digest": "0" * 64}))
     async with asyncio.timeout(10.0):
         looking = asyncio.ensure_future(look(files))
-        await asyncio.sleep(0.3)  # it has looked once
+        await eventually(looked.is_set)
         (files.pids / NAME).write_text(json.dumps(right))
         assert [one.verdict for one in await looking] == [Verdict.OURS]
     engine.terminate()

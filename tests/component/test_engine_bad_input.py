@@ -32,6 +32,7 @@ from tests.component.node_harness import POOL, SERVICE_TOKEN
 from tests.component.test_engine_failures import Seen, command, error, pool_now, state
 from tests.component.test_node_process import Process, node_process
 from tests.component.test_supervisor import hurried, left, pid_of, plan, ready, supervised, until
+from tests.starts import STARTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of running processes are Linux's")
 
@@ -48,7 +49,7 @@ async def test_a_runtime_directory_that_can_not_be_used_is_named_at_the_start(tm
         (tmp_path / name).mkdir()
     else:
         (tmp_path / name).write_text("somebody's")
-    supervisor = Supervisor(Pools(), [], runtime_dir=tmp_path)
+    supervisor = Supervisor(Pools(), [], runtime_dir=tmp_path, starts=STARTS)
     with pytest.raises(ConfigError) as caught:
         await supervisor.start()
     await supervisor.close()
@@ -161,7 +162,7 @@ async def test_a_program_that_is_not_there_fails_its_pool_alone(tmp_path: Path) 
 async def test_wishes_that_come_while_the_node_starts_are_refused_and_engines_ends_are_not_lost(tmp_path: Path) -> None:
     """A load that is granted before the engines of an earlier agent are found would start a second one beside them."""
     pools = Pools([plan().wanted])
-    supervisor = Supervisor(pools, [plan()], runtime_dir=tmp_path)
+    supervisor = Supervisor(pools, [plan()], runtime_dir=tmp_path, starts=STARTS)
     with pytest.raises(LlorchError) as caught:
         supervisor.ask(ev.Load("p"))
     assert caught.value.code is Code.RECOVERING and caught.value.retry_after_ms

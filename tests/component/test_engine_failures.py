@@ -25,7 +25,7 @@ from llorch.errors import Code, LlorchError
 from llorch.node import log_pages
 from llorch.node import pool_events as ev
 from llorch.node.engine_keys import read_key
-from llorch.node.engine_start import NoRoom, Starts
+from llorch.node.engine_start import NoRoom
 from llorch.node.engines.command import Command
 from llorch.node.plans import Plan
 from llorch.node.supervisor import Supervisor, Told
@@ -35,6 +35,7 @@ from tests.component.node_harness import POOL, ScriptedControl
 from tests.component.test_engine_process import EATS, LASTS, LOADING, nothing_listens
 from tests.component.test_node_process import node_process
 from tests.component.test_supervisor import hurried, left, pid_of, plan, ready, supervised, until
+from tests.starts import STARTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is left is looked for in /proc")
 
@@ -216,7 +217,9 @@ async def test_one_that_never_gets_ready_has_its_load_time_and_that_of_its_model
     clock = hurried()
     never = command(sys.executable, "-c", LOADING, "{port}", f"{LASTS} # " + "{model}")
     with nothing_left(tmp_path, caplog):
-        async with supervised(tmp_path, never, clock=clock, load_timeout_s=1.0, starts=Starts(model)) as supervisor:
+        async with supervised(
+            tmp_path, never, clock=clock, load_timeout_s=1.0, starts=replace(STARTS, model=model)
+        ) as supervisor:
             await until(lambda: state(supervisor) == "loading")
             began, pid = clock(), pid_of(tmp_path)
             await until(lambda: not alive(pid))
@@ -281,7 +284,7 @@ async def test_memory_that_others_hold_is_waited_for_and_what_never_fits_is_not(
     waits = command(sys.executable, "-c", LOADING, "{port}", f"{LASTS} # " + "{model}")
     never = replace(waits, spec=replace(waits.spec, id="never"))
     with nothing_left(tmp_path, caplog) as engines:
-        async with supervised(tmp_path, waits, never, starts=Starts(model, room)) as supervisor:
+        async with supervised(tmp_path, waits, never, starts=replace(STARTS, model=model, room=room)) as supervisor:
             await until(lambda: state(supervisor, "never") == "failed")
             assert error(supervisor, "never") == "it needs 90 GiB of 80"
             told = supervisor.pools.pool_report("p")["operation"]

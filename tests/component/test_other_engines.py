@@ -40,6 +40,7 @@ from llorch.node.tasklog import Limits, TaskLogs
 from tests.cluster import eventually
 from tests.standins import ollama_standin
 from tests.standins.surface import STORE_ENV
+from tests.starts import STARTS
 
 ROOT = Path(__file__).parents[2]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -105,7 +106,9 @@ class Node:
 @asynccontextmanager
 async def node(folder: Path, made: Plan, **settings: Any) -> AsyncIterator[Node]:
     pools = Pools([made.wanted])
-    supervisor = Supervisor(pools, [made], runtime_dir=folder / "run", **{"stop_grace_s": 5.0} | settings)
+    supervisor = Supervisor(
+        pools, [made], runtime_dir=folder / "run", **{"starts": STARTS, "stop_grace_s": 5.0} | settings
+    )
     await supervisor.start()
     try:
         async with engine_session() as http:
@@ -319,7 +322,7 @@ def offer(folder: Path, handoff: Handoff) -> None:
 async def offered(folder: Path, handoff: Handoff) -> AsyncIterator[Node]:
     """A node whose only pool was handed over."""
     pools = Pools()
-    supervisor = Supervisor(pools, [], runtime_dir=folder / "run")
+    supervisor = Supervisor(pools, [], runtime_dir=folder / "run", starts=STARTS)
     await supervisor.start()
     try:
         offer(folder, handoff)

@@ -28,7 +28,6 @@ from llorch.node.catalog import Catalog
 from llorch.node.engine_keys import read_key
 from llorch.node.engine_log import tail
 from llorch.node.engine_process import start_time
-from llorch.node.engine_start import Starts
 from llorch.node.engines.external import External
 from llorch.node.engines.llamacpp import LlamaCpp
 from llorch.node.engines.openai_api import NativeDecoder, TaskFacts, encode_native
@@ -39,9 +38,10 @@ from llorch.node.plans import Plan
 from llorch.node.pools import Pools
 from llorch.node.supervisor import Supervisor, Told
 from llorch.web import client_session
+from tests.starts import STARTS
 
 DEADLINE_S = 30.0
-DEMO = Starts(Catalog().ensure)
+DEMO = replace(STARTS, model=Catalog().ensure)
 
 
 def plan(*args: str, **changes: Any) -> Plan:
@@ -58,7 +58,7 @@ async def until(fact: Callable[[], Any]) -> None:
 @asynccontextmanager
 async def supervised(root: Path, *plans: Plan, **settings: Any) -> AsyncIterator[Supervisor]:
     pools = Pools(one.wanted for one in plans)
-    supervisor = Supervisor(pools, plans, runtime_dir=root, **{"stop_grace_s": 5.0} | settings)
+    supervisor = Supervisor(pools, plans, runtime_dir=root, **{"starts": STARTS, "stop_grace_s": 5.0} | settings)
     await supervisor.start()
     try:
         yield supervisor
@@ -278,7 +278,7 @@ async def test_a_loading_engine_is_given_its_time_and_no_more(tmp_path: Path) ->
 async def test_a_second_agent_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     async with supervised(tmp_path, plan()) as supervisor:
         await until(lambda: ready(supervisor))
-        other = Supervisor(Pools(), [], runtime_dir=tmp_path)
+        other = Supervisor(Pools(), [], runtime_dir=tmp_path, starts=STARTS)
         with pytest.raises(ConfigError, match="another agent"):
             await other.start()
         await other.close()

@@ -23,6 +23,7 @@ from llorch.node.engines.vllm import Vllm
 from llorch.node.handoff import parse, render
 from llorch.node.plans import Plan
 from llorch.node.pool_events import Spawn
+from tests.starts import STARTS
 
 META = {"pool_id": "p", "replica_id": "r0", "model": "m", "ref": "m", "launch": "abc"}
 
@@ -36,10 +37,10 @@ def plan(**changes: Any) -> Plan:
     return Plan(PoolSpec(id="p", engine="simulated", model="m", **changes), Simulated("python"), {"m": "m"})
 
 
-def same(one: Plan, meta: Any, starts: Starts | None = None) -> bool:
+def same(one: Plan, meta: Any, starts: Starts = STARTS) -> bool:
     found = left(meta)
     identity = identity_of(found)
-    return identity is not None and asyncio.run((starts or Starts()).same(one, identity, found))[0]
+    return identity is not None and asyncio.run(starts.same(one, identity, found))[0]
 
 
 def written(one: Plan, starts: Starts, model: str, ref: str, path: str | None) -> dict[str, str]:
@@ -84,7 +85,7 @@ def test_any_meta_is_an_identity_or_none(meta: Any) -> None:
 
 
 def test_an_engine_is_the_same_while_its_start_would_be_word_for_word() -> None:
-    starts, one = Starts(), plan(slots=2)
+    starts, one = STARTS, plan(slots=2)
     meta = written(one, starts, "m", "m", None)
     assert same(one, meta)
     for other in (plan(slots=3), plan(slots=2, args=("--delay-ms", "5")), plan(slots=2, env=(("A", "b"),))):
@@ -93,7 +94,7 @@ def test_an_engine_is_the_same_while_its_start_would_be_word_for_word() -> None:
 
 
 def test_the_value_of_a_secret_in_its_environment_makes_it_another_and_is_not_written_down() -> None:
-    starts, one = Starts(), plan(env=(("TOKEN", "s3cret"),))
+    starts, one = STARTS, plan(env=(("TOKEN", "s3cret"),))
     meta = written(one, starts, "m", "m", None)
     assert same(one, meta) and not same(plan(env=(("TOKEN", "other"),)), meta)
     assert "s3cret" not in str(meta)
@@ -106,16 +107,16 @@ def test_whether_it_is_the_same_is_found_out_without_fetching_its_model(tmp_path
     file = SimpleNamespace(path=tmp_path / "m.gguf", size_bytes=1)
     spec = PoolSpec(id="p", engine="llama-server", model="hf:org/m")
     one = Plan(spec, LlamaServer("/usr/bin/llama-server", "b1"), {"org/m": "hf:org/m"})
-    here = Starts(fetch, here=lambda _ref: file)
+    here = replace(STARTS, model=fetch, here=lambda _ref: file)
     meta = written(one, here, "org/m", "hf:org/m", str(file.path))
     assert same(one, meta, here)
-    assert not same(one, meta, Starts(fetch, here=lambda _ref: None)), "its file is gone"
-    assert not same(one, meta, Starts(fetch, here=lambda _ref: SimpleNamespace(path=tmp_path / "other.gguf")))
+    assert not same(one, meta, replace(here, here=lambda _ref: None)), "its file is gone"
+    assert not same(one, meta, replace(here, here=lambda _ref: SimpleNamespace(path=tmp_path / "other.gguf")))
 
     def refused(_ref: str) -> Any:
         raise ConfigError("it is no GGUF any more")
 
-    assert not same(one, meta, Starts(fetch, here=refused))
+    assert not same(one, meta, replace(here, here=refused))
 
 
 # ---------------------------------------------------------------- launches
@@ -123,7 +124,7 @@ def test_whether_it_is_the_same_is_found_out_without_fetching_its_model(tmp_path
 
 def test_parts_of_a_gpu_are_named_as_cuda_knows_them_and_no_gpus_are_no_mask() -> None:
     spec = PoolSpec(id="p", engine="command", model="m", command=("/bin/serve", "{gpus}"), gpus=(0, 1))
-    starts = Starts(mask=lambda gpus: ",".join(f"MIG-{gpu}" for gpu in gpus))
+    starts = replace(STARTS, mask=lambda gpus: ",".join(f"MIG-{gpu}" for gpu in gpus))
     one = Plan(spec, Command(), {"m": "m"})
     assert starts.launch(one, "m", 1, "/k", None).env["CUDA_VISIBLE_DEVICES"] == "MIG-0,MIG-1"
     none = replace(one, spec=replace(spec, gpus=()))
@@ -144,7 +145,9 @@ def test_an_engine_that_fetches_by_itself_is_given_the_name(ref: str, path: str 
         return SimpleNamespace(path="/staged", size_bytes=1)
 
     spec = PoolSpec(id="p", engine="vllm", model=ref)
-    found = asyncio.run(Starts(fetch).local(Plan(spec, Vllm(("vllm",), "1"), {"m": ref}), ref, lambda _text: None))
+    found = asyncio.run(
+        replace(STARTS, model=fetch).local(Plan(spec, Vllm(("vllm",), "1"), {"m": ref}), ref, lambda _text: None)
+    )
     assert fetched == ([] if path else [ref])
     assert (found is None) is (path is not None)
 
@@ -169,7 +172,7 @@ def test_a_pool_that_could_not_be_planned_is_planned_for_the_model_that_is_to_st
 
     spec = PoolSpec(id="p", engine="llamacpp", model="file:/bad.gguf", models=("file:/worse.gguf",))
     start = EngineStart(Spawn("p", "r0", 1, "good", "file:/good.gguf"), Plan(spec, None, {}))
-    end = live(start, Starts(plan=again))
+    end = live(start, replace(STARTS, plan=again))
     assert (end.reason, end.hopeless) == ("pool p: still not", True)
     assert [(one.model, one.models) for one in asked] == [("file:/good.gguf", ())]
 
@@ -181,5 +184,5 @@ def test_a_start_that_was_told_to_end_before_it_began_fetches_nothing_more() -> 
     spec = PoolSpec(id="p", engine="llama-server", model="hf:org/m")
     start = EngineStart(Spawn("p", "r0", 1, "m", "hf:org/m"), Plan(spec, LlamaServer("/x", "b1"), {"m": "hf:org/m"}))
     start.terminate()
-    end = live(start, Starts(fetch))
+    end = live(start, replace(STARTS, model=fetch))
     assert "told to end" in end.reason and not end.hopeless

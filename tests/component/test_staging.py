@@ -134,6 +134,9 @@ async def test_a_wrong_digest_leaves_nothing_and_says_both(tmp_path: Path, place
         with pytest.raises(LlorchError, match="were meant"):
             await ensure(stager, f"{place.url}/m.gguf", model="n", size_bytes=5)
         assert (await ensure(stager, f"{place.url}/m.gguf")).sha256 == sha256(data)  # and what is right still comes
+        place.files["/m.gguf"] = LYING
+        with pytest.raises(LlorchError, match="has the digest"):  # nothing reads what is not what was meant
+            await ensure(stager, f"{place.url}/m.gguf", model="o", sha256="ab" * 32)
 
 
 LYING = small(4096)[:8] + b"\xff" * 8 + small(4096)[16:]

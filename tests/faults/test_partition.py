@@ -13,7 +13,7 @@ from tests.faults.harness import Plan, run
 from tests.faults.plans import PARTITIONED
 from tests.faults.validator import judge
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -6,13 +6,16 @@ import asyncio
 import json
 import shutil
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from llorch import demo
+from llorch import demo, sse
 from tests.cluster import Cluster, eventually, expected_text, simulated
 from tests.e2e.shared import end_of, start
+
+Ask = Callable[[Cluster, str, int], Awaitable[None]]
 
 
 async def pool_of(llorch: Cluster, node: str = "a", pool_id: str = "p0") -> dict[str, Any]:
@@ -25,18 +28,33 @@ async def admin(llorch: Cluster, *argv: str) -> tuple[int, str, str]:
 
 
 class Load:
-    """Tasks without a pause, until it is ended; each must be done."""
+    """Tasks without a pause, until it is ended; each must be done, in one piece or token by token."""
 
     def __init__(self, llorch: Cluster, clients: int, model: str = "sim", tokens: int = 8) -> None:
         self.done = 0
         self._ending = False
-        self._clients = [asyncio.create_task(self._go_on(llorch, model, tokens)) for _ in range(clients)]
+        ask = (self._whole, self._stream)
+        self._clients = [asyncio.create_task(self._go_on(ask[i % 2], llorch, model, tokens)) for i in range(clients)]
 
-    async def _go_on(self, llorch: Cluster, model: str, tokens: int) -> None:
+    async def _go_on(self, ask: Ask, llorch: Cluster, model: str, tokens: int) -> None:
         while not self._ending:
-            task = await llorch.complete(model, tokens)
-            assert task["state"] == "done" and task["text"] == expected_text(tokens), task
+            await ask(llorch, model, tokens)
             self.done += 1
+
+    @staticmethod
+    async def _whole(llorch: Cluster, model: str, tokens: int) -> None:
+        task = await llorch.complete(model, tokens)
+        assert task["state"] == "done" and task["text"] == expected_text(tokens), task
+
+    @staticmethod
+    async def _stream(llorch: Cluster, model: str, tokens: int) -> None:
+        """What this one has seen can't be taken back and tried elsewhere."""
+        body = {"model": model, "prompt": "go", "max_tokens": tokens}
+        async with llorch.session.post(llorch.url + "/v2/tasks", json=body, headers=llorch.headers()) as response:
+            events = sse.Decoder().feed(await response.read())
+        told = [(event.event, json.loads(event.data)) for event in events if event.event != "queued"]
+        assert "".join(data["t"] for name, data in told if name == "token") == expected_text(tokens), told
+        assert (told[-1][0], told[-1][1].get("finish_reason")) == ("end", "length"), told
 
     async def more(self, count: int = 20) -> None:
         """Until so many more have ended well."""
@@ -110,6 +128,12 @@ def engine_of(llorch: Cluster, name: str = "p0-r0") -> int:
     return int(json.loads((llorch.folder / "a" / ".runtime" / "pids" / f"{name}.json").read_text())["pid"])
 
 
+async def always_ready(llorch: Cluster, meanwhile: asyncio.Task[Any]) -> None:
+    while not meanwhile.done():
+        assert (await pool_of(llorch))["ready"]
+        await asyncio.sleep(0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["no GGUF at all", "its engine gives it up"])
 async def test_a_reload_to_a_broken_model_leaves_the_old_one_serving(llorch: Cluster, broken: str) -> None:
@@ -126,10 +150,11 @@ async def test_a_reload_to_a_broken_model_leaves_the_old_one_serving(llorch: Clu
     before, load = engine_of(llorch), Load(llorch, 4, "good")
     await load.more()
     asked = asyncio.create_task(admin(llorch, "pool", "reload", "a/p0", f"file:{files['broken']}"))
+    watching = asyncio.create_task(always_ready(llorch, asked))
     while not asked.done():
-        assert (await pool_of(llorch))["ready"]
         assert engine_of(llorch) == before
         await load.more(4)
+    await watching
     code, _, err = await asked
     said = "not a usable GGUF" if broken == "no GGUF at all" else "exited with code 7"
     assert code == 1 and said in err, err
@@ -148,10 +173,10 @@ async def test_a_reload_to_another_model_serves_the_old_one_until_the_new_one_is
     await llorch.start_control()
     await llorch.start_node("a", [{"id": "p0", "engine": "llamacpp", "model": "demo", "ctx": 512, "slots": 2}])
     asked = asyncio.create_task(admin(llorch, "pool", "reload", "a/p0", f"file:{other}"))
+    watching = asyncio.create_task(always_ready(llorch, asked))
     served = {"demo": 0, "other": 0}
     while not asked.done():
         before = await pool_of(llorch)
-        assert before["ready"], "never without one"
         status, _ = await llorch.post("/v2/tasks", {"model": before["model"], "prompt": "go", "max_tokens": 2})
         if before["model"] == (await pool_of(llorch))["model"]:
             assert status == 200
@@ -159,6 +184,7 @@ async def test_a_reload_to_another_model_serves_the_old_one_until_the_new_one_is
     code, _, err = await asked
     assert code == 0, err
     assert served["demo"]
+    await watching
     assert (await llorch.complete("other", 4))["text"]
 
 

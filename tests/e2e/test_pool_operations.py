@@ -100,9 +100,9 @@ async def test_a_drain_under_load_fails_no_task_and_outlives_the_agent(llorch: C
 @pytest.mark.slow
 async def test_a_pool_is_drained_restarted_unloaded_and_loaded_under_load_and_no_task_fails(llorch: Cluster) -> None:
     await llorch.start_control()
-    pool = simulated("p0", "sim", 4, "--delay-ms", "5")
+    pool = simulated("p0", "sim", 4, "--tokens", "100", "--delay-ms", "15")
     await asyncio.gather(llorch.start_node("a", [pool]), llorch.start_node("b", [pool]))
-    load = Load(llorch, 4)
+    load = Load(llorch, 4, tokens=40)  # longer than a node needs to end those that it should not
     for words in (["drain"], ["undrain"], ["restart"], ["unload"], ["load"], ["load"]):
         code, out, err = await admin(llorch, "pool", *words, "a/p0")
         assert code == 0, (words, out, err)

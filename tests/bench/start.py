@@ -1,0 +1,121 @@
+"""llorch as it ships, in front of one engine, in the foreground: what a load generator is pointed at.
+
+    LLORCH_BENCH_TOKEN=... python -m tests.bench.start [--engine http://127.0.0.1:18080] [--model fake-model]
+
+Starts a control and a node that joins it, as children of this process, and ends them with it. Nothing is left out for
+speed: three client tokens, admission, placement over 50 pools, metrics, request ids, logs at `info` and an audit log
+(in files), task logs, usage. The rate limit of a principal is in force, and out of a load generator's reach.
+LLORCH_BENCH_TOKEN is the first of the three tokens; nothing is printed of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+READY_WITHIN_S = 30.0
+RATE_PER_S = 1_000_000  # of one principal; the default, 1,000, is what a benchmark would measure otherwise
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engine", default="http://127.0.0.1:18080", help="what every pool's engine is")
+    parser.add_argument("--model", default="fake-model", help="what the engine calls its model")
+    parser.add_argument("--bind", default="127.0.0.1:8080", help="where the control listens")
+    parser.add_argument("--pools", type=int, default=50)
+    parser.add_argument("--slots", type=int, default=64, help="of each pool")
+    parser.add_argument("--others", type=int, default=0, help="how many of the pools serve some other model")
+    parser.add_argument("--profile", help="a folder: both roles run under cProfile, and leave their figures there")
+    return parser.parse_args()
+
+
+def node_settings(asked: argparse.Namespace) -> str:
+    pools = [
+        f"{{id: p{number}, engine: external, url: {asked.engine}, model: {_model(asked, number)}, "
+        f"engine_model: {asked.model}, slots: {asked.slots}}}"
+        for number in range(asked.pools)
+    ]
+    return "\n".join(["pools:", *(f"  - {pool}" for pool in pools), ""])
+
+
+def _model(asked: argparse.Namespace, number: int) -> str:
+    return asked.model if number < asked.pools - asked.others else f"another-{number % 4}"
+
+
+class Role:
+    """One llorch process, whose log is a file."""
+
+    def __init__(self, folder: Path, name: str, words: list[str], env: dict[str, str], profile: str | None) -> None:
+        self.name, self.log = name, folder / f"{name}.log"
+        profiled = ["-m", "cProfile", "-o", f"{profile}/{name}.prof"] if profile else []
+        with self.log.open("wb") as log:
+            argv = [sys.executable, *profiled, "-m", "llorch", name, *words]
+            self.process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, cwd=folder)
+
+    def wait_for(self, word: str) -> None:
+        until = time.monotonic() + READY_WITHIN_S
+        while word not in self.log.read_text(errors="replace"):
+            if self.process.poll() is not None or time.monotonic() > until:
+                sys.stderr.write(self.log.read_text(errors="replace"))
+                raise SystemExit(f"the {self.name} did not come so far as to say {word!r}")
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def main() -> int:
+    asked = arguments()
+    token = os.environ.get("LLORCH_BENCH_TOKEN", "")
+    others = [secrets.token_hex(24) for _ in range(4)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
+    env |= {
+        "LLORCH_API_TOKEN": f"bench={token},b={others[0]},c={others[1]}",
+        "LLORCH_SERVICE_TOKEN": others[2],
+        "LLORCH_NODE_TOKEN": others[3],
+    }
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    roles: list[Role] = []
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with tempfile.TemporaryDirectory(prefix="llorch-bench-") as folder_name:
+        folder = Path(folder_name)
+        (folder / "node.yaml").write_text(node_settings(asked))
+        try:
+            control = ["--bind", asked.bind, "--data-dir", f"{folder}/control", "--rate-requests", str(RATE_PER_S)]
+            roles.append(Role(folder, "control", [*control, "--shutdown-grace", "0s"], env, asked.profile))
+            roles[0].wait_for("ready url=")
+            node = ["--join", f"http://{asked.bind}", "--bind", "127.0.0.1:0", "--node-id", "gpu-1"]
+            node += ["--data-dir", f"{folder}/node", "--config", f"{folder}/node.yaml", "--shutdown-grace", "0s"]
+            roles.append(Role(folder, "node", node, env, asked.profile))
+            roles[1].wait_for("ready url=")
+            for role in roles:
+                print(role.name, role.process.pid, role.log, flush=True)
+            while not stopped and all(role.process.poll() is None for role in roles):
+                time.sleep(0.2)
+        finally:
+            for role in reversed(roles):
+                role.end()
+    return 0 if stopped else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,34 +32,52 @@ class Splitter:
     A block may hold only comments. A CR at the very end of the input waits for the next byte: it may be half a CRLF.
     """
 
-    __slots__ = ("_limit", "_rest", "_searched")
+    __slots__ = ("_begin", "_limit", "_plain", "_rest", "_searched")
 
     def __init__(self, limit: int = MAX_EVENT_BYTES) -> None:
         self._rest = b""
         self._searched = 0
         self._limit = limit
+        self._begin = 0  # where in what was joined the first end may be
+        self._plain = True  # every line in it ends with LF
 
     def feed(self, data: bytes) -> list[bytes]:
         """The blocks that `data` completes. Raises SseError when one grows past the limit."""
-        buffer = self._rest + data if self._rest else data
+        buffer = self.join(data)
         blocks: list[bytes] = []
         at = 0
-        search = max(0, self._searched - 3)
-        if b"\r" not in buffer:  # as every engine writes; a hundred times as fast as the expression
-            while (blank := buffer.find(b"\n\n", search)) >= 0:
-                blocks.append(buffer[at : blank + 2])
-                at = search = blank + 2
-        else:
-            while (found := _BLANK.search(buffer, search)) is not None:
-                if found.end() == len(buffer) and buffer[-1:] == b"\r":
-                    break
-                blocks.append(buffer[at : found.end()])
-                at = search = found.end()
+        while end := self.end(buffer, at):
+            blocks.append(buffer[at:end])
+            at = end
+        self.hold(buffer, at)
+        return blocks
+
+    # `feed` in three steps, for who recognises some blocks before they are cut.
+
+    def join(self, data: bytes) -> bytes:
+        """What waited, and `data` after it: to be given to `end` and then to `hold`."""
+        buffer = self._rest + data if self._rest else data
+        self._plain = b"\r" not in buffer  # as every engine writes; a hundred times as fast as the expression
+        self._begin, self._rest = max(0, self._searched - 3), b""
+        return buffer
+
+    def end(self, buffer: bytes, at: int) -> int:
+        """Where the block ends that begins at `at`; 0 if it is not whole."""
+        search = max(at, self._begin)
+        if self._plain:
+            blank = buffer.find(b"\n\n", search)
+            return blank + 2 if blank >= 0 else 0
+        found = _BLANK.search(buffer, search)
+        if found is None or (found.end() == len(buffer) and buffer[-1:] == b"\r"):
+            return 0
+        return found.end()
+
+    def hold(self, buffer: bytes, at: int) -> None:
+        """What begins at `at` waits for its end. Raises SseError if it is past the limit."""
         self._rest = buffer[at:]
         self._searched = len(self._rest)
-        if len(self._rest) > self._limit:
+        if self._searched > self._limit:
             raise SseError(f"an event is larger than {self._limit} bytes")
-        return blocks
 
     @property
     def waiting(self) -> int:

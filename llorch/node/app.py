@@ -30,7 +30,7 @@ from llorch.node import pool_events as ev
 from llorch.node.access import Access
 from llorch.node.calls import LinkCalls
 from llorch.node.catalog import Catalog
-from llorch.node.engine_answer import engine_session
+from llorch.node.engine_connections import Engines, engines
 from llorch.node.engine_start import Starts
 from llorch.node.heartbeat import Membership
 from llorch.node.machine import Machine
@@ -92,8 +92,8 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
         access = await stop.unless(Access.open(settings, node_id, controls))
         if access is None:
             return 0
-        engines = await exits.enter_async_context(engine_session())
-        parts = await _Parts.of(settings, node_id, access, engines, stop, exits)
+        asking = await exits.enter_async_context(engines())
+        parts = await _Parts.of(settings, node_id, access, asking, stop, exits)
         server_url = await _listen(settings, access, parts, exits)
         guard = Guard("node")
         exits.push_async_callback(guard.close)
@@ -145,7 +145,7 @@ class _Parts:
         settings: NodeSettings,
         node_id: str,
         access: Access,
-        engines: aiohttp.ClientSession,
+        engines: Engines,
         stop: Stop,
         exits: contextlib.AsyncExitStack,
     ) -> _Parts:

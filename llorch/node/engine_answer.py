@@ -1,21 +1,16 @@
-"""An engine's HTTP answer as it comes, however it may break.
+"""An engine's HTTP answer as aiohttp reads it, however it may break: for questions about its health.
 
-Owns how an engine is connected to, what counts as a broken connection, that a reader of an answer always learns of its
-end, and how much of an error answer is read. Never decodes an answer and never quotes one.
+Owns what counts as a broken connection, and that a reader of an answer always learns of its end. Never decodes an
+answer and never quotes one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import contextmanager
 
 import aiohttp
-
-from llorch.web import client_session
-
-MAX_ERROR_BYTES = 64 * 1024  # of an engine's error answer
-ERROR_BODY_TIMEOUT_S = 5.0
 
 BROKEN = (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError)  # a connection to an engine
 
@@ -49,29 +44,8 @@ def told_of_its_end(response: aiohttp.ClientResponse) -> Iterator[None]:
         closed.remove_done_callback(gone)  # the connection may serve many more answers
 
 
-async def error_body(response: aiohttp.ClientResponse) -> bytes:
-    """The start of an error answer; one that does not come is an empty one."""
-    parts: list[bytes] = []
-    try:
-        async with asyncio.timeout(ERROR_BODY_TIMEOUT_S):
-            await read_into(parts, response, MAX_ERROR_BYTES)
-    except BROKEN:
-        pass
-    return b"".join(parts)
-
-
 async def read_into(parts: list[bytes], response: aiohttp.ClientResponse, limit: int) -> None:
     """The body, to its end or up to `limit` bytes: aiohttp's own read(n) gives what happens to be there."""
     while limit > 0 and (part := await response.content.read(limit)):
         parts.append(part)
         limit -= len(part)
-
-
-def engine_session() -> AbstractAsyncContextManager[aiohttp.ClientSession]:
-    """For requests to engines: each has a connection of its own.
-
-    An engine may close a kept one in the very moment in which it is used again (of 300 tasks, 4 at a time, llama.cpp's
-    server did so to 5), and nobody can tell whether such a request was read. A connection on loopback costs less than
-    a token.
-    """
-    return client_session(reuse=False)

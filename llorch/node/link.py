@@ -328,6 +328,7 @@ class NodeLink:
     def _drop(self, stream: _Stream, why: Gone) -> None:
         if self._streams.pop(stream.id, None) is None:
             return
+        stream.log = None  # it may be in the midst of a turn
         entry, body = stream.entry, stream.body
         if entry is None:
             return

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
-import aiohttp
-
 from llorch.errors import Code, LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import Open, Tail
+from llorch.node.engine_connections import Engines
 from llorch.node.engine_keys import EngineKeys
 from llorch.node.execution import Execution
 from llorch.node.replicas import Lease
@@ -58,7 +57,7 @@ class Runner:
         node_id: str,
         pools: SlotHolder,
         logs: TaskLogs,
-        session: aiohttp.ClientSession,
+        engines: Engines,
         counted: Counted,
         *,
         max_body_bytes: int,
@@ -69,7 +68,7 @@ class Runner:
         self.node_id = node_id
         self.logs = logs
         self.pools = pools
-        self.session = session
+        self.engines = engines
         self.counted = counted
         self.keys = EngineKeys()
         self.changed = changed
@@ -102,11 +101,10 @@ class Runner:
         self._fence(opening)
         lease = self.pools.acquire(opening.pool_id, _slot(opening), opening.model)
         entry = self.logs.add(opening, self.clock(), self.wall())
-        execution = Execution(self, entry, lease)
+        execution = Execution(self, entry, lease, self._guard)
         entry.run = execution
         self._executions[_slot(opening)] = execution
         self._idle.clear()
-        execution.start(self._guard)
         self.counted.began(lease.model)
         self.changed()
         return entry, True
@@ -173,7 +171,7 @@ class Runner:
         for entry in self.logs.orphaned(now):
             log.info("task.orphaned", task_id=entry.task_id, node_id=self.node_id)
             self.cancel(entry)
-        for execution in self._executions.values():
+        for execution in list(self._executions.values()):
             execution.check(now)
         self.logs.expire(now)
         return SWEEP_S

@@ -20,6 +20,7 @@ from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import Head, Open, Tail
 
 KEPT_BYTES = 4 * 1024 * 1024
+HASHED_AT_ONCE_BYTES = 16 * 1024
 ENTRY_BYTES = 4 * 1024  # what a task costs besides its bytes, measured: thousands of short answers are not free
 SEALED_V1_S = 30.0
 LOST_GRACE_S = 30.0  # a /v1 client can't come back, but a control that restarts may
@@ -50,12 +51,16 @@ class Reader(Protocol):
 class TaskLog:
     """The bytes of one attempt, exactly as a client is to see them."""
 
-    __slots__ = ("_blocked", "_buffer", "_digest", "_readers", "_start", "head", "kept_bytes", "tail")
+    __slots__ = (
+        "_blocked", "_buffer", "_digest", "_hashed", "_latest", "_readers", "_start", "head", "kept_bytes", "tail"
+    )  # fmt: skip
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._buffer = bytearray()
         self._start = 0  # the offset of the oldest byte that is kept
         self._digest = hashlib.sha256()
+        self._hashed = 0  # the offset up to which the digest has come
+        self._latest = b""  # what was appended last: what readers take who keep up
         self._readers: tuple[Reader, ...] = ()
         self.kept_bytes = kept_bytes
         self._blocked: asyncio.Future[None] | None = None  # the writer, while it waits for readers
@@ -82,6 +87,7 @@ class TaskLog:
     @property
     def sha256(self) -> str:
         """Of every byte that was ever appended, also of those no longer kept."""
+        self._hash()
         return self._digest.hexdigest()
 
     # ---- writing
@@ -108,6 +114,7 @@ class TaskLog:
         if tail.length != self.end:
             raise RuntimeError("a tail states the length of its log")
         self.tail = tail
+        self._latest = b""
         self._wake()
 
     def fits(self, count: int) -> bool:
@@ -134,12 +141,25 @@ class TaskLog:
         return True
 
     def _put(self, data: bytes) -> None:
-        self._buffer += data
-        self._digest.update(data)
-        excess = len(self._buffer) - self.kept_bytes
+        buffer = self._buffer
+        buffer += data
+        self._latest = data
+        size = len(buffer)
+        if self._start + size - self._hashed >= HASHED_AT_ONCE_BYTES:
+            self._hash()
+        excess = size - self.kept_bytes
         if excess > 0:
-            del self._buffer[:excess]
+            self._hash()
+            del buffer[:excess]
             self._start += excess
+
+    def _hash(self) -> None:
+        """A token is hashed with those around it: one by one, the calls would cost more than the work."""
+        end = self.end
+        if self._hashed < end:
+            with memoryview(self._buffer) as view:
+                self._digest.update(view[self._hashed - self._start :])
+            self._hashed = end
 
     def _check_open(self) -> None:
         if self.tail is not None:
@@ -168,6 +188,9 @@ class TaskLog:
 
     def read(self, offset: int, limit: int) -> bytes:
         """Up to `limit` bytes from `offset`; b"" at the end. Raises as `check` does."""
+        latest = self._latest
+        if self._start <= offset == self._start + len(self._buffer) - len(latest) and 0 < len(latest) <= limit:
+            return latest
         self.check(offset)
         at = offset - self._start
         return bytes(self._buffer[at : at + limit])

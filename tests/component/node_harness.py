@@ -25,7 +25,7 @@ from llorch.link import Link
 from llorch.node import pool_events as ev
 from llorch.node.calls import LinkCalls
 from llorch.node.credentials import TokenCredentials
-from llorch.node.engine_answer import engine_session
+from llorch.node.engine_connections import engines
 from llorch.node.handoff import Handoff
 from llorch.node.heartbeat import Membership
 from llorch.node.metrics import NodeMetrics
@@ -368,10 +368,10 @@ class NodeUnderTest:
         self.url = ""
 
     async def start(self, controls: list[ScriptedControl], *, early_beat_s: float = 0.25) -> None:
-        session = await self._exits.enter_async_context(engine_session())
+        asking = await self._exits.enter_async_context(engines())
         self.session = await self._exits.enter_async_context(web.client_session())
         self.runner = Runner(
-            "n1", self.pools, self.logs, session, self.metrics, max_body_bytes=64 << 20, changed=self._changed
+            "n1", self.pools, self.logs, asking, self.metrics, max_body_bytes=64 << 20, changed=self._changed
         )
         self.pools.subscribe(lambda _pool: self._changed())
         self.node = Node(
@@ -398,7 +398,7 @@ class NodeUnderTest:
                 identity,
                 control.url,
                 TokenCredentials(lambda: NODE_TOKEN, None),
-                session,
+                self.session,
                 calls,
                 early_beat_s=early_beat_s,
             )

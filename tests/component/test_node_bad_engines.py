@@ -20,7 +20,7 @@ import pytest
 
 from llorch.errors import LlorchError
 from llorch.messages import decode_json
-from llorch.node import engine_answer
+from llorch.node import execution
 from llorch.node import pool_events as ev
 from llorch.node import runner as runner_module
 from llorch.node.engine_keys import read_key
@@ -281,7 +281,7 @@ async def test_an_engine_that_is_not_there_is_a_failure_that_may_run_elsewhere(t
 async def test_an_error_answer_that_never_ends_is_read_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, told: int
 ) -> None:
-    monkeypatch.setattr(engine_answer, "ERROR_BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(execution, "ERROR_BODY_TIMEOUT_S", 0.05)
     engine = RawEngine(b"HTTP/1.1 %d X\r\nContent-Length: 99\r\n\r\n{" % status, hangs=True)
     async with node_with(tmp_path, engine) as setup:
         link = await setup.link()

@@ -23,7 +23,7 @@ from llorch.config_pools import PoolSpec
 from llorch.errors import LlorchError
 from llorch.messages import Open, Tail
 from llorch.node import engine_process, listeners, probing
-from llorch.node.engine_answer import engine_session
+from llorch.node.engine_connections import engines
 from llorch.node.engine_keys import read_key
 from llorch.node.engines.command import Command
 from llorch.node.engines.progress import Progress
@@ -37,6 +37,7 @@ from llorch.node.pools import Pools
 from llorch.node.runner import Runner
 from llorch.node.supervisor import Supervisor
 from llorch.node.tasklog import Limits, TaskLogs
+from llorch.web import client_session
 from tests.cluster import eventually
 from tests.standins import ollama_standin
 from tests.standins.surface import STORE_ENV
@@ -111,10 +112,10 @@ async def node(folder: Path, made: Plan, **settings: Any) -> AsyncIterator[Node]
     )
     await supervisor.start()
     try:
-        async with engine_session() as http:
+        async with engines() as asking, client_session() as http:
             metrics = NodeMetrics("n")
             logs = TaskLogs(Limits())
-            runner = Runner("n", pools, logs, http, metrics, max_body_bytes=1 << 20, changed=lambda: None)
+            runner = Runner("n", pools, logs, asking, metrics, max_body_bytes=1 << 20, changed=lambda: None)
             yield Node(supervisor, runner, http)
             await runner.close()
     finally:
@@ -326,9 +327,9 @@ async def offered(folder: Path, handoff: Handoff) -> AsyncIterator[Node]:
     await supervisor.start()
     try:
         offer(folder, handoff)
-        async with engine_session() as http:
+        async with engines() as asking, client_session() as http:
             runner = Runner(
-                "n", pools, TaskLogs(Limits()), http, NodeMetrics("n"), max_body_bytes=1 << 20, changed=lambda: None
+                "n", pools, TaskLogs(Limits()), asking, NodeMetrics("n"), max_body_bytes=1 << 20, changed=lambda: None
             )
             await eventually(lambda: pools.ids() == ["p"], what="the handoff")
             yield Node(supervisor, runner, http)

@@ -14,13 +14,12 @@ import asyncio
 import json
 from asyncio import base_events, events
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
-
 from llorch.link import Link
+from llorch.node.engine_connections import Taker
 
 MAX_TURNS = 3_000  # of the loop, until nothing is left to do: more is a loop that never comes to rest
 WIRE_HIGH_BYTES = 2_000  # unsent bytes at which a writer is told to wait; small, so that it happens
@@ -219,29 +218,26 @@ class Wire:
 
 
 class Answer:
-    """One answer of an engine, an aiohttp.ClientResponse for Runner. `label` is the prompt it was asked with."""
+    """One answer of an engine, an engine_connections.Exchange. `label` is the prompt that it was asked with."""
 
-    connection = None
-    content_length = None
-
-    def __init__(self, body: dict[str, Any]) -> None:
+    def __init__(self, body: dict[str, Any], taker: Taker) -> None:
         self.label = str(body["prompt"])
         self.native = "seed" in body  # as the cluster's native clients send it
         self.run = 0
-        self.headers: dict[str, str] = {}
         self.status = 0  # not answered yet
         self.sent = 0  # tokens
         self.open = True  # the engine may still send; the node still reads
-        self.content = self
-        self._chunks: deque[bytes | Exception | None] = deque()
-        self._waiting: asyncio.Future[None] | None = None
+        self._taker: Taker | None = taker
+        self._loop = asyncio.get_running_loop()
+        self._under_way: deque[Callable[[Taker], None]] = deque()
+        self._paused = False
 
     # ---- the engine's side
 
     def begin(self, status: int = 200) -> None:
         if self.status == 0:
             self.status = status
-            self._wake()
+            self._say(lambda taker: taker.answered(status, {}))
 
     def token(self, text: str) -> None:
         self._send({"choices": [{"text": text, "index": 0, "finish_reason": None}]})
@@ -257,59 +253,50 @@ class Answer:
     def stop(self, how: Exception | None) -> None:
         """The connection ends: in order, or with an error."""
         self.begin()
-        self._put(how)
+        broken = None if how is None else type(how).__name__
+        self._say(lambda taker: taker.ended(broken))
+        self.open = False
+
+    def fail(self) -> None:
+        """Nothing listens there."""
+        self._say(lambda taker: taker.ended("ConnectionRefusedError"))
         self.open = False
 
     def _send(self, value: dict[str, Any]) -> None:
         self.begin()
         self._put(b"data: " + json.dumps(value).encode() + b"\n\n")
 
-    def _put(self, chunk: bytes | Exception | None) -> None:
-        if self.open:
-            self._chunks.append(chunk)
-            self._wake()
+    def _put(self, chunk: bytes) -> None:
+        self._say(lambda taker: taker.received(chunk))
 
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+    def _say(self, what: Callable[[Taker], None]) -> None:
+        if self.open:
+            self._under_way.append(what)
+            self._loop.call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._under_way and not self._paused and self._taker is not None:
+            self._under_way.popleft()(self._taker)
 
     # ---- the node's side
 
-    async def ready(self) -> None:
-        while self.status == 0:
-            await self._wait()
+    def pause(self) -> None:
+        self._paused = True
 
-    async def _wait(self) -> None:
-        self._waiting = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiting
-        finally:
-            self._waiting = None
+    def resume(self) -> None:
+        self._paused = False
+        self._loop.call_soon(self._deliver)
 
-    async def iter_any(self) -> AsyncIterator[bytes]:
-        while True:
-            while not self._chunks:
-                await self._wait()
-            chunk = self._chunks.popleft()
-            if chunk is None:
-                return
-            if isinstance(chunk, Exception):
-                raise chunk
-            yield chunk
-
-    async def read(self, limit: int) -> bytes:
-        """Of an error's body, which nobody here looks into."""
-        async for chunk in self.iter_any():
-            return chunk
-        return b""
-
-    def close(self) -> None:
+    def abort(self) -> None:
         """The node reads no further: an engine stops generating."""
-        self.open = False
+        self.open, self._taker = False, None
+
+    def finish(self) -> None:
+        self.abort()
 
 
 class Engine:
-    """The aiohttp.ClientSession of a Runner. Answers that are begun and not over are in `answers`."""
+    """The engine_connections.Engines of a Runner. Answers that are begun and not over are in `answers`."""
 
     def __init__(self) -> None:
         self.all: list[Answer] = []
@@ -320,17 +307,12 @@ class Engine:
         self.all = [answer for answer in self.all if answer.open]
         return self.all
 
-    async def post(self, url: str, *, data: bytes, headers: dict[str, str], allow_redirects: bool) -> Answer:
+    def ask(self, url: str, path: str, headers: Mapping[str, str], body: bytes, taker: Taker) -> Answer:
+        answer = Answer(json.loads(body), taker)
         if self.down:
-            raise aiohttp.ClientConnectionError("nothing listens")
-        body = json.loads(data)
-        answer = Answer(body)
-        self.all.append(answer)
-        try:
-            await answer.ready()
-        except BaseException:
-            answer.open = False
-            raise
+            answer.fail()
+        else:
+            self.all.append(answer)
         return answer
 
 

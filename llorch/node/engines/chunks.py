@@ -156,10 +156,11 @@ class Meter:
         self.usage = Usage()
         self.counted = 0  # chunks with content: what tokens_out is until the engine has said it
 
-    def content(self, now: float) -> None:
-        """A streamed chunk with content came."""
-        self.counted += 1
-        self.usage.tokens_out = max(self.usage.tokens_out, self.counted)
+    def content(self, now: float, count: int = 1) -> None:
+        """Streamed chunks with content came."""
+        self.counted += count
+        if self.counted > self.usage.tokens_out:
+            self.usage.tokens_out = self.counted
         self.mark(now)
 
     def mark(self, now: float) -> None:
@@ -196,6 +197,11 @@ class Meter:
         if isinstance(choices, list):
             return self._read_choices(choices, usage_only=not choices and isinstance(usage, Mapping))
         return self._read_named(kind, value) if isinstance(kind, str) else Chunk()
+
+    @staticmethod
+    def counts(value: Mapping[str, Any]) -> bool:
+        """Whether a chunk says anything that is to be counted, beside its text."""
+        return isinstance(value.get("usage"), Mapping) or isinstance(value.get("timings"), Mapping)
 
     def _read_usage(self, usage: Mapping[str, Any]) -> None:
         details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")

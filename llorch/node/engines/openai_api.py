@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from llorch.errors import Code, LlorchError, invalid
 from llorch.messages import TaskBody, Timings
 from llorch.node.engines import fields
+from llorch.node.engines.alike import Shape, shape_of
 from llorch.node.engines.chunks import Chunk, Meter
 from llorch.node.engines.chunks import Usage as Usage
 from llorch.node.engines.chunks import normalise_error as normalise_error
@@ -197,6 +198,8 @@ class Decoder(Protocol):
         """The attempt ends for a reason outside the answer (stall, deadline)."""
 
 
+MOST_SHAPES = 8  # that chunks of one answer are looked for in vain
+
 _UNREADABLE = "the engine sent what can't be read as a stream of events"
 _DONE = "[DONE]"
 
@@ -220,6 +223,10 @@ def _value(payload: str) -> Mapping[str, Any]:
     return value
 
 
+def _utf8(raw: bytes) -> bytes:
+    return raw.decode("utf-8", "replace").encode()
+
+
 def _ended_early(cut: bool) -> LlorchError:
     how = "its connection broke" if cut else "it closed the stream"
     return LlorchError(Code.ENGINE_FAILED, f"the engine ended without finishing its answer: {how}")
@@ -239,6 +246,8 @@ class _Stream(ABC):
         self._meter = Meter(facts.accepted_at)
         self._splitter = Splitter()
         self._complete = False  # the chunk that ends an answer was read: the text is whole, whatever follows
+        self._shape: Shape | None = None  # of the chunks that are alike
+        self._tries = MOST_SHAPES  # to find one, of which none has come twice
         self.first_content = False
         self.done = False
         self.error: LlorchError | None = None
@@ -259,12 +268,27 @@ class _Stream(ABC):
         if self.done:
             return b""
         out: list[bytes] = []
+        splitter = self._splitter
+        buffer, at = splitter.join(data), 0
         try:
-            for block in self._splitter.feed(data):
-                self._take(block, now, out)
+            while not self.done:
+                if self._shape is not None and self.first_content:
+                    texts, end = self._shape.run(buffer, at)
+                    if texts:
+                        self._tries = MOST_SHAPES
+                        self._meter.content(now, len(texts))
+                        out.append(self._render_alike(buffer[at:end], texts))
+                        at = end
+                        continue
+                end = splitter.end(buffer, at)
+                if not end:
+                    break
+                self._take(buffer[at:end], now, out)
+                at = end
+            splitter.hold(buffer, at)
         except SseError:
             out.append(self.fail(LlorchError(Code.ENGINE_FAILED, _UNREADABLE), now))
-        return b"".join(out)
+        return out[0] if len(out) == 1 else b"".join(out)
 
     def finish(self, now: float, cut: bool = False) -> bytes:
         if self.done:
@@ -294,17 +318,25 @@ class _Stream(ABC):
         if payload.strip() == _DONE:
             out.append(self._end(now, block))
             return
-        chunk = self._meter.read(_value(payload))
+        value = _value(payload)
+        chunk = self._meter.read(value)
         if chunk.error is not None:
             out.append(self.fail(chunk.error, now))
             return
         if chunk.content:
             self._meter.content(now)
+            if chunk.text and self._tries and not chunk.terminal and not Meter.counts(value):
+                self._tries -= 1
+                self._shape = shape_of(block, chunk.text)
         self._complete = self._complete or chunk.terminal
         out.append(self._render(block, chunk))
 
     @abstractmethod
     def _render(self, block: bytes, chunk: Chunk) -> bytes: ...
+    @abstractmethod
+    def _render_alike(self, data: bytes, texts: list[bytes]) -> bytes:
+        """As `_render`, of several blocks in one, once the log has begun: `data` says `texts` and nothing else."""
+
     @abstractmethod
     def _end(self, now: float, block: bytes = b"") -> bytes: ...
     @abstractmethod
@@ -345,11 +377,28 @@ class NativeDecoder(_Stream):
         if not chunk.text:
             return b""
         begun = self._begin()
-        raw = chunk.text.encode("utf-8", "replace")  # JSON may escape half a surrogate pair; UTF-8 has no such thing
+        return begun + self._token(chunk.text)
+
+    def _token(self, text: str) -> bytes:
+        raw = text.encode("utf-8", "replace")  # JSON may escape half a surrogate pair; UTF-8 has no such thing
         self._digest.update(raw)
         token = self._event("token", {"t": raw.decode(), "i": self._index})
         self._index += 1
-        return begun + token
+        return token
+
+    def _render_alike(self, data: bytes, texts: list[bytes]) -> bytes:
+        joined = b"".join(texts)
+        if not joined.isascii() or b"\\" in joined:
+            return b"".join(self._token(json.loads(b'"%b"' % text)) for text in map(_utf8, texts))
+        self._digest.update(joined)
+        offset, index, out = self._offset, self._index, []
+        for text in texts:  # as `_event` writes it, of text that JSON takes as it is
+            rest = b'\nevent: token\ndata: {"t":"%b","i":%d}\n\n' % (text, index)
+            offset += 16 + len(rest)
+            out.append(b"id: %012x%b" % (offset, rest))
+            index += 1
+        self._offset, self._index = offset, index
+        return b"".join(out)
 
     def _end(self, now: float, block: bytes = b"") -> bytes:
         begun = self._begin()
@@ -399,6 +448,9 @@ class OpenAiDecoder(_Stream):
         self.first_content = True
         held, self._held = self._held, b""
         return held
+
+    def _render_alike(self, data: bytes, texts: list[bytes]) -> bytes:
+        return data
 
     def _end(self, now: float, block: bytes = b"") -> bytes:
         self.first_content = self.done = True

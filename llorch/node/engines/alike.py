@@ -14,8 +14,6 @@ _KEYS = (b'"content":', b'"text":', b'"reasoning_content":', b'"reasoning":')
 _STRING = re.compile(rb'[ ]?"((?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++)"')
 _WHOLE = re.compile(rb'(?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++')
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f\x7f]++')
-RUN_BYTES = 16 * 1024  # that are looked through at once
-
 _UNUSUAL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 
 
@@ -30,22 +28,26 @@ class Shape:
     def run(self, data: bytes, at: int) -> tuple[list[bytes], int]:
         """The texts of the chunks of this shape that follow one another from `at` on, and where the last one ends.
 
-        Each text is the inside of a JSON string, and none is empty. Of more than RUN_BYTES the rest is left for another
-        time.
+        Each text is the inside of a JSON string, and none is empty. One with a quote in it ends the run.
         """
-        before, after = self._before, self._after
+        before, joint = self._before, self._joint
         if not data.startswith(before, at):
             return [], at
-        *texts, last = data[at + len(before) : at + RUN_BYTES].split(self._joint)
-        end = last.find(after)
-        if end >= 0:
-            texts.append(last[:end])
+        texts: list[bytes] = []
+        begin = at + len(before)
+        stop = data.find(b'"', begin)
+        while data.startswith(joint, stop):
+            texts.append(data[begin:stop])
+            begin = stop + len(joint)
+            stop = data.find(b'"', begin)
+        if stop > 0 and data.startswith(self._after, stop):
+            texts.append(data[begin:stop])
         if b"" in texts or _PLAIN.fullmatch(b"".join(texts)) is None:
             good = 0
             while good < len(texts) and _WHOLE.fullmatch(texts[good]):
                 good += 1
             del texts[good:]
-        return texts, at + len(texts) * len(self._joint) + sum(map(len, texts))
+        return texts, at + len(texts) * len(joint) + sum(map(len, texts))
 
 
 def shape_of(block: bytes, text: str) -> Shape | None:

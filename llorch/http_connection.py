@@ -37,7 +37,7 @@ CONNECTION: dict[str, Any] = {
 class Connection(web_protocol.RequestHandler):
     """What could not be read is answered with 4xx, and nothing after it is looked at."""
 
-    __slots__ = ("_answered", "_doors", "_framer", "_pace", "_place", "head_since")
+    __slots__ = ("_answered", "_doors", "_framer", "_pace", "_place", "bounded", "head_since")
 
     def __init__(
         self, manager: web.Server, loop: asyncio.AbstractEventLoop, doors: Doors, place: Place, pace: OncePer
@@ -47,6 +47,7 @@ class Connection(web_protocol.RequestHandler):
         self._doors = doors
         self._place = place
         self._pace = pace
+        self.bounded = False  # what may wait in its send buffer was bounded, for streams
         self._answered = False  # the request that is under way; its body may still be coming
         self.head_since: float | None = None  # when the head that is awaited began; None while none is
 

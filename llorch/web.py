@@ -40,7 +40,7 @@ MIN_ARRIVING_BYTES = 32 * 1024 * 1024  # where the largest size is small
 BODIES_RETRY_MS = 1_000
 MAX_SMALL_BODY_BYTES = 4 * 1024 * 1024  # reports and other JSON that is not a prompt
 STREAM_SEND_BUFFER_BYTES = 64 * 1024  # a stalled reader holds this in the kernel, not 3 MB
-STREAM_WRITE_BUFFER_BYTES = 16 * 1024  # and about this here, if `drained` is waited for; under TLS 64 KiB more
+STREAM_WRITE_BUFFER_BYTES = 16 * 1024  # and about this here, for who waits until it is less; under TLS 64 KiB more
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 M = TypeVar("M", bound=BaseModel)
@@ -304,11 +304,11 @@ def _from_http(error: web.HTTPException) -> LlorchError:
 # ---------------------------------------------------------------- streams
 
 
-def limit_send_buffer(request: web.Request) -> None:
+def limit_send_buffer(transport: asyncio.Transport | None) -> None:
     """For streams: a reader that stalls holds little memory, in the kernel and here."""
-    if request.transport is not None:
-        request.transport.set_write_buffer_limits(high=STREAM_WRITE_BUFFER_BYTES)
-        bound_kernel_buffer(request.transport, socket.SO_SNDBUF, STREAM_SEND_BUFFER_BYTES)
+    if transport is not None:
+        transport.set_write_buffer_limits(high=STREAM_WRITE_BUFFER_BYTES)
+        bound_kernel_buffer(transport, socket.SO_SNDBUF, STREAM_SEND_BUFFER_BYTES)
 
 
 def bound_kernel_buffer(transport: asyncio.BaseTransport, which: int, most_bytes: int) -> None:
@@ -318,13 +318,6 @@ def bound_kernel_buffer(transport: asyncio.BaseTransport, which: int, most_bytes
     if sock is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, which, most_bytes)
-
-
-async def drained(request: web.Request) -> None:
-    """Returns once little of a stream waits in its transport; aiohttp looks only every 64 KiB that were written."""
-    to = request.transport
-    if to is not None and not to.is_closing() and to.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
-        await request.writer.drain()
 
 
 # ---------------------------------------------------------------- calling

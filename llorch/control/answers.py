@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -21,7 +22,8 @@ from llorch.control.dispatch import PING_AFTER_S
 from llorch.control.tasks import Task
 from llorch.errors import Code, LlorchError
 from llorch.messages import Head, Tail
-from llorch.web import drained, error_response, json_response, limit_send_buffer
+from llorch.outlet import Outlet
+from llorch.web import error_response, json_response
 
 SSE_HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 MAX_HELD_BYTES = 64 * 1024  # of an event that has not come whole; a larger one is passed on in parts
@@ -87,35 +89,40 @@ def refusal(error: LlorchError, request_id: str, task: Task) -> web.Response:
 
 
 class Stream:
-    """A response that is written piece by piece. `whole` tells whether something else may come after the last piece."""
+    """An answer that is written piece by piece. `whole` tells whether something else may come after the last piece."""
 
-    def __init__(self, request: web.Request, write_timeout_s: float) -> None:
-        self._request = request
+    def __init__(self, outlet: Outlet, write_timeout_s: float) -> None:
+        self._outlet = outlet
         self._write_timeout_s = write_timeout_s
-        self._response: web.StreamResponse | None = None
         self._last = (b"", b"")
         self._split = sse.Splitter()
+        self.committed = False
         self.whole = True
 
-    @property
-    def committed(self) -> bool:
-        return self._response is not None
+    def commit(self, status: int, headers: Mapping[str, str]) -> None:
+        if not self.committed:
+            self.committed = True
+            self._outlet.begin(status, headers)
 
-    async def commit(self, status: int, headers: dict[str, str]) -> None:
-        if self._response is None:
-            response = web.StreamResponse(status=status, headers=headers)
-            limit_send_buffer(self._request)
-            await response.prepare(self._request)
-            self._response = response
+    def direct(self, data: bytes) -> bool:
+        """Write whole events at once to a client that keeps up. False: nothing was done, `write_events` has to wait."""
+        if self._split.waiting or not data.endswith(b"\n\n") or self._outlet.behind:
+            return False
+        self.whole = True
+        self._last = (self._last[1], data[-LAST_BLOCK_BYTES:])
+        self._outlet.write(data)
+        return True
 
     async def write(self, data: bytes, *, whole: bool = True) -> None:
-        assert self._response is not None
         self.whole = whole
         self._last = (self._last[1], data[-LAST_BLOCK_BYTES:])
+        outlet = self._outlet
+        outlet.write(data)
+        if not outlet.behind:
+            return
         try:
             async with asyncio.timeout(self._write_timeout_s):
-                await self._response.write(data)
-                await drained(self._request)
+                await outlet.drained()
         except TimeoutError:
             self.abort()
             raise SlowReader("the client took no byte in time") from None
@@ -154,20 +161,21 @@ class Stream:
         await self.write(event if self.whole else b"\n\n" + event)
 
     def finished(self) -> web.StreamResponse:
-        assert self._response is not None
-        return self._response
+        return self._outlet.finish()
+
+    def cut(self) -> web.StreamResponse:
+        return self._outlet.cut()
 
     def abort(self) -> None:
-        if self._request.transport is not None:
-            self._request.transport.abort()
+        self._outlet.abort()
 
 
 class NativeStream:
     """SSE of native events: the log's own, and the control's `queued`, pings and, if the node can't, the last one."""
 
-    def __init__(self, request: web.Request, task: Task, write_timeout_s: float, *, again: bool = False) -> None:
+    def __init__(self, outlet: Outlet, task: Task, write_timeout_s: float, *, again: bool = False) -> None:
         self._task = task
-        self._stream = Stream(request, write_timeout_s)
+        self._stream = Stream(outlet, write_timeout_s)
         self._again = again  # the task is there: whatever becomes of it is told in its stream
         self._said_queued_at = float("-inf")
 
@@ -177,18 +185,17 @@ class NativeStream:
 
     def broken_off(self) -> web.StreamResponse:
         """The end of this connection, and not of the task."""
-        self._stream.abort()
-        return self._stream.finished()
+        return self._stream.cut()
 
-    async def _commit(self) -> None:
-        await self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
+    def _commit(self) -> None:
+        self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
 
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         now = time.monotonic()
         if now - self._said_queued_at < QUEUED_EVERY_S:
             return
         self._said_queued_at = now
-        await self._commit()
+        self._commit()
         await self._stream.write(sse.encode("queued", json.dumps({"position": position, "eta_ms": eta_ms})))
 
     async def accepted(self) -> None:
@@ -196,17 +203,20 @@ class NativeStream:
 
     async def idle(self) -> None:
         """Commits too, so that a client can tell a task that waits from a control that hangs."""
-        await self._commit()
+        self._commit()
         await self._stream.ping()
 
     async def begin(self, head: Head) -> None:
-        await self._commit()
+        self._commit()
+
+    def direct(self, data: bytes) -> bool:
+        return self._stream.direct(data)
 
     async def write(self, data: bytes) -> None:
         await self._stream.write_events(data)
 
     async def ended(self, tail: Tail) -> web.StreamResponse:
-        await self._commit()
+        self._commit()
         await self._stream.write_rest()
         if tail.length == 0:
             await self._stream.write(empty_end(tail, self._task.request_id, self._task.task_id))
@@ -215,7 +225,7 @@ class NativeStream:
     async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
         if not self._stream.committed and error.code is not Code.CANCELED and not self._again:
             return refusal(error, request_id, self._task)
-        await self._commit()
+        self._commit()
         if not _terminal(self._stream.last_block()):  # the node was lost between its last event and its TAIL
             canceled = error.code is Code.CANCELED
             task_id = self._task.task_id
@@ -232,9 +242,9 @@ class NativeStream:
 class OpenAiAnswer:
     """A /v1 answer: the engine's own bytes with the engine's status, streamed or not."""
 
-    def __init__(self, request: web.Request, task: Task, write_timeout_s: float) -> None:
+    def __init__(self, outlet: Outlet, task: Task, write_timeout_s: float) -> None:
         self._task = task
-        self._stream = Stream(request, write_timeout_s)
+        self._stream = Stream(outlet, write_timeout_s)
         self._last_word = time.monotonic()
         self._length: int | None = None  # of the whole answer, where it was announced
         self._events = False  # it is a stream of them
@@ -254,7 +264,7 @@ class OpenAiAnswer:
         """A stream commits and pings; an answer in one piece can only wait for its status."""
         self._last_word = time.monotonic()
         if self._task.stream:
-            await self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
+            self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
             await self._stream.ping()
 
     async def begin(self, head: Head) -> None:
@@ -266,7 +276,10 @@ class OpenAiAnswer:
         if self._task.stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             self._events = headers.get("content-type", "").lower().startswith("text/event-stream")
-        await self._stream.commit(head.status, headers | task_headers(self._task))
+        self._stream.commit(head.status, headers | task_headers(self._task))
+
+    def direct(self, data: bytes) -> bool:
+        return self._events and self._stream.direct(data)
 
     async def write(self, data: bytes) -> None:
         if self._length is not None and self._task.offset + len(data) > self._length:
@@ -327,6 +340,9 @@ class NativeJson:
     async def begin(self, head: Head) -> None:
         pass
 
+    def direct(self, data: bytes) -> bool:
+        return False
+
     async def write(self, data: bytes) -> None:
         self._size += len(data)
         if self._size > MAX_COLLECTED_BYTES:
@@ -365,6 +381,9 @@ class Detached:
 
     async def begin(self, head: Head) -> None:
         pass
+
+    def direct(self, data: bytes) -> bool:
+        return True
 
     async def write(self, data: bytes) -> None:
         pass

@@ -34,6 +34,9 @@ class Client(Protocol):
     async def begin(self, head: Head) -> None:
         """The first byte is here. From now on the task can't be retried."""
 
+    def direct(self, data: bytes) -> bool:
+        """Log bytes for a client that keeps up, taken at once. False: nothing was done, and they have to wait."""
+
     async def write(self, data: bytes) -> None:
         """Log bytes. Returns when the client's side has taken them."""
 
@@ -160,6 +163,15 @@ class Audience:
                 await self._client.begin(head)
         if self.silent:
             raise Unheard("nobody is here to read it")
+
+    def direct(self, data: bytes) -> bool:
+        """As `write`, where nothing has to be waited for; what goes wrong is left for `write` to meet."""
+        if self._client is None:
+            return True
+        try:
+            return self._client.direct(data)
+        except ConnectionError:
+            return False
 
     async def write(self, data: bytes) -> None:
         if self._client is not None:

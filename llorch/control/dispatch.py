@@ -452,20 +452,34 @@ class Dispatcher:
         return min(left, self._ttft_timeout_s, TRIAL_TIMEOUT_S if claim.trial else left)
 
     async def _relay(self, task: Task, reader: LogReader, audience: Audience) -> Tail:
-        patience_s = PING_AFTER_S
+        passed_at = self._clock()
+
+        def take(data: bytes) -> bool:
+            """Of a client that keeps up no task is woken for a token."""
+            nonlocal passed_at
+            if not audience.direct(data):
+                return False
+            task.offset += len(data)
+            passed_at = self._clock()
+            return True
+
+        reader.pass_directly(take)
         while True:
+            now = self._clock()
+            patience_s = passed_at + PING_AFTER_S - now
             if task.deadline_at is not None:
-                now = self._clock()
                 task.check_deadline(now - DEADLINE_SLACK_S)
-                patience_s = min(PING_AFTER_S, task.deadline_at + DEADLINE_SLACK_S - now)
-            item = await reader.next(patience_s)
+                patience_s = min(patience_s, task.deadline_at + DEADLINE_SLACK_S - now)
+            item = await reader.next(max(0.0, patience_s))
             if isinstance(item, bytes):
                 await audience.write(item)
                 task.offset += len(item)
                 reader.passed_on(len(item))
+                passed_at = self._clock()
             elif item is None:
-                if patience_s == PING_AFTER_S:
+                if self._clock() >= passed_at + PING_AFTER_S:
                     await audience.idle()
+                    passed_at = self._clock()
             elif isinstance(item, Tail):
                 return item
             elif isinstance(item, Refused):

@@ -52,15 +52,18 @@ class Feed:
     would take a third more.
     """
 
-    __slots__ = ("_items", "_waiter", "ended")
+    __slots__ = ("_items", "_waiter", "direct", "ended")
 
     def __init__(self) -> None:
         self._items: deque[Item | bytearray] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self.direct: Callable[[bytes], bool] | None = None  # takes bytes at once that nothing is before, if it can
         self.ended = False
 
     def put(self, item: Item) -> None:
         if self.ended:
+            return
+        if isinstance(item, bytes) and self.direct is not None and not self._items and self.direct(item):
             return
         self.ended = isinstance(item, Refused | Tail | Lost | Stopped)
         if isinstance(item, bytes) and self._items and isinstance(self._items[-1], bytes | bytearray):

@@ -27,6 +27,7 @@ from llorch.control.state import CONTROL, Control, wall_time
 from llorch.errors import Code, LlorchError, invalid
 from llorch.logs import Log
 from llorch.messages import M, PoolReport, decode_object, parse
+from llorch.outlet import Outlet
 from llorch.web import (
     MAX_SMALL_BODY_BYTES,
     PRINCIPAL,
@@ -232,8 +233,8 @@ async def _follow(request: web.Request, pool_id: str, lines: int, after: str | N
     followed.enter()
     try:
         found = await _read_log(control, _pooled(control, node_id, pool_id), pool_id, lines, after)
-        stream = Stream(request, control.slow_reader_timeout_s)
-        await stream.commit(200, SSE_HEADERS)
+        stream = Stream(Outlet.of(request), control.slow_reader_timeout_s)
+        stream.commit(200, SSE_HEADERS)
         said_at, first = time.monotonic(), True
         while True:
             if found.lines or first:  # the first one also empty: it tells that the log is followed, and from where

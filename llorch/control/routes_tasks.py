@@ -28,6 +28,7 @@ from llorch.control.views import openai_models
 from llorch.errors import Code, LlorchError
 from llorch.messages import TaskBody
 from llorch.openai_paths import served
+from llorch.outlet import Outlet
 from llorch.web import PRINCIPAL, REQUEST_ID, Route, json_response, read_body
 
 MAX_LISTED_TASKS = 1_000
@@ -49,7 +50,7 @@ async def _submit(request: web.Request) -> web.StreamResponse:
     if "application/json" in accept and "text/event-stream" not in accept:
         answer = NativeJson(task)
     else:
-        answer = NativeStream(request, task, control.slow_reader_timeout_s, again=earlier is not None)
+        answer = NativeStream(Outlet.of(request), task, control.slow_reader_timeout_s, again=earlier is not None)
     return await _serve(request, task, answer, earlier)
 
 
@@ -96,7 +97,7 @@ async def _openai(request: web.Request) -> web.StreamResponse:
         now=time.monotonic(),
     )
     earlier = await control.replays.earlier(_allowed(request, task))
-    return await _serve(request, task, OpenAiAnswer(request, task, control.slow_reader_timeout_s), earlier)
+    return await _serve(request, task, OpenAiAnswer(Outlet.of(request), task, control.slow_reader_timeout_s), earlier)
 
 
 async def _serve(request: web.Request, task: Task, answer: Answer, earlier: str | None) -> web.StreamResponse:
@@ -295,7 +296,7 @@ async def follow_events(request: web.Request) -> web.StreamResponse:
     mine = Task.read_again(task_id, owner=owner, request_id=request[REQUEST_ID], now=time.monotonic())
     if offset:
         control.metrics.resumed("client")
-    answer = NativeStream(request, mine, control.slow_reader_timeout_s, again=True)
+    answer = NativeStream(Outlet.of(request), mine, control.slow_reader_timeout_s, again=True)
     with control.quotas.stream(principal.name):
         return await follow(control, mine, answer, offset, attempt=attempt)
 

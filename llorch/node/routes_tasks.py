@@ -134,7 +134,7 @@ async def _serve_plain(request: web.Request, node: Node, entry: TaskEntry, offse
         if source.tail is not None and offset and offset == source.end:
             return web.Response(status=204)
         response = _response(source.head, entry, whole=offset == 0)
-        limit_send_buffer(request)
+        limit_send_buffer(request.transport)
         await response.prepare(request)
         complete = await _pour(reader, entry, response.write, node.slow_reader_timeout_s)
         if complete:
@@ -179,7 +179,7 @@ async def _serve_records(request: web.Request, node: Node, entry: TaskEntry, off
     """ACCEPT at once, then HEAD, DATA, TAIL. An end with no word may mean that the control died."""
     async with _reading(node.runner, entry, offset, Gone.LOST) as reader:
         response = web.StreamResponse(headers={"Content-Type": records.CONTENT_TYPE, "X-Llorch-Task": entry.task_id})
-        limit_send_buffer(request)
+        limit_send_buffer(request.transport)
         await response.prepare(request)
         await response.write(records.encode(0, Type.ACCEPT))
         while entry.log.head is None and entry.log.tail is None:

@@ -71,7 +71,7 @@ class Room:
 
     async def stream(self, request: aiohttp_web.Request) -> aiohttp_web.StreamResponse:
         response = aiohttp_web.StreamResponse()
-        web.limit_send_buffer(request)
+        web.limit_send_buffer(request.transport)
         await response.prepare(request)
         self.started.set()
         while not self.go_on.is_set():

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from types import SimpleNamespace
 from typing import Any
 
 from llorch.control import intake, routes_tasks
-from llorch.control.answers import NativeStream, OpenAiAnswer, Stream
+from llorch.control.answers import NativeStream, OpenAiAnswer
 from llorch.control.follow import follow
 from llorch.control.state import CONTROL
 from llorch.control.tasks import Task
@@ -21,48 +20,64 @@ from tests.faults.cluster_parts import MODEL, Asked, Network, SimControl
 
 RETRY_S = 0.3
 PATIENCE_S = 20.0  # with a node that has what it was reading, and is lost
-_NOTHING: Any = None
 
 
 class Connection:
-    """One request of a client: what the control writes, and whether either side has gone."""
+    """One request of a client, an outlet.Outlet: what the control writes, and whether either side has gone."""
 
     def __init__(self, client: SimClient, control: SimControl) -> None:
         self.client = client
         self.control = control
         self.open = True
-        self.transport = SimpleNamespace(
-            abort=self.close, is_closing=lambda: not self.open, get_write_buffer_size=lambda: 0
-        )
         self.handler: asyncio.Task[Any] | None = None
+        self._under_way: list[bytes] = []  # to a client that reads nothing
 
     def close(self) -> None:
         """Nothing passes any more; the control's handler is told as a server tells it."""
         self.open = False
 
-    async def write(self, data: bytes) -> None:
+    abort = close
+
+    def begin(self, status: int, headers: Any) -> None:
+        self.client.committed(status, headers)
+
+    def write(self, data: bytes) -> None:
+        if not self.open or not self.control.alive:
+            raise ConnectionResetError("the client has gone")
+        if self.client.stalled:
+            self._under_way.append(data)
+        else:
+            self._arrives(data)
+
+    @property
+    def behind(self) -> bool:
+        return self.client.stalled
+
+    async def drained(self) -> None:
         while self.client.stalled and self.open:
             await self.client.reads_on.wait()
         if not self.open or not self.control.alive:
             raise ConnectionResetError("the client has gone")
+
+    def reads_on(self) -> None:
+        """The client goes on."""
+        under_way, self._under_way = self._under_way, []
+        for data in under_way if self.open else ():
+            self._arrives(data)
+
+    def finish(self) -> Connection:
+        return self
+
+    def cut(self) -> Connection:
+        self.close()
+        return self
+
+    def _arrives(self, data: bytes) -> None:
         try:
             self.client.receive(data)
         except Exception as error:  # the control would take it for a fault of its own
             self.client.failure = error
             raise
-
-
-class SimStream(Stream):
-    """The control's response to a Connection."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__(connection, 30.0)  # type: ignore[arg-type]
-        self.connection = connection
-
-    async def commit(self, status: int, headers: Any) -> None:
-        if self._response is None:
-            self._response = self.connection  # type: ignore[assignment]
-            self.connection.client.committed(status, headers)
 
 
 class SimClient:
@@ -107,6 +122,8 @@ class SimClient:
     def stall(self, stalled: bool) -> None:
         self.stalled = stalled
         self.was_away = True  # so slow, it may be taken for gone
+        if not stalled and self._connection is not None:
+            self._connection.reads_on()
         self.reads_on.set()
         self.reads_on = asyncio.Event()
 
@@ -176,11 +193,11 @@ class SimClient:
             task = intake.openai_task("/v1/completions", raw, headers, **common)
         earlier = await control.state.replays.earlier(task)
         answer: NativeStream | OpenAiAnswer
+        outlet: Any = connection
         if self.native:
-            answer = NativeStream(_NOTHING, task, 30.0, again=earlier is not None)
+            answer = NativeStream(outlet, task, 30.0, again=earlier is not None)
         else:
-            answer = OpenAiAnswer(_NOTHING, task, 30.0)
-        answer._stream = SimStream(connection)
+            answer = OpenAiAnswer(outlet, task, 30.0)
         self.task_id = earlier or task.task_id
         request: Any = Asked(app={CONTROL: control.state}, remote=self.label)
         return await routes_tasks._serve(request, task, answer, earlier)
@@ -194,8 +211,8 @@ class SimClient:
             state.recovery.check(self.loop.time(), "its nodes may still bring this task")
             raise LlorchError(Code.TASK_NOT_FOUND, "no such task")
         mine = Task.read_again(task_id, owner="me", request_id="r", now=self.loop.time())
-        answer = NativeStream(_NOTHING, mine, 30.0, again=True)
-        answer._stream = SimStream(connection)
+        outlet: Any = connection
+        answer = NativeStream(outlet, mine, 30.0, again=True)
         return await follow(state, mine, answer, self.offset, attempt=self.attempt or None)
 
     # ---- what it reads

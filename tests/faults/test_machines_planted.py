@@ -182,7 +182,7 @@ def _reconnects_at_the_start(old: Any) -> Any:
 
 def _ends_twice(old: Any) -> Any:
     async def ended(self: NativeStream, tail: Any) -> Any:
-        await self._commit()
+        self._commit()
         await self._stream.write(empty_end(tail, "r", "t"))
         return self._stream.finished()
 

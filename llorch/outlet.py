@@ -123,6 +123,16 @@ class Outlet:
         else:
             self._send(data)
 
+    def write_now(self, data: bytes) -> bool:
+        """As `write`, to a client that is there and not behind. False: nothing was done."""
+        transport = self._connection.transport
+        if transport is None or transport.is_closing():
+            return False
+        if transport.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return True
+
     @property
     def behind(self) -> bool:
         """Much of what was written still waits here: it is better to wait, too."""

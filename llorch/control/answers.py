@@ -106,11 +106,10 @@ class Stream:
 
     def direct(self, data: bytes) -> bool:
         """Write whole events at once to a client that keeps up. False: nothing was done, `write_events` has to wait."""
-        if self._split.waiting or not data.endswith(b"\n\n") or self._outlet.behind:
+        if self._split.waiting or not data.endswith(b"\n\n") or not self._outlet.write_now(data):
             return False
         self.whole = True
         self._last = (self._last[1], data[-LAST_BLOCK_BYTES:])
-        self._outlet.write(data)
         return True
 
     async def write(self, data: bytes, *, whole: bool = True) -> None:
@@ -176,6 +175,7 @@ class NativeStream:
     def __init__(self, outlet: Outlet, task: Task, write_timeout_s: float, *, again: bool = False) -> None:
         self._task = task
         self._stream = Stream(outlet, write_timeout_s)
+        self.direct = self._stream.direct
         self._again = again  # the task is there: whatever becomes of it is told in its stream
         self._said_queued_at = float("-inf")
 
@@ -208,9 +208,6 @@ class NativeStream:
 
     async def begin(self, head: Head) -> None:
         self._commit()
-
-    def direct(self, data: bytes) -> bool:
-        return self._stream.direct(data)
 
     async def write(self, data: bytes) -> None:
         await self._stream.write_events(data)

@@ -53,6 +53,11 @@ class Unheard(ConnectionError):
     """The first byte is here, and nobody to show it to."""
 
 
+def _to_nobody(_data: bytes) -> bool:
+    """Those that came back read for themselves."""
+    return True
+
+
 class Audience:
     """All who listen to one task, as one Client: what it is told reaches the client that sent the task.
 
@@ -71,6 +76,7 @@ class Audience:
         self.running: asyncio.Task[Tail | Exception] | None = None
         self._alive = False
         self._client: Client | None = client
+        self.direct: Callable[[bytes], bool] = client.direct  # as `write`, where nothing has to be waited for
         self._followers = 0
         self._grace: asyncio.TimerHandle | None = None
 
@@ -97,7 +103,7 @@ class Audience:
 
     def left(self) -> None:
         """The client that sent the task has gone."""
-        self._client = None
+        self._gone()
         self._look_around()
 
     def ended(self) -> None:
@@ -106,6 +112,9 @@ class Audience:
         self.taken.set()
         self.begun.set()
         self.gone.set()
+
+    def _gone(self) -> None:
+        self._client, self.direct = None, _to_nobody
 
     @property
     def silent(self) -> bool:
@@ -164,15 +173,6 @@ class Audience:
         if self.silent:
             raise Unheard("nobody is here to read it")
 
-    def direct(self, data: bytes) -> bool:
-        """As `write`, where nothing has to be waited for; what goes wrong is left for `write` to meet."""
-        if self._client is None:
-            return True
-        try:
-            return self._client.direct(data)
-        except ConnectionError:
-            return False
-
     async def write(self, data: bytes) -> None:
         if self._client is not None:
             with self._outliving():
@@ -186,9 +186,10 @@ class Audience:
         except LlorchError as error:
             if not self._followers:
                 raise
-            self._client, self.trouble = None, error
+            self._gone()
+            self.trouble = error
         except ConnectionError:
-            self._client = None
+            self._gone()
             if self.silent and not self._may_come_back:
                 raise
             self._look_around()

@@ -452,7 +452,8 @@ class Dispatcher:
         return min(left, self._ttft_timeout_s, TRIAL_TIMEOUT_S if claim.trial else left)
 
     async def _relay(self, task: Task, reader: LogReader, audience: Audience) -> Tail:
-        passed_at = self._clock()
+        clock = self._clock
+        passed_at = clock()
 
         def take(data: bytes) -> bool:
             """Of a client that keeps up no task is woken for a token."""
@@ -460,7 +461,8 @@ class Dispatcher:
             if not audience.direct(data):
                 return False
             task.offset += len(data)
-            passed_at = self._clock()
+            reader.offset += len(data)
+            passed_at = clock()
             return True
 
         reader.pass_directly(take)

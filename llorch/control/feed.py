@@ -60,10 +60,12 @@ class Feed:
         self.direct: Callable[[bytes], bool] | None = None  # takes bytes at once that nothing is before, if it can
         self.ended = False
 
+    def take(self, data: bytes) -> bool:
+        """Whether bytes that have come could be passed on at once. If not, `put` them."""
+        return self.direct is not None and not self._items and not self.ended and self.direct(data)
+
     def put(self, item: Item) -> None:
         if self.ended:
-            return
-        if isinstance(item, bytes) and self.direct is not None and not self._items and self.direct(item):
             return
         self.ended = isinstance(item, Refused | Tail | Lost | Stopped)
         if isinstance(item, bytes) and self._items and isinstance(self._items[-1], bytes | bytearray):

@@ -26,6 +26,7 @@ log = Log("control.links")
 MAX_STREAM_ID = 0xFFFF_FFFF
 
 NOTHING = memoryview(b"")
+DATA = Type.DATA.value
 
 _KNOWN = frozenset(Type)
 
@@ -167,7 +168,11 @@ class NodeLink:
         if stream is None:
             self._check_late(record)
             return
-        if record.type == Type.CREDIT:
+        kind = record.type
+        if kind == DATA and record.payload:
+            self._data(record.stream, stream, record.payload)
+            return
+        if kind == Type.CREDIT:
             stream.may_send.grant(records.decode_credit(record.payload))
             self._send_body(record.stream, stream)
             return
@@ -176,10 +181,8 @@ class NodeLink:
             return
         stream.order.check(item)
         if isinstance(item, bytes):
-            if not item:
-                return  # nothing to take, and free of credit: not to be collected
-            stream.may_arrive.arrived(len(item))
-        elif isinstance(item, Tail | Refused | Lost):
+            return  # none: nothing to take, and free of credit, so not to be collected
+        if isinstance(item, Tail | Refused | Lost):
             del self._streams[record.stream]
         stream.feed.put(item)
 
@@ -193,6 +196,18 @@ class NodeLink:
         """Bodies are bounded by credit; nothing waits for the transport here."""
 
     # ---- inside
+
+    def _data(self, stream_id: int, stream: _Stream, data: bytes) -> None:
+        """Once a token: what can be passed on at once costs no more than its credit."""
+        order = stream.order
+        if not order.headed:
+            order.check(data)
+        order.offset += len(data)
+        stream.may_arrive.arrived(len(data))
+        if not stream.feed.take(data):
+            stream.feed.put(data)
+        elif granted := stream.may_arrive.passed_on(len(data)):
+            self._send(records.encode_credit(stream_id, granted))
 
     def _check_late(self, record: Record) -> None:
         """Records on a stream that has ended are late and dropped; on one that never was, the node is wrong."""

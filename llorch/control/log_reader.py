@@ -144,7 +144,7 @@ class LogReader:
         self._patience_s = RECONNECT_S if patience_s is None else patience_s
         self._clock = clock
         self._boot_id = self._boot()
-        self._direct: Callable[[bytes], bool] | None = None
+        self._direct: Callable[[bytes], bool] | None = None  # as feed.Feed's
         self._begun = False  # there is such a log, and this reader has its place in it
         self._headed = False
         self._canceled = False
@@ -186,16 +186,9 @@ class LogReader:
         return item if isinstance(item, Tail) else None
 
     def pass_directly(self, take: Callable[[bytes], bool]) -> None:
-        """From now on bytes that come while none wait are given to `take`; what it does not take, `next` returns."""
-
-        def direct(data: bytes) -> bool:
-            if not take(data):
-                return False
-            self.offset += len(data)
-            self._upstream.passed_on(len(data))
-            return True
-
-        self._feed.direct = self._direct = direct
+        """From now on bytes that come while none wait are given to `take`, which moves `offset` on; what it does not
+        take, `next` returns."""
+        self._feed.direct = self._direct = take
 
     def passed_on(self, count: int) -> None:
         """`count` bytes have left for the client."""

@@ -252,7 +252,9 @@ class NodeClient:
                         item = read_item(record)
                         if item is not None:
                             order.check(item)
-                        if isinstance(item, bytes):
+                        if isinstance(item, bytes) and item:
+                            if feed.take(item):
+                                continue
                             room.arrived(len(item))
                         if item:
                             feed.put(item)

@@ -58,6 +58,8 @@ class Answer:
     def feed(self, data: bytes) -> bytes:
         """The body's bytes in `data`. Raises BadAnswer."""
         at = self._at
+        if at == _SIZE_LINE and not self._held:
+            return self._chunked(data, 0)
         if at == _LENGTH_BODY:
             return self._counted(data)
         if at == _TO_THE_END:

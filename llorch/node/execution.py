@@ -203,7 +203,11 @@ class Execution:
 
     def received(self, data: bytes) -> None:
         if self._error is None:
-            self._guarded(self._decode, data)
+            if self._stopped is None and not self.over:
+                try:
+                    self._decode(data)
+                except Exception as error:
+                    self._failed(error)
             return
         self._error.append(data)
         if sum(map(len, self._error)) >= MAX_ERROR_BYTES:
@@ -300,11 +304,15 @@ class Execution:
             return
         try:
             step(*given)
-        except LlorchError as error:
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, LlorchError):
             self._fail(without_frames(error))
-        except Exception:
-            log.fault("task.fault", task_id=self.entry.task_id, node_id=self._runner.node_id)
-            self._fail(LlorchError(Code.INTERNAL, "an unexpected fault on the node; it was logged"))
+            return
+        log.fault("task.fault", task_id=self.entry.task_id, node_id=self._runner.node_id)
+        self._fail(LlorchError(Code.INTERNAL, "an unexpected fault on the node; it was logged"))
 
     def _fail(self, error: LlorchError) -> None:
         if not self._deaf:

@@ -30,6 +30,7 @@ from llorch.tasks import Guard
 TURN_BYTES = 64 * 1024  # one stream's share before the others have theirs
 MAX_CALL_BODY_BYTES = 4 * 1024 * 1024  # of a call of the node's own routes: wishes and tickets, no prompts
 
+DATA = Type.DATA.value
 _LEFT_WORDS = frozenset({b"left", b"slow"})
 _KNOWN = frozenset(Type)
 _FROM_CONTROL = frozenset({Type.BODY, Type.CREDIT, Type.DETACH, Type.CANCEL})
@@ -90,6 +91,23 @@ class _Stream:
             self.queue()
         else:
             self.turn()
+
+    def fresh(self, data: bytes) -> None:
+        """What was just appended goes out as it is to a reader that has all that is before it, and room."""
+        source, size, connection = self.log, len(data), self._link.connection
+        if source is None or connection is None or connection.full or self._queued:
+            self.wake()
+            return
+        if not self._head_sent or self.offset + size != source.end:
+            self.wake()
+            return
+        if size > self.credit.available or size > TURN_BYTES - records.HEADER.size:
+            self.wake()
+            return
+        self.offset += size
+        self.credit.available -= size
+        connection.send(records.HEADER.pack(self.id, DATA, size) + data)
+        source.took()
 
     def queue(self) -> None:
         self._queued = True

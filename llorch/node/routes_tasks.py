@@ -45,6 +45,9 @@ class _Reader:
     def wake(self) -> None:
         self._news.set()
 
+    def fresh(self, _data: bytes) -> None:
+        self._news.set()
+
     async def news(self) -> None:
         await self._news.wait()
         self._news.clear()

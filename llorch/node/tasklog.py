@@ -45,7 +45,10 @@ class Reader(Protocol):
     offset: int
 
     def wake(self) -> None:
-        """There is something new: a head, bytes, or the tail. Called often; must not raise or wait."""
+        """There is something new: a head, bytes, or the tail. Must not raise or wait."""
+
+    def fresh(self, data: bytes) -> None:
+        """As `wake`, and what is new is `data`, the last bytes of the log. Called once a token."""
 
 
 class TaskLog:
@@ -106,7 +109,8 @@ class TaskLog:
         if self.head is None:
             raise RuntimeError("a log has no bytes before its head")
         self._put(data)
-        self._wake()
+        for reader in self._readers:
+            reader.fresh(data)
 
     def seal(self, tail: Tail) -> None:
         """TAIL: no byte follows."""
@@ -194,6 +198,11 @@ class TaskLog:
         self.check(offset)
         at = offset - self._start
         return bytes(self._buffer[at : at + limit])
+
+    def took(self) -> None:
+        """A reader has moved on without `take`: it had what was appended last."""
+        if self._blocked is not None:
+            self._unblock()
 
     def take(self, reader: Reader, limit: int, *, tear: bool = True) -> bytes:
         """The next bytes for `reader`, which moves on: whole events, as many as `limit` has room for; if for none, a

@@ -49,6 +49,12 @@ class Connection:
         else:
             self._arrives(data)
 
+    def write_now(self, data: bytes) -> bool:
+        if not self.open or not self.control.alive or self.client.stalled:
+            return False
+        self._arrives(data)
+        return True
+
     @property
     def behind(self) -> bool:
         return self.client.stalled

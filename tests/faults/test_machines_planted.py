@@ -64,11 +64,14 @@ def _take_skips_the_gap(old: Any) -> Any:
 
 
 def _last_reader_sleeps(old: Any) -> Any:
-    def wake(self: TaskLog) -> None:
-        for reader in self._readers[:1]:
-            reader.wake()
+    def append(self: TaskLog, data: bytes) -> None:
+        readers, self._readers = self._readers, self._readers[:1]
+        try:
+            old(self, data)
+        finally:
+            self._readers = readers
 
-    return wake
+    return append
 
 
 def _others_do_not_count(old: Any) -> Any:
@@ -119,7 +122,7 @@ def _conflict_is_none(old: Any) -> Any:
 LOG_BUGS: dict[str, Plant] = {
     "a read that does not begin at the oldest byte is off by one": planted(TaskLog, "read", _read_skips_a_byte),
     "a reader that was overtaken goes on where the log begins": planted(TaskLog, "take", _take_skips_the_gap),
-    "only the first reader is woken": planted(TaskLog, "_wake", _last_reader_sleeps),
+    "only the first reader is woken": planted(TaskLog, "append", _last_reader_sleeps),
     "a writer that waits is not told of room": planted(TaskLog, "_unblock", lambda old: lambda self: None),
     "no grace for a client that comes back": planted(
         tasklog, "orphan_until", lambda old: lambda **given: None if given["detach"] else given["left_at"]

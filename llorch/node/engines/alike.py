@@ -33,9 +33,12 @@ class Shape:
         before, joint = self._before, self._joint
         if not data.startswith(before, at):
             return [], at
-        texts: list[bytes] = []
         begin = at + len(before)
         stop = data.find(b'"', begin)
+        if stop + len(self._after) == len(data) and data.endswith(self._after):  # one chunk, as tokens mostly come
+            text = data[begin:stop]
+            return ([text], len(data)) if _WHOLE.fullmatch(text) else ([], at)
+        texts: list[bytes] = []
         while data.startswith(joint, stop):
             texts.append(data[begin:stop])
             begin = stop + len(joint)

@@ -267,8 +267,14 @@ class _Stream(ABC):
     def feed(self, data: bytes, now: float) -> bytes:
         if self.done:
             return b""
+        splitter, shape = self._splitter, self._shape
+        if shape is not None and self.first_content and not splitter.waiting:
+            texts, end = shape.run(data, 0)
+            if end == len(data):  # nearly always, once an answer has begun
+                self._tries = MOST_SHAPES
+                self._meter.content(now, len(texts))
+                return self._render_alike(data, texts)
         out: list[bytes] = []
-        splitter = self._splitter
         buffer, at = splitter.join(data), 0
         try:
             while not self.done:

@@ -41,6 +41,10 @@ class Collector:
         if not self.lazy:
             self.drain()
 
+    def fresh(self, data: bytes) -> None:
+        assert self.source.read(self.source.end - len(data), len(data)) == data
+        self.wake()
+
     def drain(self, limit: int = 7) -> None:
         while data := self.source.take(self, limit):
             self.got += data

@@ -8,7 +8,8 @@ our shape and never quoted in a log.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from aiohttp import web, web_protocol
 from aiohttp.streams import EMPTY_PAYLOAD
@@ -34,19 +35,53 @@ CONNECTION: dict[str, Any] = {
 }
 
 
-class Connection(web_protocol.RequestHandler):
-    """What could not be read is answered with 4xx, and nothing after it is looked at."""
+class Ride(Protocol):
+    """A request that is answered beside aiohttp."""
 
-    __slots__ = ("_answered", "_doors", "_framer", "_pace", "_place", "bounded", "head_since")
+    def lost(self) -> None:
+        """The connection has gone before `Connection.answered` was called."""
+
+
+Lane = Callable[["Connection", bytes], Ride | None]  # a whole request; None: it is aiohttp's
+
+
+class Connection(web_protocol.RequestHandler):
+    """What could not be read is answered with 4xx, and nothing after it is looked at.
+
+    A request that has come in one piece is offered to the `lane` first, for roles that have one: what takes it answers
+    it by itself, and says so with `answered`. While it does, aiohttp sees nothing of this connection.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_doors",
+        "_framer",
+        "_free",
+        "_lane",
+        "_pace",
+        "_place",
+        "_ride",
+        "bounded",
+        "head_since",
+    )
 
     def __init__(
-        self, manager: web.Server, loop: asyncio.AbstractEventLoop, doors: Doors, place: Place, pace: OncePer
+        self,
+        manager: web.Server,
+        loop: asyncio.AbstractEventLoop,
+        doors: Doors,
+        place: Place,
+        pace: OncePer,
+        lane: Lane | None = None,
     ) -> None:
         super().__init__(manager, loop=loop, **CONNECTION)
         self._framer = Framer()
         self._doors = doors
         self._place = place
         self._pace = pace
+        self._lane = lane
+        self._ride: Ride | None = None
+        self._free: asyncio.Future[None] | None = None  # for who waits until the ride is over
         self.bounded = False  # what may wait in its send buffer was bounded, for streams
         self._answered = False  # the request that is under way; its body may still be coming
         self.head_since: float | None = None  # when the head that is awaited began; None while none is
@@ -62,6 +97,10 @@ class Connection(web_protocol.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._doors.leave(self._place)
+        ride, self._ride = self._ride, None
+        if ride is not None:
+            ride.lost()
+            self._over()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -75,9 +114,53 @@ class Connection(web_protocol.RequestHandler):
         ours = framer.feed(data)
         if first and framer.rested:  # one whole request, and no more: nearly always so
             self._begin()
+            if self._lane is not None and self._take(self._lane, ours):
+                return
             super().data_received(ours)
         else:
             self._pass_on(ours, first)
+
+    # ---- beside aiohttp
+
+    def _take(self, lane: Lane, request: bytes) -> bool:
+        ride = lane(self, request)
+        if ride is None:
+            return False
+        if not self._answered:  # it may be answered by now
+            self._ride = ride
+        return True
+
+    def answered(self, *, keep: bool) -> None:
+        """The ride is over. `keep`: the connection may serve another request."""
+        self._ride = None
+        self._over()
+        if self.transport is None:
+            return
+        if not keep or self._close:
+            self.force_close()
+            return
+        self._keepalive = True
+        self._next_keepalive_close_time = close_at = self._loop.time() + KEEPALIVE_S
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
+        self._next_or_rest()
+
+    def _process_keepalive(self) -> None:
+        if self._ride is None:
+            super()._process_keepalive()
+        else:  # it is not idle
+            self._keepalive_handle = self._loop.call_later(KEEPALIVE_S, self._process_keepalive)
+
+    def _over(self) -> None:
+        free, self._free = self._free, None
+        if free is not None and not free.done():
+            free.set_result(None)
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        if self._ride is not None:
+            free = self._free = self._loop.create_future()
+            await asyncio.wait((free,), timeout=timeout)
+        await super().shutdown(timeout)
 
     # ---- from one request to the next
 
@@ -121,6 +204,11 @@ class Connection(web_protocol.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         finished = await super().finish_response(request, resp, start_time)
+        self._next_or_rest()
+        return finished
+
+    def _next_or_rest(self) -> None:
+        """What was asked is answered."""
         self._answered = True
         framer = self._framer
         if framer.rested:
@@ -128,7 +216,6 @@ class Connection(web_protocol.RequestHandler):
             self._doors.idle(self._place)
         elif framer.done:
             self._next()
-        return finished
 
     # ---- what is no request
 

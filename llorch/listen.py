@@ -22,7 +22,7 @@ from aiohttp import web
 from llorch import link
 from llorch.doors import Doors, Limits, Place
 from llorch.errors import ConfigError
-from llorch.http_connection import Connection
+from llorch.http_connection import Connection, Lane
 from llorch.logs import Log
 from llorch.ratelimit import OncePer
 from llorch.tasks import Guard
@@ -217,18 +217,26 @@ class _Site(web.SockSite):
     """One listening socket of a runner."""
 
     def __init__(
-        self, runner: web.AppRunner, sock: socket.socket, tls: Identities | None, refused: Refused, doors: Doors
+        self,
+        runner: web.AppRunner,
+        sock: socket.socket,
+        tls: Identities | None,
+        refused: Refused,
+        doors: Doors,
+        lane: Lane | None,
     ) -> None:
         super().__init__(runner, sock)
-        self._tls, self._refused, self._doors = tls, refused, doors
+        self._tls, self._refused, self._doors, self._lane = tls, refused, doors, lane
 
     async def start(self) -> None:
         await web.BaseSite.start(self)
         loop, manager, doors, pace = asyncio.get_running_loop(), self._runner.server, self._doors, OncePer()
         assert manager is not None
-        self._server = Acceptor(  # type: ignore[assignment]
-            self._sock, lambda place: Connection(manager, loop, doors, place, pace), self._tls, self._refused, doors
-        )
+
+        def make(place: Place) -> Connection:
+            return Connection(manager, loop, doors, place, pace, self._lane)
+
+        self._server = Acceptor(self._sock, make, self._tls, self._refused, doors)  # type: ignore[assignment]
 
 
 def _says(pace: OncePer, refused: Refused) -> Refused:
@@ -276,13 +284,14 @@ async def serve(
     mesh: bool = False,
     refused: Refused = lambda _peer, _why: None,
     doors: Doors | None = None,
+    lane: Lane | None = None,
     shutdown_timeout_s: float = 5.0,
 ) -> Server:
     """Listen on host:port (0: a free one). Raises ConfigError if it is taken, or is no loopback and has no TLS.
 
     `mesh`: beyond loopback without TLS all the same, for something around this process encrypts what it sends.
     `refused` hears of every TLS handshake that failed for a reason. `doors`: who may come in; the default bounds, if
-    there is nothing to say of it.
+    there is nothing to say of it. `lane`: is offered each request that has come whole, before aiohttp sees it.
     """
     shown = f"[{host}]" if ":" in host else host
     try:
@@ -300,7 +309,7 @@ async def serve(
     await runner.setup()
     try:
         for sock in sockets:
-            await _Site(runner, sock, tls, told, doors).start()
+            await _Site(runner, sock, tls, told, doors, lane).start()
     except BaseException:
         for sock in sockets:
             sock.close()

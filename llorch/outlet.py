@@ -143,6 +143,13 @@ class Outlet:
         """Returns once the client has caught up. Raises ConnectionResetError if it has gone."""
         await self._connection._drain_helper()
 
+    def whole(self, response: web.Response) -> None:
+        """A whole answer that was made as aiohttp sends it."""
+        body = response.body
+        assert isinstance(body, bytes)
+        self.begin(response.status, {**response.headers, "content-length": str(len(body))})
+        self.write(body)
+
     def finish(self) -> web.StreamResponse:
         """The end of the answer."""
         if self._chunked:

@@ -78,18 +78,25 @@ class Quotas:
     @contextmanager
     def stream(self, owner: str) -> Iterator[None]:
         """An answer is given for as long as the block runs. Raises RATE_LIMITED."""
+        self.begin_stream(owner)
+        try:
+            yield
+        finally:
+            self.end_stream(owner)
+
+    def begin_stream(self, owner: str) -> None:
+        """As `stream`, until `end_stream` is called."""
         running = self._streams.get(owner, 0)
         if self._most_streams is not None and running >= self._most_streams:
             words = f"{running} answers at a time are as many as one principal may have"
             raise self._refusal(Limit.STREAMS, words, STREAMS_RETRY_MS / 1_000)
         self._streams[owner] = running + 1
-        try:
-            yield
-        finally:
-            if self._streams[owner] > 1:
-                self._streams[owner] -= 1
-            else:
-                del self._streams[owner]
+
+    def end_stream(self, owner: str) -> None:
+        if self._streams[owner] > 1:
+            self._streams[owner] -= 1
+        else:
+            del self._streams[owner]
 
     # ---- tokens: an estimate when a task is taken in, settled when it has ended
 

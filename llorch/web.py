@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import json
 import re
-import secrets
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from pydantic import BaseModel
 from llorch import link, tls
 from llorch.auth import ANONYMOUS, Principal, Scope, TokenRing, authorize, presented_token
 from llorch.errors import Code, LlorchError
+from llorch.ids import new_request_id
 from llorch.logs import Log
 from llorch.messages import decode_object, parse
 from llorch.quotas import Quotas, of_the_cluster
@@ -94,7 +94,11 @@ class Gate:
                 raise LlorchError(Code.UNAUTHENTICATED, str(error)) from None
             if peer is not None:
                 return self.certified(peer)
-        token = presented_token(request.headers)
+        return self.of_token(request.headers)
+
+    def of_token(self, headers: Mapping[str, str]) -> Principal | None:
+        """Whom the token of a request stands for."""
+        token = presented_token(headers)
         if token is None:
             return None
         found = self.ring().identify(token, time.time())
@@ -116,7 +120,11 @@ class Gate:
 def request_id_of(headers: Any) -> str:
     """The client's id if it is sane, else a new one."""
     given = headers.get("X-Request-Id") or headers.get("X-Correlation-Id")
-    return given if given and _SANE_ID.fullmatch(given) else secrets.token_hex(8)
+    return given if given and sane_id(given) else new_request_id()
+
+
+def sane_id(given: str) -> bool:
+    return _SANE_ID.fullmatch(given) is not None
 
 
 def json_response(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

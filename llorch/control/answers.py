@@ -140,11 +140,16 @@ class Stream:
         if data:
             await self.write(data)
 
-    async def write_rest(self) -> None:
+    def write_rest(self) -> None:
         """The log has ended, and with it what looked like the beginning of an event."""
         rest = self._split.finish()
         if rest:
-            await self.write(rest)
+            self.write_end(rest)
+
+    def write_end(self, data: bytes) -> None:
+        """What ends an answer is small: nobody waits until the client has taken it."""
+        self.whole = True
+        self._outlet.write(data)
 
     async def ping(self) -> None:
         if self.committed and self.whole:
@@ -155,9 +160,9 @@ class Stream:
         blocks = sse.Splitter().feed(b"".join(self._last)) if self.whole else []
         return blocks[-1].rstrip(b"\r\n") if blocks else b""
 
-    async def write_last(self, event: bytes) -> None:
+    def write_last(self, event: bytes) -> None:
         """One more event, in place of one that has not come whole; apart from one that was passed on in parts."""
-        await self.write(event if self.whole else b"\n\n" + event)
+        self.write_end(event if self.whole else b"\n\n" + event)
 
     def finished(self) -> web.StreamResponse:
         return self._outlet.finish()
@@ -212,24 +217,24 @@ class NativeStream:
     async def write(self, data: bytes) -> None:
         await self._stream.write_events(data)
 
-    async def ended(self, tail: Tail) -> web.StreamResponse:
+    def ended(self, tail: Tail) -> web.StreamResponse:
         self._commit()
-        await self._stream.write_rest()
+        self._stream.write_rest()
         if tail.length == 0:
-            await self._stream.write(empty_end(tail, self._task.request_id, self._task.task_id))
+            self._stream.write_end(empty_end(tail, self._task.request_id, self._task.task_id))
         return self._stream.finished()
 
-    async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
+    def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
         if not self._stream.committed and error.code is not Code.CANCELED and not self._again:
             return refusal(error, request_id, self._task)
         self._commit()
         if not _terminal(self._stream.last_block()):  # the node was lost between its last event and its TAIL
             canceled = error.code is Code.CANCELED
             task_id = self._task.task_id
-            await self._stream.write_last(canceled_event(None) if canceled else error_event(error, request_id, task_id))
+            self._stream.write_last(canceled_event(None) if canceled else error_event(error, request_id, task_id))
         return self._stream.finished()
 
-    async def stopped(self, request_id: str) -> web.StreamResponse:
+    def stopped(self, request_id: str) -> web.StreamResponse:
         """The control goes: no terminal event, so the client knows that there is more to fetch."""
         if not self._stream.committed:
             return refusal(stopping(), request_id, self._task)
@@ -286,18 +291,18 @@ class OpenAiAnswer:
         else:
             await self._stream.write(data, whole=False)
 
-    async def ended(self, tail: Tail) -> web.StreamResponse:
+    def ended(self, tail: Tail) -> web.StreamResponse:
         if tail.length == 0:
             error = LlorchError(Code.CANCELED, "the task was canceled")
             if tail.error is not None:
                 error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
-            return await self.failed(error, self._task.request_id)
+            return self.failed(error, self._task.request_id)
         if not self._task.stream and (tail.error is not None or self._length not in (None, tail.length)):
             raise _cut()
-        await self._stream.write_rest()
+        self._stream.write_rest()
         return self._stream.finished()
 
-    async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
+    def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
         if not self._stream.committed:
             return refusal(error, request_id, self._task)
         if not self._task.stream:
@@ -305,11 +310,11 @@ class OpenAiAnswer:
         last = self._stream.last_block()  # its node may have said the same, though its TAIL was not read
         if last != b"data: [DONE]" and not last.startswith(b'data: {"error"'):
             frame = json.dumps(error.envelope(request_id=request_id, task_id=self._task.task_id))
-            await self._stream.write_last(sse.encode("", frame))
+            self._stream.write_last(sse.encode("", frame))
         return self._stream.finished()
 
-    async def stopped(self, request_id: str) -> web.StreamResponse:
-        return await self.failed(stopping(), request_id)
+    def stopped(self, request_id: str) -> web.StreamResponse:
+        return self.failed(stopping(), request_id)
 
 
 class NativeJson:
@@ -351,16 +356,16 @@ class NativeJson:
         except (sse.SseError, ValueError, KeyError, TypeError):
             raise LlorchError(Code.ENGINE_FAILED, "the node's answer can't be read") from None
 
-    async def ended(self, tail: Tail) -> web.StreamResponse:
+    def ended(self, tail: Tail) -> web.StreamResponse:
         if tail.error is not None:
             raise LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
         view: dict[str, Any] = self._task.view()
         return json_response(view | {"text": "".join(self._text)}, headers=task_headers(self._task))
 
-    async def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
+    def failed(self, error: LlorchError, request_id: str) -> web.StreamResponse:
         return refusal(error, request_id, self._task)
 
-    async def stopped(self, request_id: str) -> web.StreamResponse:
+    def stopped(self, request_id: str) -> web.StreamResponse:
         return refusal(stopping(), request_id, self._task)
 
 

@@ -30,6 +30,7 @@ from llorch.control.access import Access
 from llorch.control.admission import Admission
 from llorch.control.dispatch import Dispatcher
 from llorch.control.distrust import Distrust
+from llorch.control.lane import Lane
 from llorch.control.links import Links
 from llorch.control.metrics import ControlMetrics, registry_metrics, trust_metrics
 from llorch.control.node_client import NodeClient
@@ -164,6 +165,7 @@ async def serving(settings: ControlSettings) -> AsyncIterator[tuple[Control, lis
             mesh=settings.tls == "off-mesh",
             refused=refused_tls,
             doors=doors,
+            lane=Lane(control, gate),
         )
         if not access.admits_clients:
             log.warning("tokens.none", hint="nobody can send a task yet: `llorch token new` makes a token")

@@ -40,11 +40,11 @@ async def follow(
         with audience.listening() if audience is not None else contextlib.nullcontext():
             return await _follow(control, mine, answer, offset, attempt, audience)
     except ShuttingDown:
-        return await answer.stopped(mine.request_id)
+        return answer.stopped(mine.request_id)
     except LlorchError as error:
         if not answer.committed:
             raise
-        return await answer.failed(error, mine.request_id)
+        return answer.failed(error, mine.request_id)
 
 
 async def _follow(
@@ -124,8 +124,8 @@ async def _last_word(mine: Task, task: Task, answer: Answer, offset: int) -> web
         return _nothing_more(mine)
     mine.node_id, mine.pool_id, mine.attempt = task.node_id, task.pool_id, task.attempt
     if task.tail is not None and task.tail.length == 0:
-        return await answer.ended(task.tail)
-    return await answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
+        return answer.ended(task.tail)
+    return answer.failed(task.error or LlorchError(Code.CANCELED, "the task was canceled"), mine.request_id)
 
 
 def _nothing_more(mine: Task) -> web.Response:
@@ -172,7 +172,7 @@ async def _relay(mine: Task, reader: LogReader, answer: Answer, offset: int) -> 
             mine.end(item, None)
             if offset and item.length == offset and not answer.committed:
                 return _nothing_more(mine)
-            return await answer.ended(item)
+            return answer.ended(item)
         elif isinstance(item, Refused):
             raise item.error
         elif isinstance(item, Stopped):

@@ -100,11 +100,14 @@ class Doorkeeper:
 # ---------------------------------------------------------------- tasks
 
 
-def task_accepted(request: web.Request, task: Task) -> None:
+def task_accepted(audit: Audit, principal: Principal, peer: str | None, task: Task) -> None:
     """It is known here from now on, and will be run for its principal, or read where it was run before."""
-    request.app[CONTROL].audit.record(
+    audit.record(
         "task.repeated" if task.replayed else "task.accepted",
-        **_by(request),
+        principal=principal.name,
+        fingerprint=principal.fingerprint or None,
+        peer=peer,
+        request_id=task.request_id,
         scope=Scope.SUBMIT.value,
         task_id=task.task_id,
         decision=ALLOWED,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 
 from aiohttp import web
 
@@ -26,6 +25,7 @@ from llorch.control.task_reports import came_to_nothing
 from llorch.control.tasks import ENDED, State, Task, view_of_report
 from llorch.control.views import openai_models
 from llorch.errors import Code, LlorchError
+from llorch.ids import new_task_id
 from llorch.messages import TaskBody
 from llorch.openai_paths import served
 from llorch.outlet import Outlet
@@ -61,7 +61,7 @@ async def _native_task(request: web.Request) -> Task:
         request.headers,
         owner=request[PRINCIPAL].name,
         request_id=request[REQUEST_ID],
-        task_id=str(uuid.uuid4()),
+        task_id=new_task_id(),
         now=time.monotonic(),
     )
     return _allowed(request, task)
@@ -93,7 +93,7 @@ async def _openai(request: web.Request) -> web.StreamResponse:
         request.headers,
         owner=request[PRINCIPAL].name,
         request_id=request[REQUEST_ID],
-        task_id=str(uuid.uuid4()),
+        task_id=new_task_id(),
         now=time.monotonic(),
     )
     earlier = await control.replays.earlier(_allowed(request, task))
@@ -107,23 +107,27 @@ async def _serve(request: web.Request, task: Task, answer: Answer, earlier: str 
         _repeats(request, task, earlier)
         return await follow(control, task, answer)
     try:
-        tail = await control.dispatcher.serve(task, answer, started=lambda: on_record.task_accepted(request, task))
-        return await answer.ended(tail)
+        tail = await control.dispatcher.serve(task, answer, started=lambda: _accepted(request, task))
+        return answer.ended(tail)
     except ShuttingDown:
-        return await answer.stopped(task.request_id)
+        return answer.stopped(task.request_id)
     except LlorchError as error:
-        return await answer.failed(error, task.request_id)
+        return answer.failed(error, task.request_id)
+
+
+def _accepted(request: web.Request, task: Task) -> None:
+    on_record.task_accepted(request.app[CONTROL].audit, request[PRINCIPAL], request.remote, task)
 
 
 def _repeats(request: web.Request, task: Task, earlier: str) -> None:
     task.task_id, task.replayed, task.body = earlier, True, b""
     request.app[CONTROL].metrics.resumed("key")
-    on_record.task_accepted(request, task)
+    _accepted(request, task)
 
 
 async def _detach(request: web.Request, task: Task) -> web.StreamResponse:
     audience = request.app[CONTROL].dispatcher.start(task, Detached())
-    on_record.task_accepted(request, task)
+    _accepted(request, task)
     try:
         await audience.taken.wait()
     except asyncio.CancelledError:

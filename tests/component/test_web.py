@@ -27,6 +27,7 @@ from llorch.auth import CLIENT_SCOPES, Scope, TokenRing
 from llorch.doors import Doors
 from llorch.errors import ConfigError
 from llorch.listen import Server
+from llorch.outlet import Outlet
 from llorch.web import Gate, Route
 from tests.certificates import certificate
 from tests.cluster import eventually
@@ -70,17 +71,19 @@ class Room:
         return web.json_response({"ok": True})
 
     async def stream(self, request: aiohttp_web.Request) -> aiohttp_web.StreamResponse:
-        response = aiohttp_web.StreamResponse()
-        web.limit_send_buffer(request.transport)
-        await response.prepare(request)
+        outlet = Outlet.of(request)
+        outlet.begin(200, {"Content-Type": "application/octet-stream"})
         self.started.set()
         while not self.go_on.is_set():
-            await response.write(b"x" * 4_096)
+            outlet.write(b"x" * 4_096)
             self.sent_bytes += 4_096
             assert request.transport is not None
             self.kept_bytes = request.transport.get_write_buffer_size()
-            await web.drained(request)
-        return response
+            if outlet.behind:
+                await outlet.drained()
+            else:
+                await asyncio.sleep(0)  # a turn of the loop, in which it may be cancelled
+        return outlet.finish()
 
     async def broken(self, request: aiohttp_web.Request) -> aiohttp_web.StreamResponse:
         raise ValueError(f"a library that quotes: {request.headers.get('X-Canary')}")

@@ -150,7 +150,7 @@ BUGS = (
     ),
     bug(
         "a second terminal event", "calm", "nothing after the end, one end",
-        ("control/answers.py", "        await self._stream.write_rest()\n        if tail.length == 0:\n", "        if tail is not None:\n"),
+        ("control/answers.py", "        self._stream.write_rest()\n        if tail.length == 0:\n", "        if tail is not None:\n"),
     ),
     bug(
         "a v1 stream that failed ends as if it were whole", "nodes", "cut or whole",

@@ -184,9 +184,9 @@ def _reconnects_at_the_start(old: Any) -> Any:
 
 
 def _ends_twice(old: Any) -> Any:
-    async def ended(self: NativeStream, tail: Any) -> Any:
+    def ended(self: NativeStream, tail: Any) -> Any:
         self._commit()
-        await self._stream.write(empty_end(tail, "r", "t"))
+        self._stream.write_end(empty_end(tail, "r", "t"))
         return self._stream.finished()
 
     return ended

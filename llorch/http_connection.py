@@ -112,13 +112,16 @@ class Connection(web_protocol.RequestHandler):
         framer = self._framer
         first = framer.between
         ours = framer.feed(data)
-        if first and framer.rested:  # one whole request, and no more: nearly always so
-            self._begin()
-            if self._lane is not None and self._take(self._lane, ours):
-                return
-            super().data_received(ours)
+        if first and framer.rested:
+            self._whole(ours)
         else:
             self._pass_on(ours, first)
+
+    def _whole(self, request: bytes) -> None:
+        """One whole request, and no more: nearly always so."""
+        self._begin()
+        if self._lane is None or not self._take(self._lane, request):
+            super().data_received(request)
 
     # ---- beside aiohttp
 
@@ -190,9 +193,12 @@ class Connection(web_protocol.RequestHandler):
     def _next(self) -> None:
         """A request has come whole and is answered: go on with what waits behind it."""
         ours = self._framer.proceed()
-        if not ours:
-            self._doors.idle(self._place)
-        self._pass_on(ours, True)
+        if ours and self._framer.rested:
+            self._whole(ours)
+        else:
+            if not ours:
+                self._doors.idle(self._place)
+            self._pass_on(ours, True)
         if self._buffer_paused:
             self._resume_reading_if_drained()
 

@@ -7,20 +7,26 @@ libraries quote in them what they could not read, and that may be any of the thr
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from llorch.auth import masked
 from llorch.errors import LlorchError
 
 ROOT = "llorch"
+_ROOT = logging.getLogger()
+_NOTHING = contextlib.nullcontext()
 MAX_VALUE_CHARS = 500
 MAX_FRAMES = 30
+_PLAIN_LINE = re.compile(r"[A-Za-z0-9._:/@%+*,~\[\]()= -]+")
 _PLAIN = re.compile(r"[A-Za-z0-9._:/@%+*,~\[\]()-]+")
 
 
@@ -34,6 +40,25 @@ def render_value(value: object) -> str:
     if _PLAIN.fullmatch(text):
         return text
     return '"' + text.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+
+
+def _line(event: str, fields: Mapping[str, object]) -> str:
+    """An event and its fields as one line."""
+    told = {key: value for key, value in fields.items() if value is not None}
+    # Nearly always every value is a plain word; that is seen from all of them at once.
+    line = event + "".join([f" {key}={value}" for key, value in told.items()])
+    count = len(told)
+    if (
+        len(line) <= MAX_VALUE_CHARS
+        and line.count("=") == line.count(" ") == count
+        and _PLAIN_LINE.fullmatch(line)
+        and "= " not in line
+        and not line.endswith("=")
+        and "1_" not in line
+        and not any(isinstance(value, float) for value in told.values())
+    ):
+        return line
+    return " ".join([event, *(f"{key}={render_value(value)}" for key, value in told.items())])
 
 
 def printable(text: str) -> str:
@@ -50,9 +75,13 @@ class Log:
         self._logger = logging.getLogger(f"{ROOT}.{name}")
 
     def _emit(self, level: int, event: str, fields: dict[str, Any], *, trace: bool = False) -> None:
-        if self._logger.isEnabledFor(level):
-            words = [event, *(f"{key}={render_value(value)}" for key, value in fields.items() if value is not None)]
-            self._logger.log(level, "%s", " ".join(words), exc_info=trace)
+        if not self._logger.isEnabledFor(level):
+            return
+        line = _line(event, fields)
+        if level <= logging.INFO and len(_ROOT.handlers) == 1 and isinstance(_ROOT.handlers[0], _Stderr):
+            _ROOT.handlers[0].say(level, line)
+        else:
+            self._logger.log(level, "%s", line, exc_info=trace)
 
     def debug(self, event: str, **fields: Any) -> None:
         self._emit(logging.DEBUG, event, fields)
@@ -69,6 +98,50 @@ class Log:
     def fault(self, event: str, **fields: Any) -> None:
         """A bug of ours: an error with the traceback of the exception being handled."""
         self._emit(logging.ERROR, event, fields, trace=True)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Where lines go. Those at `info` and below are many: they leave together, at the end of the loop's turn."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(_Formatter())
+        self._held: list[str] = []
+        self._second = 0
+        self._stamp = ""
+
+    def say(self, level: int, line: str) -> None:
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second, self._stamp = second, time.strftime(_Formatter.default_time_format, time.gmtime(second))
+        text = f"{self._stamp}.{int(now % 1 * 1_000):03d}Z {logging.getLevelName(level)} {line}\n"
+        loop = asyncio._get_running_loop()
+        with self.lock or _NOTHING:
+            self._held.append(text)
+            if len(self._held) > 1:
+                return
+        if loop is None:
+            self.flush()
+        else:
+            loop.call_soon(self.flush)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write_held()
+        super().emit(record)
+
+    def flush(self) -> None:
+        with self.lock or _NOTHING:
+            self._write_held()
+            super().flush()
+
+    def _write_held(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            try:
+                self.stream.write("".join(held))
+            except (OSError, ValueError):
+                pass  # as logging does: who can't be told what happens is not stopped by it
 
 
 class _Formatter(logging.Formatter):
@@ -114,9 +187,8 @@ def _own_words(error: BaseException) -> str:
 
 def configure(level: str) -> None:
     """Send this process's events of `level` and above to stderr. Other libraries are heard from WARNING on."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
+    for handler in _ROOT.handlers:
+        handler.flush()
+    _ROOT.handlers[:] = [_Stderr()]
+    _ROOT.setLevel(logging.WARNING)
     logging.getLogger(ROOT).setLevel(level.upper())

@@ -26,6 +26,7 @@ UPGRADE = "llorch-records/1"
 SURPLUS = b"surplus"  # a CANCEL's payload: not its client's wish, but an attempt that the task has left behind
 
 _U32 = struct.Struct(">I")
+_to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode  # json.dumps makes one at each call
 
 
 class Type(IntEnum):
@@ -67,7 +68,7 @@ def encode(stream: int, type: int, payload: bytes = b"") -> bytes:
 
 def encode_json(stream: int, type: int, value: object) -> bytes:
     """`value` as JSON that `decode_json` takes: half a surrogate pair, as a header can hold, becomes `?`."""
-    return encode(stream, type, json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace"))
+    return encode(stream, type, _to_json(value).encode("utf-8", "replace"))
 
 
 def encode_cut(stream: int, type: int, data: bytes | memoryview) -> Iterator[bytes]:

@@ -203,15 +203,12 @@ class NativeStream:
         self._commit()
         await self._stream.write(sse.encode("queued", json.dumps({"position": position, "eta_ms": eta_ms})))
 
-    async def accepted(self) -> None:
-        pass
-
     async def idle(self) -> None:
         """Commits too, so that a client can tell a task that waits from a control that hangs."""
         self._commit()
         await self._stream.ping()
 
-    async def begin(self, head: Head) -> None:
+    def begin(self, head: Head) -> None:
         self._commit()
 
     async def write(self, data: bytes) -> None:
@@ -259,9 +256,6 @@ class OpenAiAnswer:
         if time.monotonic() - self._last_word >= PING_AFTER_S:
             await self.idle()
 
-    async def accepted(self) -> None:
-        pass
-
     async def idle(self) -> None:
         """A stream commits and pings; an answer in one piece can only wait for its status."""
         self._last_word = time.monotonic()
@@ -269,7 +263,7 @@ class OpenAiAnswer:
             self._stream.commit(200, SSE_HEADERS | task_headers(self._task))
             await self._stream.ping()
 
-    async def begin(self, head: Head) -> None:
+    def begin(self, head: Head) -> None:
         headers = {name.lower(): value for name, value in head.headers.items() if name.lower() in _FROM_ENGINE}
         length = headers.pop("content-length", "")
         if length.isascii() and length.isdigit() and not self._task.stream:
@@ -333,13 +327,10 @@ class NativeJson:
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         pass
 
-    async def accepted(self) -> None:
-        pass
-
     async def idle(self) -> None:
         pass
 
-    async def begin(self, head: Head) -> None:
+    def begin(self, head: Head) -> None:
         pass
 
     def direct(self, data: bytes) -> bool:
@@ -375,13 +366,10 @@ class Detached:
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         pass
 
-    async def accepted(self) -> None:
-        pass
-
     async def idle(self) -> None:
         pass
 
-    async def begin(self, head: Head) -> None:
+    def begin(self, head: Head) -> None:
         pass
 
     def direct(self, data: bytes) -> bool:

@@ -25,13 +25,10 @@ class Client(Protocol):
     async def waiting(self, position: int, eta_ms: int | None) -> None:
         """The task waits for a slot; said about once a second."""
 
-    async def accepted(self) -> None:
-        """A node has taken the task."""
-
     async def idle(self) -> None:
         """`PING_AFTER_S` without a byte."""
 
-    async def begin(self, head: Head) -> None:
+    def begin(self, head: Head) -> None:
         """The first byte is here. From now on the task can't be retried."""
 
     def direct(self, data: bytes) -> bool:
@@ -146,50 +143,52 @@ class Audience:
     # ---- what they are told
 
     async def waiting(self, position: int, eta_ms: int | None) -> None:
-        with self._outliving():
-            if self._client is not None:
+        if self._client is not None:
+            try:
                 await self._client.waiting(position, eta_ms)
+            except (LlorchError, ConnectionError) as error:
+                self._broke_off(error)
 
-    async def accepted(self) -> None:
+    def accepted(self) -> None:
         self.accepted_by_node = True
         self.taken.set()
         if self.task.detach:
             self._stay()
-        with self._outliving():
-            if self._client is not None:
-                await self._client.accepted()
 
     async def idle(self) -> None:
-        with self._outliving():
-            if self._client is not None:
+        if self._client is not None:
+            try:
                 await self._client.idle()
+            except (LlorchError, ConnectionError) as error:
+                self._broke_off(error)
 
-    async def begin(self, head: Head) -> None:
+    def begin(self, head: Head) -> None:
         """Raises Unheard if there is nobody to begin for."""
         self.begun.set()
-        with self._outliving():
-            if self._client is not None:
-                await self._client.begin(head)
+        if self._client is not None:
+            try:
+                self._client.begin(head)
+            except (LlorchError, ConnectionError) as error:
+                self._broke_off(error)
         if self.silent:
             raise Unheard("nobody is here to read it")
 
     async def write(self, data: bytes) -> None:
         if self._client is not None:
-            with self._outliving():
+            try:
                 await self._client.write(data)
+            except (LlorchError, ConnectionError) as error:
+                self._broke_off(error)
 
-    @contextlib.contextmanager
-    def _outliving(self) -> Iterator[None]:
-        """A client that breaks off within the block ends the task only if it was the last to listen."""
-        try:
-            yield
-        except LlorchError as error:
+    def _broke_off(self, error: LlorchError | ConnectionError) -> None:
+        """The client has: that ends the task only if it was the last to listen. Raises `error` then."""
+        if isinstance(error, LlorchError):
             if not self._followers:
-                raise
+                raise error
             self._gone()
             self.trouble = error
-        except ConnectionError:
-            self._gone()
-            if self.silent and not self._may_come_back:
-                raise
-            self._look_around()
+            return
+        self._gone()
+        if self.silent and not self._may_come_back:
+            raise error
+        self._look_around()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 from llorch.breaker import TRIAL_TIMEOUT_S
 from llorch.control import placement
@@ -222,34 +222,35 @@ class Dispatcher:
         started = self._clock()
         outcome: Tail | Exception
         audience.opened()
-        with self._metrics.inflight(task.label):
-            try:
-                outcome = await self._attempts(task, audience)
-                self._finish(task, outcome, None)
-            except LlorchError as error:
-                outcome = error
-                self._finish(task, None, error)
-            except (asyncio.CancelledError, ConnectionError) as error:
-                if task.tail is not None:  # it had read its end, and did not wait for ours
-                    self._finish(task, task.tail, None)
-                else:
-                    task.abandoned = True
-                    self._finish(task, None, LlorchError(Code.CANCELED, "the client left"))
-                if isinstance(error, asyncio.CancelledError):
-                    raise
-                outcome = error
-            except ShuttingDown as error:
-                outcome, task.stopped = error, True
-                self._finish(task, None, LlorchError(Code.DRAINING, "this control was stopped"))
-            except Exception:
-                log.fault("task.fault", task_id=task.task_id, request_id=task.request_id)
-                outcome = LlorchError(Code.INTERNAL, "an unexpected fault; it was logged")
-                self._finish(task, None, outcome)
-            finally:
-                self._audiences.pop(task.task_id, None)
-                audience.ended()
-                self._tried(task)
-                self._metrics.task_seconds(task.label, self._clock() - started)
+        self._metrics.inflight.add(1, task.label)
+        try:
+            outcome = await self._attempts(task, audience)
+            self._finish(task, outcome, None)
+        except LlorchError as error:
+            outcome = error
+            self._finish(task, None, error)
+        except (asyncio.CancelledError, ConnectionError) as error:
+            if task.tail is not None:  # it had read its end, and did not wait for ours
+                self._finish(task, task.tail, None)
+            else:
+                task.abandoned = True
+                self._finish(task, None, LlorchError(Code.CANCELED, "the client left"))
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            outcome = error
+        except ShuttingDown as error:
+            outcome, task.stopped = error, True
+            self._finish(task, None, LlorchError(Code.DRAINING, "this control was stopped"))
+        except Exception:
+            log.fault("task.fault", task_id=task.task_id, request_id=task.request_id)
+            outcome = LlorchError(Code.INTERNAL, "an unexpected fault; it was logged")
+            self._finish(task, None, outcome)
+        finally:
+            self._metrics.inflight.add(-1, task.label)
+            self._audiences.pop(task.task_id, None)
+            audience.ended()
+            self._tried(task)
+            self._metrics.task_seconds.observe(self._clock() - started, task.label)
         return outcome
 
     async def _attempts(self, task: Task, audience: Audience) -> Tail:
@@ -326,7 +327,7 @@ class Dispatcher:
             upstream = self._opener.open(claim.node_id, header, task.body, feed)
         except LlorchError as error:
             raise GoElsewhere(error, lost=True) from None
-        self._metrics.routed(self._clock() - task.received_at)
+        self._metrics.routing.observe(self._clock() - task.received_at)
         log.debug(
             "task.routed", task_id=task.task_id, node_id=claim.node_id, pool_id=claim.pool_id, attempt=task.attempt
         )
@@ -340,33 +341,34 @@ class Dispatcher:
             native=task.native,
             clock=self._clock,
         )
-        with self._read_through(task, reader):
-            head = await self._first(task, claim, reader, audience)
-            if isinstance(head, Tail):  # canceled before its first byte
-                return head
-            task.enter(State.STREAMING)
-            self._tried(task)
-            task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
-            self._metrics.first_byte(task.label, self._clock() - task.received_at)
-            await audience.begin(head)
-            try:
-                return await self._relay(task, reader, audience)
-            except SlowReader:
-                raise
-            except (asyncio.CancelledError, ConnectionError):
-                task.tail = await reader.last_word(LAST_WORD_S)
-                if task.tail is not None:
-                    self._judge(claim, task.tail)
-                raise
+        return await self._read_through(task, claim, reader, audience)
 
-    @contextlib.contextmanager
-    def _read_through(self, task: Task, reader: LogReader) -> Iterator[None]:
+    async def _read(self, task: Task, claim: Claim, reader: LogReader, audience: Audience) -> Tail:
+        head = await self._first(task, claim, reader, audience)
+        if isinstance(head, Tail):  # canceled before its first byte
+            return head
+        task.enter(State.STREAMING)
+        self._tried(task)
+        task.body = b""  # it is not sent again; a long prompt is not kept for as long as its answer takes
+        self._metrics.ttft.observe(self._clock() - task.received_at, task.label)
+        audience.begin(head)
+        try:
+            return await self._relay(task, reader, audience)
+        except SlowReader:
+            raise
+        except (asyncio.CancelledError, ConnectionError):
+            task.tail = await reader.last_word(LAST_WORD_S)
+            if task.tail is not None:
+                self._judge(claim, task.tail)
+            raise
+
+    async def _read_through(self, task: Task, claim: Claim, reader: LogReader, audience: Audience) -> Tail:
         """Until the log has ended or its reader goes: failing takes the task with it, leaving does not."""
         self.readers.add(reader)
         self._reading[task.task_id] = reader
         farewell = "left"
         try:
-            yield
+            return await self._read(task, claim, reader, audience)
         except (asyncio.CancelledError, ConnectionError, ShuttingDown) as error:
             farewell = _farewell(error)
             raise
@@ -414,7 +416,7 @@ class Dispatcher:
                 until = self._clock() + self._patience_s(task, claim)
                 if not task.stream or self._registry.loading(claim):
                     self._tried(task)  # it shows nothing before that is done: others are not to wait as long
-                await audience.accepted()
+                audience.accepted()
             elif isinstance(item, Head):
                 return item
             elif isinstance(item, Refused):

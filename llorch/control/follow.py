@@ -160,7 +160,7 @@ async def _relay(mine: Task, reader: LogReader, answer: Answer, offset: int) -> 
             head = item
         elif isinstance(item, bytes):
             if head is not None:
-                await answer.begin(head)
+                answer.begin(head)
                 head = None
             await answer.write(item)
             mine.offset += len(item)

@@ -1,18 +1,14 @@
 """What the control counts, under the stable names of the contract.
 
 Owns one Prometheus registry. State that the registry of nodes already holds is read when /metrics is scraped, not
-kept twice. Children are kept per label set: looking one up costs more than counting. No prompt, token or user id is a
-label.
+kept twice. No prompt, token or user id is a label.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
@@ -23,6 +19,7 @@ from llorch.control.registry import Registry
 from llorch.control.strikes import Offence
 from llorch.control.tasks import Task
 from llorch.limit_metrics import LimitMetrics
+from llorch.tally import Tallies
 
 FAST_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 MOST_NODE_LABELS = 4_000  # counters never go; who registers under ever new names gets no more of them
@@ -33,108 +30,82 @@ SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 
 class ControlMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        r = self.registry
-        self._placing = Histogram("llorch_placement_seconds", "choosing a pool", registry=r, buckets=FAST_S)
-        self._placements = Counter("llorch_placements_total", "placement decisions", ["outcome", "reason"], registry=r)
-        self._routing = Histogram("llorch_routing_seconds", "accept to OPEN sent", registry=r, buckets=SLOW_S)
-        self._ttft = Histogram("llorch_ttft_seconds", "accept to first byte", ["model"], registry=r, buckets=SLOW_S)
-        self._seconds = Histogram("llorch_task_seconds", "accept to end", ["model"], registry=r, buckets=SLOW_S)
-        self._tasks = Counter("llorch_tasks_total", "ended tasks", ["model", "node", "outcome", "code"], registry=r)
-        self._tokens = Counter("llorch_tokens_total", "tokens of ended tasks", ["model", "kind"], registry=r)
-        self._inflight = Gauge("llorch_inflight", "admitted tasks that have not ended", ["model"], registry=r)
-        self._queue_wait = Histogram("llorch_queue_wait_seconds", "waiting for a slot", registry=r, buckets=SLOW_S)
-        self._retries = Counter("llorch_retries_total", "attempts that went elsewhere", ["reason"], registry=r)
-        self._resumes = Counter("llorch_resumes_total", "streams that went on where they were", ["reason"], registry=r)
-        self._beats = Counter("llorch_heartbeats_total", "heartbeats", ["node", "outcome"], registry=r)
-        self._rtt = Gauge("llorch_heartbeat_rtt_seconds", "round trip that the node measured", ["node"], registry=r)
-        self._beat_handling = Histogram(
-            "llorch_heartbeat_handling_seconds", "handling one heartbeat", registry=r, buckets=FAST_S
-        )
-        self._registrations = Counter("llorch_registrations_total", "registrations", ["outcome"], registry=r)
-        self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
-        self._strikes = Counter("llorch_node_strikes_total", "offences of nodes", ["kind"], registry=r)
+        t = Tallies(self.registry)
+        self.placing = t.histogram("llorch_placement_seconds", "choosing a pool", FAST_S)
+        self._placements = t.counter("llorch_placements", "placement decisions", ["outcome", "reason"])
+        self.routing = t.histogram("llorch_routing_seconds", "accept to OPEN sent", SLOW_S)
+        self.ttft = t.histogram("llorch_ttft_seconds", "accept to first byte", SLOW_S, ["model"])
+        self.task_seconds = t.histogram("llorch_task_seconds", "accept to end", SLOW_S, ["model"])
+        self._tasks = t.counter("llorch_tasks", "ended tasks", ["model", "node", "outcome", "code"])
+        self._tokens = t.counter("llorch_tokens", "tokens of ended tasks", ["model", "kind"])
+        self.inflight = t.gauge("llorch_inflight", "admitted tasks that have not ended", ["model"])
+        self._queue_wait = t.histogram("llorch_queue_wait_seconds", "waiting for a slot", SLOW_S)
+        self._retries = t.counter("llorch_retries", "attempts that went elsewhere", ["reason"])
+        self._resumes = t.counter("llorch_resumes", "streams that went on where they were", ["reason"])
+        self._beats = t.counter("llorch_heartbeats", "heartbeats", ["node", "outcome"])
+        self._rtt = t.gauge("llorch_heartbeat_rtt_seconds", "round trip that the node measured", ["node"])
+        self._beat_handling = t.histogram("llorch_heartbeat_handling_seconds", "handling one heartbeat", FAST_S)
+        self._registrations = t.counter("llorch_registrations", "registrations", ["outcome"])
+        self._auth_failures = t.counter("llorch_auth_failures", "refused credentials", ["layer"])
+        self._strikes = t.counter("llorch_node_strikes", "offences of nodes", ["kind"])
         for offence in Offence:
-            self._strikes.labels(offence.value)
+            self._strikes.add(0, offence.value)
         self._named: set[str] = set()  # nodes that are labels of counters
-        self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
-        self.limits = LimitMetrics(r)
+        self._errors = t.counter("llorch_errors", "errors by node and code", ["node", "code"])
+        self.limits = LimitMetrics(self.registry)
         self._unaudited = Counter(
-            "llorch_audit_unwritten_total", "audit records that could not be written when they were made", registry=r
+            "llorch_audit_unwritten_total",
+            "audit records that could not be written when they were made",
+            registry=self.registry,
         )
-        # prometheus_client's labels() locks and hashes; label sets are few and bounded by nodes, models and codes.
-        self._child_of = lru_cache(maxsize=4096)(lambda metric, *labels: metric.labels(*labels))
-
-    @contextlib.contextmanager
-    def placing(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._placing.observe(time.perf_counter() - started)
 
     def placed(self, outcome: str, reason: str) -> None:
-        self._child_of(self._placements, outcome, reason).inc()
-
-    def routed(self, seconds: float) -> None:
-        self._routing.observe(seconds)
-
-    @contextlib.contextmanager
-    def inflight(self, model: str) -> Iterator[None]:
-        gauge = self._child_of(self._inflight, model)
-        gauge.inc()
-        try:
-            yield
-        finally:
-            gauge.dec()
-
-    def first_byte(self, model: str, seconds: float) -> None:
-        self._child_of(self._ttft, model).observe(seconds)
-
-    def task_seconds(self, model: str, seconds: float) -> None:
-        self._child_of(self._seconds, model).observe(seconds)
+        self._placements.add(1, outcome, reason)
 
     def waited(self, seconds: float) -> None:
         self._queue_wait.observe(seconds)
 
     def retried(self, reason: str) -> None:
-        self._child_of(self._retries, reason).inc()
+        self._retries.add(1, reason)
 
     def resumed(self, reason: str) -> None:
         """`reconnect`: this control lost a node's connection; `client`: a client came back; `key`: it sent its key."""
-        self._child_of(self._resumes, reason).inc()
+        self._resumes.add(1, reason)
 
     def ended(self, task: Task) -> None:
         model, node = task.label, task.node_id or ""
         code = task.error.code.value if task.error is not None else ""
-        self._child_of(self._tasks, model, node, task.state.value, code).inc()
+        self._tasks.add(1, model, node, task.state.value, code)
         if task.error is not None and node:
-            self._child_of(self._errors, node, code).inc()
-        if task.tail is not None:
-            for kind, count in (
-                ("input", task.tail.tokens_in),
-                ("output", task.tail.tokens_out),
-                ("cached", task.tail.cached_tokens),
-            ):
-                if count:
-                    self._child_of(self._tokens, model, kind).inc(count)
+            self._errors.add(1, node, code)
+        tail = task.tail
+        if tail is not None:
+            if tail.tokens_in:
+                self._tokens.add(tail.tokens_in, model, "input")
+            if tail.tokens_out:
+                self._tokens.add(tail.tokens_out, model, "output")
+            if tail.cached_tokens:
+                self._tokens.add(tail.cached_tokens, model, "cached")
 
     def beat(self, node_id: str, outcome: str, *, seconds: float | None = None, rtt_ms: float | None = None) -> None:
         if node_id not in self._named:
             if len(self._named) >= MOST_NODE_LABELS:
                 return
             self._named.add(node_id)
-        self._child_of(self._beats, node_id, outcome).inc()
+        self._beats.add(1, node_id, outcome)
         if seconds is not None:
             self._beat_handling.observe(seconds)
         if rtt_ms is not None:
-            self._child_of(self._rtt, node_id).set(rtt_ms / 1_000)
+            self._rtt.set(rtt_ms / 1_000, node_id)
 
     def registered(self, outcome: str) -> None:
-        self._child_of(self._registrations, outcome).inc()
+        self._registrations.add(1, outcome)
 
     def struck(self, offence: Offence) -> None:
-        self._child_of(self._strikes, offence.value).inc()
+        self._strikes.add(1, offence.value)
 
     def auth_failed(self, layer: str) -> None:
-        self._child_of(self._auth_failures, layer).inc()
+        self._auth_failures.add(1, layer)
 
     def unaudited(self, count: int) -> None:
         """From any thread."""

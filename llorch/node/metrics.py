@@ -1,22 +1,22 @@
 """What a node counts, under the stable names of the contract.
 
-Owns one Prometheus registry. What pools and GPUs are is read when /metrics is scraped, not kept twice. Children are
-kept per label set, and nothing is counted per token. No prompt, token or user id is a label.
+Owns one Prometheus registry. What pools and GPUs are is read when /metrics is scraped, not kept twice. Nothing is
+counted per token. No prompt, token or user id is a label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from llorch.limit_metrics import LimitMetrics
 from llorch.messages import Tail
+from llorch.tally import Tallies
 
 SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -26,52 +26,54 @@ Reports = Callable[[], Sequence[Mapping[str, Any]]]
 class NodeMetrics:
     def __init__(self, node_id: str) -> None:
         self._node = node_id
-        self.registry = r = CollectorRegistry()
-        self._ttft = Histogram("llorch_ttft_seconds", "accept to first token", ["model"], registry=r, buckets=SLOW_S)
-        self._tasks = Counter("llorch_tasks_total", "ended tasks", ["model", "node", "outcome", "code"], registry=r)
-        self._tokens = Counter("llorch_tokens_total", "tokens of ended tasks", ["model", "kind"], registry=r)
-        self._inflight = Gauge("llorch_inflight", "accepted tasks that have not ended", ["model"], registry=r)
-        self._handoffs = Counter("llorch_handoffs_total", "handoff files", ["pool", "outcome"], registry=r)
-        self._restarts = Counter("llorch_engine_restarts_total", "engine restarts", ["pool", "reason"], registry=r)
-        self._rtt = Gauge("llorch_heartbeat_rtt_seconds", "round trip of a heartbeat", ["node"], registry=r)
-        self._errors = Counter("llorch_errors_total", "errors by node and code", ["node", "code"], registry=r)
-        self._auth_failures = Counter("llorch_auth_failures_total", "refused credentials", ["layer"], registry=r)
-        self.limits = LimitMetrics(r)
-        # labels() locks and hashes; the label sets are few: models, pools and codes of one node.
-        self._child = lru_cache(maxsize=1024)(lambda metric, *labels: metric.labels(*labels))
+        self.registry = CollectorRegistry()
+        t = Tallies(self.registry)
+        self._ttft = t.histogram("llorch_ttft_seconds", "accept to first token", SLOW_S, ["model"])
+        self._tasks = t.counter("llorch_tasks", "ended tasks", ["model", "node", "outcome", "code"])
+        self._tokens = t.counter("llorch_tokens", "tokens of ended tasks", ["model", "kind"])
+        self._inflight = t.gauge("llorch_inflight", "accepted tasks that have not ended", ["model"])
+        self._handoffs = t.counter("llorch_handoffs", "handoff files", ["pool", "outcome"])
+        self._restarts = t.counter("llorch_engine_restarts", "engine restarts", ["pool", "reason"])
+        self._rtt = t.gauge("llorch_heartbeat_rtt_seconds", "round trip of a heartbeat", ["node"])
+        self._errors = t.counter("llorch_errors", "errors by node and code", ["node", "code"])
+        self._auth_failures = t.counter("llorch_auth_failures", "refused credentials", ["layer"])
+        self.limits = LimitMetrics(self.registry)
 
     # ---- tasks (runner.Counted)
 
     def began(self, model: str) -> None:
-        self._child(self._inflight, model).inc()
+        self._inflight.add(1, model)
 
     def ended(self, model: str, outcome: str, code: str, tail: Tail) -> None:
-        self._child(self._inflight, model).dec()
-        self._child(self._tasks, model, self._node, outcome, code).inc()
+        self._inflight.add(-1, model)
+        self._tasks.add(1, model, self._node, outcome, code)
         if code:
             self.failed(code)
         if tail.timings.ttft_ms is not None:
-            self._child(self._ttft, model).observe(tail.timings.ttft_ms / 1_000)
-        for kind, count in (("input", tail.tokens_in), ("output", tail.tokens_out), ("cached", tail.cached_tokens)):
-            if count:
-                self._child(self._tokens, model, kind).inc(count)
+            self._ttft.observe(tail.timings.ttft_ms / 1_000, model)
+        if tail.tokens_in:
+            self._tokens.add(tail.tokens_in, model, "input")
+        if tail.tokens_out:
+            self._tokens.add(tail.tokens_out, model, "output")
+        if tail.cached_tokens:
+            self._tokens.add(tail.cached_tokens, model, "cached")
 
     # ---- the rest
 
     def failed(self, code: str) -> None:
-        self._child(self._errors, self._node, code).inc()
+        self._errors.add(1, self._node, code)
 
     def handed_off(self, pool: str, outcome: str) -> None:
-        self._child(self._handoffs, pool, outcome).inc()
+        self._handoffs.add(1, pool, outcome)
 
     def restarted(self, pool: str, reason: str) -> None:
-        self._child(self._restarts, pool, reason).inc()
+        self._restarts.add(1, pool, reason)
 
     def beat(self, rtt_ms: float) -> None:
-        self._child(self._rtt, self._node).set(rtt_ms / 1_000)
+        self._rtt.set(rtt_ms / 1_000, self._node)
 
     def auth_failed(self, layer: str) -> None:
-        self._child(self._auth_failures, layer).inc()
+        self._auth_failures.add(1, layer)
 
     def scrape(self, pools: Reports, gpus: Reports, catalog: Reports) -> None:
         """Have these reports read on every scrape."""

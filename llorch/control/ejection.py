@@ -48,7 +48,7 @@ class Ejections:
             return
         if may_eject(pool.breaker, self._peers(pool.report.model, now, pool)):
             lasts_s = pool.breaker.eject(now)
-            pool.facts = None
+            pool.forget_facts()
             if pool not in self._out:
                 self._out.append(pool)
             self._told(pool, "pool.ejected", pool.breaker.why, for_s=lasts_s, ejections=pool.breaker.ejections)
@@ -90,7 +90,7 @@ class Ejections:
         ]
 
     def _readmit(self, pool: Pool, reason: str) -> None:
-        pool.facts = None
+        pool.forget_facts()
         if pool in self._out:
             self._out.remove(pool)
         self._told(pool, "pool.readmitted", reason)

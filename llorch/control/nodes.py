@@ -112,6 +112,12 @@ class Pool:
     slot_word: SlotWord = field(default_factory=SlotWord)
     facts: PoolFacts | None = None
     facts_until: float = 0.0
+    stale: list[Pool] = field(default_factory=list)  # where it says that its facts are to be made anew
+
+    def forget_facts(self) -> None:
+        if self.facts is not None:
+            self.facts = None
+            self.stale.append(self)
 
     @property
     def bound(self) -> bool:
@@ -132,7 +138,8 @@ class Pool:
         counted = not merge or "slots_free" in report.model_fields_set
         if merge:
             report = self.report.model_copy(update={name: getattr(report, name) for name in report.model_fields_set})
-        self.report, self.reported_at, self.facts = report, now, None
+        self.report, self.reported_at = report, now
+        self.forget_facts()
         resident = report.model if report.ready else None
         if resident != self.resident:
             self.resident, self.resident_since = resident, now
@@ -153,14 +160,14 @@ class Pool:
                 self.pledge.claims.add(claim.key)
         self.claimed += 1
         self.used = number
-        self.facts = None
+        self.forget_facts()
 
     def end(self, claim: Claim, *, used: bool) -> None:
         self.claimed -= 1
         self.ended_since_report += used
         if self.pledge is not None and self.pledge.ended(claim.key):
             self.pledge = None
-        self.facts = None
+        self.forget_facts()
 
     def facts_of_load(self) -> tuple[str | None, bool]:
         """(the model that is on its way, whether a task for another one than is resident may be sent)."""
@@ -179,13 +186,13 @@ class Pool:
         self.others_refused = self.slots_total - max(0, self.claimed - 1)
         self.refused_until = now + REFUSAL_HOLDS_S
         self.ended_since_report -= 1  # that claim never took a slot of the node: its end must not count as one
-        self.facts = None
+        self.forget_facts()
 
     def refuse_swap(self, now: float) -> None:
         """The node said to one of our claims, still held, that it serves another model: it is not swappable now."""
         self.no_swap_until = now + REFUSAL_HOLDS_S
         self.ended_since_report -= 1  # as in `refuse`
-        self.facts = None
+        self.forget_facts()
 
     def event(self, word: str, **more: Any) -> Event:
         return Event(word, {"node_id": self.node_id, "pool_id": self.pool_id, **more})

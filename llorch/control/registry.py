@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from llorch.control.addresses import Network, check_address
 from llorch.control.departed import Departed
 from llorch.control.ejection import Ejections
+from llorch.control.fact_table import FactTable
 from llorch.control.nodes import SUSPECT_AFTER_BEATS, BeatResult, Claim, Event, Index, Node, Pool, Registration, index
 from llorch.control.placement import Known, PoolFacts
 from llorch.control.report_limits import ReportLimits, one_too_many, reports_of
@@ -53,6 +54,7 @@ class Registry:
         self._storms = Storms(offline_after_s)
         self._departed = Departed()
         self._index: Index | None = None  # None: to be rebuilt
+        self._table: FactTable | None = None  # of the pools in that index
         self._taken = 0  # claims, ever
 
     @property
@@ -258,21 +260,18 @@ class Registry:
         self._settle(node, wall or node.last_beat_wall)
         return bool(changed)
 
-    def pool_facts(self, now: float, model: str | None = None) -> list[PoolFacts]:
-        """What placement looks at: all pools, or those that have `model` loaded or can load it.
+    def pool_facts(self, now: float, model: str | None = None) -> Sequence[PoolFacts]:
+        """What placement looks at: all pools, or those that have `model` loaded or can load it."""
+        table = self._facts(now)
+        return table.rows(now) if model is None else table.of_model(model, now)
 
-        Facts are kept until something changes them or their time is up, so that this costs little per arrival.
-        """
-        if model is None:
-            pools: Iterable[Pool] = (pool for node in self._nodes.values() for pool in node.pools.values())
-        else:
-            pools = self._indexed().by_model.get(model, ())
-        return [
-            pool.facts
-            if pool.facts is not None and now < pool.facts_until
-            else pool.make_facts(self._nodes[pool.node_id], now)
-            for pool in pools
-        ]
+    def best(self, model: str, now: float) -> tuple[str, str] | None:
+        """The (node, pool) for a task that asks for nothing but its model; None if no pool that serves it has room."""
+        return self._facts(now).best(model, now)
+
+    def swappable(self, now: float) -> bool:
+        """Whether any pool would load a model for a task just now."""
+        return self._facts(now).swappable(now)
 
     def models(self) -> Known:
         """Which models and which pools there are anywhere, on offline nodes too."""
@@ -487,9 +486,14 @@ class Registry:
 
     def _forget_facts(self, node: Node) -> None:
         for pool in node.pools.values():
-            pool.facts = None
+            pool.forget_facts()
+
+    def _facts(self, now: float) -> FactTable:
+        if self._index is None or self._table is None:
+            self._table = FactTable(self._nodes, self._indexed().by_model, now)
+        return self._table
 
     def _indexed(self) -> Index:
         if self._index is None:
-            self._index = index(self._nodes.values(), self._departed.models)
+            self._index, self._table = index(self._nodes.values(), self._departed.models), None
         return self._index

@@ -70,9 +70,10 @@ class WaitingRoom:
     def snapshot(self, wish: placement.Wish, waiter: Waiter | None = None) -> Snapshot:
         """What a decision about `wish` is made from, at this moment: for one who waits, or who comes now."""
         now = self._clock()
-        pools = self._registry.pool_facts(now)
-        told = swapping.explained(waiter or Waiter("", wish, "", now), pools, self._aside, now)
-        return Snapshot(wish, told, now, self._registry.models())
+        told = pools = self._registry.pool_facts(now)
+        if self._aside or self._registry.swappable(now):
+            told = swapping.explained(waiter or Waiter("", wish, "", now), pools, self._aside, now)
+        return Snapshot(wish, tuple(told), now, self._registry.models())
 
     def refusal(self, wish: placement.Wish) -> LlorchError | None:
         """Why waiting would not help; None if a pool can take it, or may soon."""
@@ -104,7 +105,7 @@ class WaitingRoom:
         )
         if not front:
             self.pump(task.wish.model)  # time alone may have freed a slot; what is free after this is of no use to them
-            claim = self._take(waiter, self._free_pools(waiter.wish.model))
+            claim = self._take_best(waiter, now)
             if claim is not None:
                 self._admission.given(waiter, now)
                 return claim
@@ -268,18 +269,30 @@ class WaitingRoom:
         ]
         return swapping.plan(lines, lambda model: self._registry.pool_facts(now, model=model), now)
 
+    def _take_best(self, waiter: Waiter, now: float) -> Claim | None:
+        """As `_take`, among all pools: most tasks ask for nothing but their model, and most models are loaded."""
+        wish = waiter.wish
+        if not self._aside and not (wish.prefer or wish.avoid or wish.constrained):
+            began = time.perf_counter()
+            picked = self._registry.best(wish.model, now)
+            if picked is not None:
+                self._metrics.placing.observe(time.perf_counter() - began)
+                return self._claim(waiter, picked)
+        return self._take(waiter, self._free_pools(wish.model))
+
     def _take(self, waiter: Waiter, pools: list[placement.PoolFacts]) -> Claim | None:
         """Choose among `pools` and take, in one step."""
         model, now = waiter.wish.model, self._clock()
         began = time.perf_counter()
         picked = swapping.choose(waiter, pools, self._aside, now, lambda: self._registry.pool_facts(now, model=model))
         self._metrics.placing.observe(time.perf_counter() - began)
-        if picked is None:
-            return None
+        return None if picked is None else self._claim(waiter, picked)
+
+    def _claim(self, waiter: Waiter, picked: tuple[str, str]) -> Claim:
         task = self._tasks.get(waiter.task_id)
         if task is not None:
             task.placement = self.snapshot(waiter.wish, waiter)  # of the moment before the claim, for the facts move on
-        claim = self._registry.claim(*picked, waiter.task_id, task.attempt + 1 if task else 1, model)
+        claim = self._registry.claim(*picked, waiter.task_id, task.attempt + 1 if task else 1, waiter.wish.model)
         self._metrics.placed("placed", "")
         log.info("placement.decided", task_id=waiter.task_id, node_id=claim.node_id, pool_id=claim.pool_id)
         return claim

@@ -6,8 +6,7 @@ be swapped, what it reports. Reports and tasks take their time, so each side act
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
@@ -20,6 +19,7 @@ from llorch.control.registry import Claim, Registry
 from llorch.control.tasks import TaskStore
 from llorch.control.waiting import WaitingRoom
 from llorch.messages import Heartbeat, Register
+from llorch.tally import Spread
 
 KEPT_S = 30.0
 REPORT_S, OPEN_S, LOOK_S = 0.25, 0.02, 0.5  # until a change is reported, a task is there, the control looks up
@@ -39,9 +39,7 @@ class Arrival:
 class Quiet:
     """Metrics that nobody reads."""
 
-    @contextlib.contextmanager
-    def placing(self) -> Iterator[None]:
-        yield
+    placing = Spread("placing", "", ())
 
     def placed(self, outcome: str, code: str) -> None: ...
 

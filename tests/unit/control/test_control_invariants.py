@@ -13,7 +13,7 @@ from llorch.breaker import Phase
 from llorch.control.admission import Admission
 from llorch.control.decision import Outcome, decide
 from llorch.control.line import BATCH, INTERACTIVE, Waiter
-from llorch.control.placement import Wish, pick
+from llorch.control.placement import Wish, pick, pick_serving
 from llorch.control.registry import Claim, Registry
 from llorch.errors import Code, LlorchError
 from llorch.messages import Heartbeat, Register, Tail
@@ -371,11 +371,13 @@ class Control(RuleBasedStateMachine):
         kept = self.registry.pool_facts(self.now)
         for node in self.registry.nodes.values():
             for pool in node.pools.values():
-                pool.facts = None
+                pool.forget_facts()
         assert self.registry.pool_facts(self.now) == kept
         for model in ("m", "n"):
             narrowed = [fact.key for fact in self.registry.pool_facts(self.now, model)]
             assert sorted(narrowed) == sorted(fact.key for fact in kept if model in fact.models)
+            assert self.registry.best(model, self.now) == pick_serving(Wish(model), kept)
+        assert self.registry.swappable(self.now) == any(fact.swappable for fact in kept)
 
     @invariant()
     def a_pledge_is_that_of_claims_which_are_held_or_was_accepted(self) -> None:

@@ -205,6 +205,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--plain", action="store_true", help="without TLS, to see what it costs")
+    parser.add_argument("--profile", help="a folder: both roles run under cProfile, and leave their figures there")
     parser.add_argument("--ramp", action="store_true", help="afterwards, the highest rate that is sustained")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -214,7 +215,7 @@ def main() -> int:
     import uvloop
 
     asked = arguments()
-    with cluster(tls=not asked.plain) as running:
+    with cluster(tls=not asked.plain, profile=asked.profile) as running:
         own = pin(1)
         if own is not None:
             os.sched_setaffinity(0, own)

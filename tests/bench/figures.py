@@ -85,7 +85,7 @@ def machine() -> dict[str, Figure]:
         "loop_ms": round(loop_ms, 1),
         "python": platform.python_version(),
         "kernel": platform.release(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
     }
 
@@ -106,6 +106,7 @@ def report(
         print(json.dumps(outcome, indent=1))
     else:
         print(text)
+        print(", ".join(f"{name.replace('_', ' ')} {show(value)}" for name, value in machine().items()))
         for each in required:
             print(each)
     sys.stdout.flush()

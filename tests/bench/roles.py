@@ -144,11 +144,13 @@ def node_settings(engine: str, model: str, pools: int, slots: int, model_of: Cal
 
 @dataclass
 class Cluster:
-    """A control and what it was started with. `cores`: where llorch runs, None for anywhere."""
+    """A control and what it was started with. `cores`: where llorch runs, None for anywhere. `profile`: a folder, in
+    which both roles leave what cProfile saw of them; they are slower then."""
 
     folder: Path
     tls: bool
     cores: set[int] | None
+    profile: str | None = None
     token: str = field(default_factory=lambda: secrets.token_hex(24), repr=False)
     admin: str = field(default_factory=lambda: secrets.token_hex(24), repr=False)
     service: str = field(default_factory=lambda: secrets.token_hex(24), repr=False)
@@ -185,7 +187,9 @@ class Cluster:
 
     def start_control(self, *words: str) -> Role:
         """Beyond its ready line. With TLS it makes an authority of its own, as it would for any cluster."""
-        role = Role(self.folder, "control", [*self.control_words(), *words], self.secrets_env(), cores=self.cores)
+        role = Role(
+            self.folder, "control", [*self.control_words(), *words], self.secrets_env(), self.profile, cores=self.cores
+        )
         self.roles.append(role)
         self.url = role.ready()
         return role
@@ -200,7 +204,9 @@ class Cluster:
         else:
             env = clean_env(LLORCH_SERVICE_TOKEN=self.service, LLORCH_NODE_TOKEN=self.node_token)
             join = ["--join", self.url]
-        role = Role(self.folder, "node", [*join, *words], env | {"HOME": str(self.folder)}, cores=self.cores)
+        role = Role(
+            self.folder, "node", [*join, *words], env | {"HOME": str(self.folder)}, self.profile, cores=self.cores
+        )
         self.roles.append(role)
         role.ready()
         return role
@@ -250,10 +256,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(*, tls: bool = False, pinned: bool = True) -> Iterator[Cluster]:
+def cluster(*, tls: bool = False, profile: str | None = None) -> Iterator[Cluster]:
     """A folder and no process yet. At the end of the block all that was started is ended."""
     with tempfile.TemporaryDirectory(prefix="llorch-bench-", ignore_cleanup_errors=True) as folder:
-        running = Cluster(Path(folder), tls, pin(0) if pinned else None)
+        running = Cluster(Path(folder), tls, pin(0), profile)
         try:
             yield running
         finally:

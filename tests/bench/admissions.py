@@ -12,8 +12,9 @@ its whole answer was read, so a control that stalls makes all of those late that
 compared with what the engine says. `--stream`: as streams; `--tokens`: how long.
 
 Figures: requests, errors by kind, latency from due to the head and to the end, CPU of control and node per request
-(of /proc/PID/stat), RSS. `--ramp`: afterwards rates that grow by a quarter, 10 s each, until one is not sustained: an
-error, p99 over the limit, or requests that were due and not answered at the end. Told is the last that was.
+(of /proc/PID/stat), RSS, and how many cores others on this machine took meanwhile. `--ramp`: afterwards rates that grow
+by a quarter, 10 s each, until one is not sustained: an error, p99 over the limit, or requests that were due and not
+answered at the end. Told is the last that was.
 
 Limits: on a machine of two cores the load generator and the engine share one, and whatever else runs there is measured
 too. Timers of uvloop are of 1 ms, so a request may go out as much late, which counts as latency. One client token and
@@ -35,7 +36,7 @@ from typing import Any
 from tests.bench import engine
 from tests.bench.clients import Answer, Connection, connect, post
 from tests.bench.figures import Required, report, spread, table
-from tests.bench.roles import Cluster, Role, clean_env, cluster, node_settings, pin
+from tests.bench.roles import Cluster, Meter, Role, clean_env, cluster, node_settings, pin
 
 PATH = "/v1/chat/completions"
 POOLS, SLOTS = 50, 64
@@ -57,6 +58,7 @@ class Run:
     headed: list[float] = field(default_factory=list)  # from due to the head
     errors: Counter[str] = field(default_factory=Counter)
     cpu_s: dict[str, float] = field(default_factory=dict)
+    cores: dict[str, float] = field(default_factory=dict)
 
     @property
     def sustained(self) -> bool:
@@ -70,7 +72,7 @@ class Run:
             "errors_by_kind": dict(self.errors), "latency_ms": spread(self.late, scale=1e3, digits=2),
             "head_ms": spread(self.headed, scale=1e3, digits=2),
             "cpu_us_per_request": {name: round(spent / done * 1e6, 1) for name, spent in self.cpu_s.items()},
-            "cpu_cores": {name: round(spent / self.duration_s, 3) for name, spent in self.cpu_s.items()},
+            "cores": self.cores,
         }  # fmt: skip
 
 
@@ -175,11 +177,10 @@ async def measure(running: Cluster, asked: argparse.Namespace) -> tuple[Run, lis
 
 
 async def _with_cpu(load: Load, running: Cluster, rate: float, duration_s: float) -> Run:
-    before = {role.name: role.cpu_s() for role in (running.control, running.node)}
-    own = time.process_time()
+    meter = Meter(running.roles)
     run = await load.run(rate, duration_s)
-    run.cpu_s = {role.name: role.cpu_s() - before[role.name] for role in (running.control, running.node)}
-    run.cpu_s["load"] = time.process_time() - own
+    run.cores = meter.cores()
+    run.cpu_s = {name: spent for name, spent in meter.seconds().items() if name != "others"}
     return run
 
 
@@ -229,15 +230,17 @@ def main() -> int:
         figures["sustained_rate"] = max(held, default=None)
     latency = figures["latency_ms"]
     text = table(
-        ("requests", "rate/s", "errors", "p50 ms", "p99 ms", "max ms", "control us/req", "node us/req"),
+        ("requests", "rate/s", "errors", "p50 ms", "p99 ms", "max ms", "control us/req", "node us/req", "others"),
         [
             (
                 step.sent, step.rate, step.errors.total(), *step.figures()["latency_ms"].values(),
                 step.figures()["cpu_us_per_request"]["control"], step.figures()["cpu_us_per_request"]["node"],
+                step.cores["others"],
             )
             for step in [main_run, *steps]
         ],
     )  # fmt: skip
+    text += "\nothers: cores that the rest of this machine took"
     text += f"\nRSS: control {memory['control_rss_mb']} MB, node {memory['node_rss_mb']} MB"
     text += "".join(f"\n{count} x {kind}" for kind, count in main_run.errors.items())
     required = [

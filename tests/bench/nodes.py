@@ -32,7 +32,7 @@ from typing import Any
 
 from tests.bench.clients import Answer, Connection, connect, post
 from tests.bench.figures import Required, report, spread, table
-from tests.bench.roles import Cluster, cluster, pin
+from tests.bench.roles import Cluster, Meter, cluster, pin
 from tests.bench.scripted_node import DONE, Plan, ScriptedNode
 
 PATH = "/v1/chat/completions"
@@ -151,13 +151,13 @@ async def measure(running: Cluster, asked: argparse.Namespace) -> dict[str, Any]
         await asyncio.to_thread(running.wait_until_bound, asked.nodes * asked.pools, None)
         joined = peak = control.rss()
         clients = Clients(running, plan, asked.streams, asked.ramp)
-        own = time.process_time()
+        meter = Meter(running.roles)
         run = asyncio.create_task(clients.run())
         while not run.done():
             await asyncio.wait((run,), timeout=LOOK_EVERY_S)
             peak = max(peak, control.rss())
         await run
-        own = time.process_time() - own
+        cores = meter.cores()
         metrics = (await asyncio.to_thread(running.get, "/metrics", None)).decode()
     finally:
         for node in nodes:
@@ -169,7 +169,7 @@ async def measure(running: Cluster, asked: argparse.Namespace) -> dict[str, Any]
     figures |= {
         "rss_mb": {name: round(size / MB, 1) for name, size in (("idle", idle), ("joined", joined), ("peak", peak))},
         "heartbeat_handling_ms": handling_ms(metrics), "heartbeat_rtt_ms": spread(beats, scale=1e3, digits=2),
-        "beats": len(beats), "load_cpu_s": round(own, 2),
+        "beats": len(beats), "cores": cores,
     }  # fmt: skip
     figures["errors"] += faults.total()
     figures["errors_by_kind"] |= dict(faults)
@@ -238,6 +238,7 @@ def main() -> int:
         ("control: us of CPU a token then", steady.get("control_us_per_token")),
         *((f"delay of a token {name}, ms", value) for name, value in delay.items()),
         *((f"control: RSS {name}, MB", value) for name, value in figures["rss_mb"].items()),
+        ("others on this machine: cores", figures["cores"]["others"]),
         ("heartbeats", figures["beats"]),
         ("handling one: mean, ms", beat["mean"]),
         ("handling one: p99 at most, ms", beat["p99_at_most"]),

@@ -118,6 +118,36 @@ def pss(pid: int) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), None)
 
 
+def busy_s() -> float:
+    """CPU seconds that all cores of the machine have worked, or had to let somebody else's machine work."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / TICKS_PER_S
+
+
+class Meter:
+    """CPU seconds from its making on: of each role, of this process as `load`, and of whatever else runs, `others`.
+
+    Where others have used much, a latency is as much theirs, and whatever shares a core's caches costs more.
+    """
+
+    def __init__(self, roles: Sequence[Role]) -> None:
+        self._roles = roles
+        self._at, self._before = time.monotonic(), self._read()
+
+    def _read(self) -> dict[str, float]:
+        own = {role.name: role.cpu_s() for role in self._roles} | {"load": time.process_time()}
+        return own | {"others": busy_s() - sum(own.values())}
+
+    def seconds(self) -> dict[str, float]:
+        return {name: max(0.0, now - self._before[name]) for name, now in self._read().items()}
+
+    def cores(self) -> dict[str, float]:
+        """The same, as a part of one core's time."""
+        took_s = time.monotonic() - self._at
+        return {name: round(spent / took_s, 3) for name, spent in self.seconds().items()}
+
+
 def pin(number: int) -> set[int] | None:
     """The `number`-th core this process may use, for a process; None where there are too few to part them."""
     cores = sorted(os.sched_getaffinity(0))

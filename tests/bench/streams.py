@@ -39,7 +39,7 @@ from tests.bench import engine
 from tests.bench.admissions import POOLS, start
 from tests.bench.clients import Answer, Connection, connect, post
 from tests.bench.figures import Required, report, spread, table
-from tests.bench.roles import Cluster, Role, cluster, pin, pss, rss
+from tests.bench.roles import Cluster, Meter, Role, cluster, pin, pss, rss
 
 PATH = "/v1/chat/completions"
 LOOK_EVERY_S = 0.25
@@ -146,7 +146,7 @@ async def measure(running: Cluster, asked: argparse.Namespace) -> dict[str, Any]
     gc.set_threshold(50_000, 20, 100)
     streams = Streams(running, asked)
     memory: dict[str, dict[str, float | None]] = {role.name: {"idle": role.rss() / MB} for role in roles}
-    cpu = {role.name: role.cpu_s() for role in roles}
+    meter = Meter(running.roles)
     peak, logs, shared = {role.name: 0 for role in roles}, {role.name: 0 for role in roles}, dict[str, int | None]()
     run = asyncio.create_task(streams.run())
     while not run.done():
@@ -158,7 +158,7 @@ async def measure(running: Cluster, asked: argparse.Namespace) -> dict[str, Any]
         if not shared and streams.seen.open >= asked.streams:
             shared = {role.name: pss(role.pid) for role in roles}
     await run
-    spent = {role.name: role.cpu_s() - cpu[role.name] for role in roles}
+    spent, cores = meter.seconds(), meter.cores()
     await asyncio.sleep(asked.after)
     for role in roles:
         whole = shared.get(role.name)
@@ -166,7 +166,7 @@ async def measure(running: Cluster, asked: argparse.Namespace) -> dict[str, Any]
             "peak": peak[role.name] / MB, "after": role.rss() / MB, "pss": whole and whole / MB,
             "logs": logs[role.name] / MB if role is running.node else 0.0,
         }  # fmt: skip
-    return _figures(streams.seen, memory, spent, asked)
+    return _figures(streams.seen, memory, spent, asked) | {"cores": cores}
 
 
 def _figures(
@@ -252,6 +252,7 @@ def main() -> int:
     text += f"\nstreams: {figures['streams']}, open at once {figures['most_open']}, whole {figures['ended_whole']}; "
     text += f"first token p50 {figures['first_token_ms']['p50']} ms, p99 {figures['first_token_ms']['p99']} ms; "
     text += ", ".join(f"{name} {us} us of CPU a token" for name, us in figures["cpu_us_per_token"].items())
+    text += f"; others on this machine took {figures['cores']['others']} cores"
     text += f"\na control starts in {figures['start']['ready_s']} s, and has {figures['start']['rss_mb']} MB then"
     text += "".join(f"\n{count} x {kind}" for kind, count in figures["errors_by_kind"].items())
     required = [

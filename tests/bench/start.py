@@ -14,14 +14,13 @@ import argparse
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-READY_WITHIN_S = 30.0
-RATE_PER_S = 1_000_000  # of one principal; the default, 1,000, is what a benchmark would measure otherwise
+from tests.bench.roles import RATE_PER_S, Role, clean_env, node_settings
 
 
 def arguments() -> argparse.Namespace:
@@ -36,57 +35,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def node_settings(asked: argparse.Namespace) -> str:
-    pools = [
-        f"{{id: p{number}, engine: external, url: {asked.engine}, model: {_model(asked, number)}, "
-        f"engine_model: {asked.model}, slots: {asked.slots}}}"
-        for number in range(asked.pools)
-    ]
-    return "\n".join(["pools:", *(f"  - {pool}" for pool in pools), ""])
-
-
 def _model(asked: argparse.Namespace, number: int) -> str:
     return asked.model if number < asked.pools - asked.others else f"another-{number % 4}"
-
-
-class Role:
-    """One llorch process, whose log is a file."""
-
-    def __init__(self, folder: Path, name: str, words: list[str], env: dict[str, str], profile: str | None) -> None:
-        self.name, self.log = name, folder / f"{name}.log"
-        profiled = ["-m", "cProfile", "-o", f"{profile}/{name}.prof"] if profile else []
-        with self.log.open("wb") as log:
-            argv = [sys.executable, *profiled, "-m", "llorch", name, *words]
-            self.process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env, cwd=folder)
-
-    def wait_for(self, word: str) -> None:
-        until = time.monotonic() + READY_WITHIN_S
-        while word not in self.log.read_text(errors="replace"):
-            if self.process.poll() is not None or time.monotonic() > until:
-                sys.stderr.write(self.log.read_text(errors="replace"))
-                raise SystemExit(f"the {self.name} did not come so far as to say {word!r}")
-            time.sleep(0.05)
-
-    def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def main() -> int:
     asked = arguments()
     token = os.environ.get("LLORCH_BENCH_TOKEN", "")
     others = [secrets.token_hex(24) for _ in range(4)]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
-    env |= {
-        "LLORCH_API_TOKEN": f"bench={token},b={others[0]},c={others[1]}",
-        "LLORCH_SERVICE_TOKEN": others[2],
-        "LLORCH_NODE_TOKEN": others[3],
-    }
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    env = clean_env(
+        LLORCH_API_TOKEN=f"bench={token},b={others[0]},c={others[1]}",
+        LLORCH_SERVICE_TOKEN=others[2],
+        LLORCH_NODE_TOKEN=others[3],
+    )
     roles: list[Role] = []
     stopped = False
 
@@ -98,7 +59,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     with tempfile.TemporaryDirectory(prefix="llorch-bench-") as folder_name:
         folder = Path(folder_name)
-        (folder / "node.yaml").write_text(node_settings(asked))
+        pools = node_settings(asked.engine, asked.model, asked.pools, asked.slots, partial(_model, asked))
+        (folder / "node.yaml").write_text(pools)
         try:
             control = ["--bind", asked.bind, "--data-dir", f"{folder}/control", "--rate-requests", str(RATE_PER_S)]
             roles.append(Role(folder, "control", [*control, "--shutdown-grace", "0s"], env, asked.profile))

@@ -1,37 +1,29 @@
 """`llorch bench run|overhead`: how fast an endpoint answers under load, and what llorch adds to an engine.
 
-Owns the flags and what of them can't be, the order of a run (a first look, then step by step), and what is told while
-it runs. The load is `bench_load.py`'s, the figures are `bench_figures.py`'s.
+Owns the flags, what of them can't be, and how many connections this process may have. The work is `bench_run.py`'s and
+`bench_overhead.py`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import secrets
-import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from llorch.cli.dev import Waiting
 from llorch.cli.exits import Exit
 from llorch.cli.flags import Call, client_body, client_flags, local_command, with_flags
 from llorch.cli.interrupts import Interrupted, Interrupts
-from llorch.cli.output import Failure, Format, Output, is_terminal, usage, warn, write_err, write_out
+from llorch.cli.output import Failure, Format, Output, usage, warn
 from llorch.config_kinds import BadValue, Kind, duration, integer, listed, number
-
-if TYPE_CHECKING:
-    from llorch.cli.bench_figures import Slo
-    from llorch.cli.bench_load import Endpoint, Step
-    from llorch.cli.bench_plan import Load
 
 T = TypeVar("T")
 MOST_AT_A_TIME = 10_000
 SPARE_FILES = 64  # that this process has open beside its connections
-LINE_EVERY_S = 10.0  # where there is no terminal
 _CONCURRENCY = listed(integer(1, MOST_AT_A_TIME), "1,8,64")
 _RATE = listed(number(0.001, 100_000), "0.5,2,8")
 _DURATION = duration("100ms", "1d")
@@ -168,6 +160,7 @@ def run(
     """
     from llorch.cli.bench_figures import Slo
     from llorch.cli.bench_plan import Ask, Load, base_url
+    from llorch.cli.bench_run import Run, Wanted
 
     if concurrency is not None and rate is not None:
         raise usage("--concurrency and --rate are two kinds of load", "give one of them")
@@ -184,7 +177,6 @@ def run(
     limits = (("--slo-ttft", slo_ttft), ("--slo-itl", slo_itl), ("--slo-e2e", slo_e2e))
     slo = Slo(*(None if text is None else _parsed(_LIMIT, flag, text) * 1000 for flag, text in limits))
     timeout_s = _parsed(_LIMIT, "--request-timeout", request_timeout)
-    most = _room_for(max(load.concurrency or 0 for load in loads))
     picture = None
     if plot is not None:
         from llorch.cli import bench_picture
@@ -195,142 +187,9 @@ def run(
         call.flags["url"] = base_url(endpoint)  # as --url elsewhere: a token that belongs to another one is not sent
     seed = secrets.randbits(32) if seed is None else seed
     ask = Ask(model or "", prompt_tokens, output_tokens, seed, ignore_eos=ignore_eos)
-    return in_loop(_Run(call, ask, loads, slo, timeout_s, seconds, requests, warmup, most, picture).run())
-
-
-class _Run:
-    def __init__(
-        self,
-        call: Call,
-        ask: Any,
-        loads: list[Load],
-        slo: Slo,
-        timeout_s: float,
-        seconds: float | None,
-        requests: int | None,
-        warmup: int | None,
-        most: int,
-        picture: Path | None,
-    ) -> None:
-        self._call, self._ask, self._loads, self._slo, self._timeout_s = call, ask, loads, slo, timeout_s
-        self._seconds, self._requests, self._warmup, self._most = seconds, requests, warmup, most
-        self._picture = picture
-        self._steps: list[dict[str, Any]] = []
-        self._numbers = itertools.count()
-        self._progress = Progress(quiet=call.output.format is Format.NAME)
-
-    async def run(self) -> int:
-        from llorch import tls
-        from llorch.cli.bench_load import Endpoint
-        from llorch.cli.bench_plan import base_url
-
-        target = self._call.target
-        base = base_url(target.url)
-        context = tls.client_context(target.tls_ca, only=target.pinned) if base.startswith("https:") else None
-        with Interrupts() as interrupts:
-            try:
-                async with (
-                    Endpoint(base, target.token, context, self._timeout_s) as endpoint,
-                    self._progress.waiting.shown(),
-                ):
-                    await self._measure(endpoint)
-            except (asyncio.CancelledError, Interrupted) as ended:
-                if not interrupts.hit:
-                    raise
-                running = asyncio.current_task()
-                if running is not None and isinstance(ended, asyncio.CancelledError):
-                    running.uncancel()
-        if interrupts.hit and not self._steps:
-            write_err("interrupted before the first step had ended\n")
-            return Exit.INTERRUPTED
-        code = self._print(base, complete=not interrupts.hit)
-        return Exit.INTERRUPTED if interrupts.hit else code
-
-    async def _measure(self, endpoint: Endpoint) -> None:
-        from dataclasses import replace
-
-        from llorch.cli import bench_look
-        from llorch.cli.bench_figures import Tally
-        from llorch.cli.bench_load import measure
-
-        self._progress.say(f"a first look at {endpoint.base}")
-        if not self._ask.model:
-            self._ask = replace(self._ask, model=await bench_look.only_model(endpoint))
-        self._ask = await bench_look.first_look(endpoint, self._ask, next(self._numbers))
-        for load in self._loads:
-            tally = Tally(load, self._slo)
-            await measure(endpoint, self._step(load), self._numbers, tally)
-            self._steps.append(tally.figures())
-            self._progress.step_ended()
-
-    def _step(self, load: Load) -> Step:
-        from llorch.cli.bench_load import Step
-
-        warmup = (load.concurrency or 1) if self._warmup is None else self._warmup
-        of = f" of {self._seconds:g} s" if self._seconds is not None else f", of {self._requests} requests"
-        self._progress.say(f"{load.words}: {warmup} short request{'s' * (warmup != 1)} to warm up")
-        return Step(
-            load, self._ask, self._seconds, self._requests, warmup, self._most,
-            tell=lambda ended, failed, since_s: self._progress.tell(load.words, ended, failed, since_s, of),
-        )  # fmt: skip
-
-    def _print(self, base: str, *, complete: bool) -> int:
-        from llorch.cli import bench_words
-
-        slo = self._slo
-        document = {
-            "url": f"{base}/v1",
-            "model": self._ask.model,
-            "prompt_tokens": self._ask.prompt_tokens,
-            "output_tokens": self._ask.output_tokens,
-            "ignore_eos": self._ask.ignore_eos,
-            "seed": self._ask.seed,
-            "slo": {"ttft_ms": slo.ttft_ms, "itl_ms": slo.itl_ms, "e2e_ms": slo.e2e_ms} if slo.given else None,
-            "complete": complete,
-            "steps": self._steps,
-        }
-        if self._call.output.format is Format.NAME:
-            write_out("".join(f"{bench_words.label(step)}\n" for step in self._steps))
-        else:
-            self._call.output.one(document, name="bench", text=lambda: bench_words.report(document))
-        for caution in bench_words.cautions(document):
-            warn(caution)
-        if not complete:
-            warn("interrupted: the steps that had ended are shown")
-        if self._picture is not None:
-            from llorch.cli import bench_picture
-
-            bench_picture.draw(document, self._picture)
-            write_err(f"drawn: {self._picture}\n")
-        return Exit.FAILED if any(step["requests"]["failed"] for step in self._steps) else Exit.OK
-
-
-class Progress:
-    """What is told while it runs: one line that changes on a terminal, a line now and then elsewhere, none if quiet."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        terminal = is_terminal(sys.stderr)
-        self.waiting = Waiting(write_err if terminal and not quiet else None)
-        self._lines = not terminal and not quiet
-        self._said_s = 0.0
-        self._last = ""
-
-    def say(self, text: str) -> None:
-        self.waiting.text, self._said_s = text, 0.0
-        if self._lines:
-            write_err(f"{text}\n")
-
-    def tell(self, words: str, ended: int, failed: int, since_s: float, of: str) -> None:
-        from llorch.cli.bench_words import progress
-
-        self.waiting.text = self._last = progress(words, ended, failed, since_s, of)
-        if self._lines and since_s - self._said_s >= LINE_EVERY_S:
-            self._said_s = since_s
-            write_err(f"{self._last}\n")
-
-    def step_ended(self) -> None:
-        if self._lines and self._last:
-            write_err(f"{self._last}\n")
+    with _room_for(None if rate is not None else max(load.concurrency or 0 for load in loads)) as most:
+        wanted = Wanted(tuple(loads), ask, slo, timeout_s, seconds, requests, warmup, most, picture)
+        return in_loop(Run(call, wanted).run())
 
 
 # ---------------------------------------------------------------- overhead
@@ -348,6 +207,7 @@ def overhead(
     by turns; what is printed is the difference. It needs no GPU and no model, and takes half a minute.
     """
     from llorch.cli.bench_overhead import LONGEST, Overhead
+    from llorch.cli.bench_progress import Progress
     from llorch.cli.bench_words import overhead_cautions, overhead_report
 
     seconds = _parsed(LONGEST, "--duration", duration)
@@ -394,23 +254,29 @@ def _parsed(kind: Kind[T], flag: str, text: str) -> T:
         raise usage(f"{flag} {bad.message}", bad.hint) from None
 
 
-def _room_for(connections: int) -> int:
-    """How many connections this process may have; as many as are asked for, or Failure."""
+@contextlib.contextmanager
+def _room_for(connections: int | None) -> Iterator[int]:
+    """How many connections this process may have, meanwhile: those that are asked for, or Failure; if it is not known
+    how many it takes, as many as there can be.
+    """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_AT_A_TIME + SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    room = MOST_AT_A_TIME if soft == resource.RLIM_INFINITY else min(MOST_AT_A_TIME, soft - SPARE_FILES)
-    if connections > room:
+    wanted = (connections or MOST_AT_A_TIME) + SPARE_FILES
+    unlimited = resource.RLIM_INFINITY
+    room = wanted if soft == unlimited or soft >= wanted else wanted if hard == unlimited else min(hard, wanted)
+    if connections is not None and room < wanted:
         raise Failure(
-            f"{connections} requests at a time need more open files than the {soft} of this process",
+            f"{connections} requests at a time need more open files than this process may have ({room})",
             code=Exit.USAGE,
-            hint=f"ulimit -n {connections + SPARE_FILES}, as the user that may, or a smaller --concurrency",
+            hint=f"ulimit -n {wanted}, by a user who may, or a smaller --concurrency",
         )
-    return room
+    if soft != unlimited and soft < room:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
+    try:
+        yield max(1, room - SPARE_FILES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 _WITHOUT = ("url", "timeout")  # the URL is an argument; how long one request may take is a flag of its own

@@ -267,7 +267,7 @@ class Sink:
 
     def take(self, exchange: Exchange) -> None:
         self._waiting.append(exchange)
-        self._bytes += exchange.size
+        self._bytes += exchange.weight
         self._ended += 1
         self._failed += not exchange.answered
         while self._bytes > WAITING_BYTES:
@@ -280,7 +280,7 @@ class Sink:
 
     def _read_one(self) -> None:
         exchange = self._waiting.popleft()
-        self._bytes -= exchange.size
+        self._bytes -= exchange.weight
         self._tally.add(read_answer(exchange))
 
 

@@ -1,7 +1,8 @@
 """What `llorch bench` sends, and when: prompts, request bodies, and at which moments an open loop's requests are due.
 
-Everything follows from a seed, so a run can be repeated to the byte. Prompts are words drawn for each request, the
-first one included: no two begin alike for long, so no cache of prefixes answers them.
+Everything follows from a seed, so a run can be repeated to the byte. The first words of a prompt are drawn for each
+request: no two begin alike, so no cache of prefixes answers them. What follows in a long one is the same in all, as to
+draw it would take longer than a token does, in the midst of the answers to others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 # Short and common, so that a tokenizer has each as one token, or nearly: 128 of them, for 7 bits of a digest.
@@ -25,6 +27,7 @@ WORDS = (
     "apple", "table", "chair", "bed", "wall", "floor", "window", "garden", "field", "hill", "river", "lake", "island",
     "beach", "cloud", "spring", "summer", "winter", "bridge", "tower",
 )  # fmt: skip
+OWN_WORDS = 256
 WISH = "Tell a very long story with all of these words."
 WISH_TOKENS = 11
 
@@ -74,9 +77,19 @@ class Ask:
 def prompt(seed: int, number: int, tokens: int) -> str:
     """About `tokens` tokens; what is not drawn is the wish at its end, so that models do not answer in a sentence."""
     drawn = tokens - WISH_TOKENS if tokens > 2 * WISH_TOKENS else tokens
-    digest = hashlib.shake_128(f"prompt {seed} {number}".encode()).digest(max(1, drawn))
-    words = " ".join([WORDS[byte & 127] for byte in digest])
+    words = _words(f"prompt {seed} {number}", min(drawn, OWN_WORDS))
+    if drawn > OWN_WORDS:
+        words += _common(seed, drawn - OWN_WORDS)
     return f"{words}\n{WISH}" if drawn < tokens else words
+
+
+@lru_cache(maxsize=4)
+def _common(seed: int, count: int) -> str:
+    return " " + _words(f"common {seed}", count)
+
+
+def _words(of: str, count: int) -> str:
+    return " ".join([WORDS[byte & 127] for byte in hashlib.shake_128(of.encode()).digest(max(1, count))])
 
 
 def arrivals(seed: int, rate_per_s: float) -> Iterator[float]:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
@@ -274,20 +276,21 @@ async def test_connections_are_kept(llorch: CommandLine) -> None:
 async def test_an_open_loop_counts_the_time_in_which_a_request_had_to_wait_to_be_sent(
     llorch: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the endpoint takes 100 ms for a connection and all are due at once, each has those 100 ms."""
-    connect = bench_load.Endpoint.connect
+    """Ten are due at once, and this client takes 20 ms to make each: the last one has waited for 200 by then."""
+    chat = bench_load.Endpoint.chat
 
-    async def slowly(self: bench_load.Endpoint) -> Any:
-        await asyncio.sleep(0.1)
-        return await connect(self)
+    def slowly(*given: Any) -> bytes:
+        time.sleep(0.02)
+        return chat(*given)
 
     async with serving(FINE) as server:
-        monkeypatch.setattr(bench_load.Endpoint, "connect", slowly)
-        (step,) = await steps(
-            llorch, server.url, "-m", "m", "--rate", "1000", "--requests", "5", "--warmup", "0", "--seed", "1"
-        )
-    assert step["ttft_ms"]["max"] >= 99
-    assert step["late_ms"]["max"] >= 99
+        monkeypatch.setattr(bench_load.Endpoint, "chat", slowly)
+        argv = ("-m", "m", "--rate", "1000", "--requests", "10", "--warmup", "0", "--seed", "1")
+        ran = await llorch("bench", "run", server.url, *argv, "--json")
+    (step,) = json.loads(ran.out)["steps"]
+    assert step["ttft_ms"]["max"] >= 180
+    assert step["late_ms"]["max"] >= 180
+    assert "warning: at 1000/s requests were sent up to" in ran.err
 
 
 # ---------------------------------------------------------------- what can't be measured
@@ -354,6 +357,15 @@ async def test_flags_that_can_not_be_are_refused_before_anything_is_asked(
     assert ran.code == 2
     assert said in ran.err
     assert "hint:" in ran.err or "of.pdf" not in argv
+
+
+async def test_more_connections_than_this_process_may_have_are_refused_with_what_mends_it(
+    llorch: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    ran = await llorch("bench", "run", "http://127.0.0.1:1", "--concurrency", "1,961")
+    assert ran.code == 2
+    assert "hint: ulimit -n 1025" in ran.err
 
 
 async def test_without_matplotlib_the_command_that_installs_it_is_told(

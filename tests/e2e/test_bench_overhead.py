@@ -27,7 +27,9 @@ async def overhead(folder: Path) -> Process:
         "LLORCH_TLS_CERT": "/nowhere",
         "LLORCH_TOKEN": "x" * 40,
     }
-    (folder / "home").mkdir()
+    settings = folder / "home" / ".config" / "llorch" / "config.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("nonsense: 1\n")
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "llorch", "bench", "overhead", "--json", "--duration", "2s",
         env=env | {"PYTHONPATH": str(Path(__file__).parents[2])}, cwd=folder, stdout=PIPE, stderr=PIPE,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
@@ -45,16 +44,18 @@ def test_figures_are_values_that_were_measured_and_rise(values: list[float]) -> 
 
 
 def test_of_very_many_values_an_even_part_is_kept_and_maximum_mean_and_count_are_of_all() -> None:
-    of, chance = Values(limit=1000), random.Random(1)
-    values = [chance.expovariate(1) for _ in range(100_000)]
-    values[77_777] = 99.0
+    """Of all of the time: it gets slower and slower here, and that shows."""
+    of = Values(limit=1000)
+    values = [float(number) for number in range(100_000)]
+    values[77_777] = 1e6
     for value in values:
         of.add(value)
     found = of.figures()
     assert found is not None
-    assert (found["count"], found["max"], found["mean"]) == (100_000, 99.0, round(sum(values) / 100_000, 3))
+    assert (found["count"], found["max"], found["mean"]) == (100_000, 1e6, round(sum(values) / 100_000, 3))
     assert 500 <= found["kept"] <= 1000
-    assert found["p50"] == pytest.approx(0.693, abs=0.08)
+    assert found["p50"] == pytest.approx(50_000, rel=0.01)
+    assert found["p99"] == pytest.approx(99_000, rel=0.01)
 
 
 def test_times_count_from_when_a_request_was_due_not_from_when_it_was_sent() -> None:

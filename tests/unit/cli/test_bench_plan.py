@@ -7,14 +7,15 @@ import pytest
 from llorch.cli.bench_plan import WISH, WORDS, Ask, Load, arrivals, base_url, prompt
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 22, 23, 128, 4000])
+@pytest.mark.parametrize("tokens", [1, 7, 22, 23, 128, 256, 267, 268, 4000])
 def test_a_prompt_has_about_as_many_words_as_it_is_to_have_tokens(tokens: int) -> None:
     assert abs(len(prompt(1, 1, tokens).split()) - tokens) <= 1
 
 
 def test_prompts_differ_from_their_first_words_on_and_are_the_same_for_the_same_seed() -> None:
-    starts = {" ".join(prompt(3, number, 64).split()[:8]) for number in range(2000)}
-    assert len(starts) == 2000
+    for tokens in (64, 1000):
+        starts = {" ".join(prompt(3, number, tokens).split()[:8]) for number in range(2000)}
+        assert len(starts) == 2000
     assert prompt(3, 5, 64) == prompt(3, 5, 64) != prompt(4, 5, 64)
     assert prompt(3, 5, 64).endswith(WISH)
 

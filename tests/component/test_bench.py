@@ -34,7 +34,7 @@ def engine() -> Iterator[str]:
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         yield process.stderr.readline().split()[-1]
-        process.terminate()
+        process.kill()
 
 
 @pytest.fixture
@@ -246,6 +246,7 @@ async def test_each_failure_is_counted_as_what_it_is_and_the_run_goes_on(
         (step,) = await steps(llorch, server.url, *ONCE, "--requests", "3", "--request-timeout", "200ms", code=1)
     assert step["requests"] == {"sent": 3, "ok": 2, "failed": 1}
     assert step["errors"] == {kind: 1}
+    assert step["duration_s"] < 2.5  # also where the endpoint says no more
     assert step["tokens_counted_by"] == "chunks"
 
 
@@ -303,7 +304,7 @@ def errors_of(ran: Ran) -> list[str]:
 @pytest.mark.parametrize(
     ("answer", "code", "said"),
     [
-        (refusing(401, "UNAUTHENTICATED"), 3, ["answered 401 UNAUTHENTICATED", "not now", "--token-file"]),
+        (refusing(401, "invalid_api_key"), 3, ["answered 401 invalid_api_key", "not now", "--token-file"]),
         (refusing(404, "MODEL_NOT_FOUND"), 4, ["answered 404 MODEL_NOT_FOUND", "not now", "-m MODEL"]),
         (refusing(503, "NO_CAPACITY", "a\x1b[31m\nerror: b"), 6, ["answered 503 NO_CAPACITY", "a[31m error: b"]),
         (refusing(307, "moved"), 1, ["answered 307", "not now", "leads to"]),

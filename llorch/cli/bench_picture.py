@@ -54,7 +54,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     for axes in (rates, *latencies):
         axes.set_xticks(range(len(steps)), [label(step) for step in steps])
         axes.set_xlabel("requests a second" if steps[0]["rate_per_s"] is not None else "at a time")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.grid(alpha=0.3)
     figure.savefig(path)
 

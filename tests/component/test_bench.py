@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import aiohttp
 import pytest
 
 from llorch.cli import bench_load, bench_picture
+from tests.certificates import certificate
 from tests.component.command_line import CommandLine, Ran
 
 TOKEN_MS = 5.0
@@ -175,10 +177,10 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serving(*answers: Answer) -> AsyncIterator[Server]:
+async def serving(*answers: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
     server = Server(*answers)
-    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
-    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
+    server.url = f"http{'s' if tls else ''}://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     try:
         yield server
     finally:
@@ -272,6 +274,19 @@ async def test_connections_are_kept(llorch: CommandLine) -> None:
     async with serving(FINE) as server:
         await steps(llorch, server.url, *ONCE, "--requests", "4")
     assert server.connections == 1
+
+
+async def test_an_endpoint_with_a_certificate_is_measured_once_its_authority_is_given(
+    llorch: CommandLine, tmp_path: Path
+) -> None:
+    certificate_file, key_file = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate_file, key_file)
+    async with serving(FINE, tls=context) as server:
+        refused = await llorch("bench", "run", server.url, *ONCE, "--requests", "2")
+        (step,) = await steps(llorch, server.url, *ONCE, "--requests", "2", "--tls-ca", str(certificate_file))
+    assert (refused.code, "hint: its authority: --tls-ca FILE" in refused.err) == (5, True)
+    assert step["requests"]["ok"] == 2
 
 
 async def test_an_open_loop_counts_the_time_in_which_a_request_had_to_wait_to_be_sent(

@@ -169,8 +169,12 @@ class Cluster:
 
     async def start_role(self, name: str, words: list[str]) -> None:
         """`llorch WORDS` as a child of the keeper, its output in `<state>/<name>.log`."""
+        await self.start_program(name, "llorch", words)
+
+    async def start_program(self, name: str, module: str, words: list[str]) -> None:
+        """`python -m MODULE WORDS`, likewise."""
         self._tails[name] = self.tail(name)
-        argv = [sys.executable, "-m", "llorch", *words]
+        argv = [sys.executable, "-m", module, *words]
         await self._tell({"start": name, "argv": argv, "env": self.environment()})
 
     def environment(self) -> dict[str, str]:
@@ -186,14 +190,17 @@ class Cluster:
 
     async def ready_url(self, name: str) -> str:
         """The URL of a role, from its ready line. Raises Failure if it ends, or takes too long."""
+        return await self.said(name, "ready url=")
+
+    async def said(self, name: str, words: str) -> str:
+        """What follows `words` on the line that begins with them. Raises Failure as above."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READY_WITHIN_S):
                 while True:
                     ended = name in self.ended  # looked at before the log: its last lines are there then
                     for line in self._tails[name].new_lines():
-                        word, _, url = line.partition(" url=")
-                        if word == "ready":
-                            return url.strip()
+                        if line.startswith(words):
+                            return line.removeprefix(words).strip()
                     if ended or "keeper" in self.ended:
                         raise self.failure(name)
                     await asyncio.sleep(LOOK_EVERY_S)

@@ -16,6 +16,7 @@ import typer
 from llorch import __version__
 from llorch.cli import (
     audit,
+    bench,
     certs,
     chat,
     completion,
@@ -82,6 +83,7 @@ app.add_typer(certs.app, name="certs")
 app.add_typer(config.app, name="config")
 app.add_typer(context.app, name="context")
 app.add_typer(audit.app, name="audit")
+app.add_typer(bench.app, name="bench")
 completion.register(app)
 version.register(app)
 

@@ -113,8 +113,7 @@ class Answer:
             if field is None:
                 raise BadAnswer("its head is malformed")
             name, value = field[1].decode("ascii").lower(), field[2].strip(b" \t").decode("latin-1")
-            if name in fields and name in ("content-length", "transfer-encoding"):
-                raise BadAnswer("it says twice how long it is")
+            # A list of lengths, or of codings, is none that is read.
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
             at = field.end()
         self.headers = fields

@@ -156,6 +156,7 @@ def log_of(pieces: list[bytes], kept_bytes: int) -> TaskLog:
 def test_sha256_is_of_all_bytes_whatever_the_sizes_of_the_pieces(sizes: list[int], kept_bytes: int) -> None:
     pieces = [bytes([number % 251]) * size for number, size in enumerate(sizes)]
     source = log_of(pieces, kept_bytes)
+    assert source.end - source._hashed < HASHED_AT_ONCE_BYTES  # so much is left for the end, at most
     assert source.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
     source.append(b"more")
     assert source.sha256 == hashlib.sha256(b"".join(pieces) + b"more").hexdigest()
@@ -187,7 +188,6 @@ def test_sha256_is_of_all_bytes(sizes: list[int], kept_bytes: int, asked: set[in
         piece = bytes([number]) * size
         source.append(piece)
         whole.update(piece)
-        assert source.end - source._hashed < HASHED_AT_ONCE_BYTES  # so much is left for the end, at most
         if number in asked:
             assert source.sha256 == whole.hexdigest()
     assert source.sha256 == whole.hexdigest()

@@ -194,7 +194,7 @@ def test_sha256_is_of_all_bytes(sizes: list[int], kept_bytes: int, asked: set[in
 
 
 @given(st.lists(st.binary(max_size=9), min_size=1, max_size=6), st.integers(1, 30), st.booleans(), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_each_offset_has_its_bytes_whichever_piece_came_last(
     pieces: list[bytes], kept_bytes: int, sealed: bool, hashed: bool
 ) -> None:

@@ -44,7 +44,7 @@ class Exchange:
         self._engines = engines
         self._place = place
         self._request = request  # until the answer begins
-        self._again = True  # it may be sent once more
+        self._again = True  # it may be sent once more, on a new connection
         self._connection: _Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self.taker: Taker | None = taker
@@ -62,6 +62,7 @@ class Exchange:
         self.taker = None
         if self._connection is not None:
             self._connection.linger()
+            self._connection = None  # it may serve another one now
 
     def pause(self) -> None:
         if self._connection is not None:
@@ -81,6 +82,7 @@ class Exchange:
             self._connect()
 
     def _connect(self) -> None:
+        self._again = False
         self._connecting = self._engines.guard.spawn(self._connected(), "connect")
 
     async def _connected(self) -> None:
@@ -91,7 +93,6 @@ class Exchange:
             self.lost(type(error).__name__)
             return
         self._connecting = None
-        self._again = False
         connection.serve(self, self._request)
 
     def on(self, connection: _Connection) -> None:
@@ -110,7 +111,6 @@ class Exchange:
         if taker is None:
             return
         if self._again:
-            self._again = False
             self._connect()
             return
         self.taker = None
@@ -138,14 +138,6 @@ class _Place:
                 lambda: _Connection(engines, self), self.host, self.port, ssl=context
             )
         return connection
-
-    def close_idle(self, since: float) -> bool:
-        """Close those that wait for longer than `since` (loop time). True if others wait."""
-        for connection in list(self.idle):
-            if connection.idle_since > since:
-                return True
-            connection.abort()
-        return False
 
 
 class _Connection(asyncio.Protocol):
@@ -211,12 +203,20 @@ class _Connection(asyncio.Protocol):
         if self._answer.done:
             self._rest()
         elif self._transport is not None:
+            self.resume()
             self._timer = self._engines.loop.call_later(LINGER_S, self._transport.abort)
+
+    def close_idle(self, since: float) -> bool:
+        """Close it if it has waited since `since` (loop time), or longer. True if it goes on waiting."""
+        if self._idle and self.idle_since <= since:
+            self.abort()
+        return self._idle
 
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are not derived from it
+        self._engines.open.add(self)
         sock = transport.get_extra_info("socket")
         if sock is not None:
             link.tune_socket(sock)
@@ -258,13 +258,17 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._engines.open.discard(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._idle:
             self._idle = False
             self._place.idle.remove(self)
-        self._closed("ConnectionResetError" if exc is not None else "ServerDisconnectedError")
+        if exc is None:
+            self._closed("ServerDisconnectedError")
+        else:  # what was to end with the connection has not ended so
+            self._broken("ConnectionResetError")
 
     # ---- inside
 
@@ -317,6 +321,7 @@ class Engines:
         self.loop = asyncio.get_running_loop()
         self._look: asyncio.TimerHandle | None = None
         self._places: dict[str, _Place] = {}
+        self.open: set[_Connection] = set()
         self._context: ssl.SSLContext | None = None
 
     def ask(self, url: str, path: str, headers: Mapping[str, str], body: bytes, taker: Taker) -> Exchange:
@@ -348,16 +353,16 @@ class Engines:
 
     def _close_idle(self) -> None:
         since = self.loop.time() - KEPT_IDLE_S
-        others = [place.close_idle(since) for place in self._places.values() if place.idle]
+        others = [connection.close_idle(since) for connection in list(self.open)]
         self._look = self.loop.call_later(KEPT_IDLE_S / 2, self._close_idle) if any(others) else None
 
     async def close(self) -> None:
+        """Close every connection. Who still asks is told nothing more."""
         if self._look is not None:
             self._look.cancel()
         await self.guard.close()
-        for place in self._places.values():
-            for connection in list(place.idle):
-                connection.abort()
+        for connection in list(self.open):
+            connection.abort()
 
 
 @contextlib.asynccontextmanager

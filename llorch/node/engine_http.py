@@ -16,7 +16,7 @@ MAX_TRAILER_BYTES = 8 * 1024
 MOST_SIZES = 4_096  # size lines of chunks whose meaning is remembered
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*\r\n")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\r\n\0]*+)\r\n")  # with one way to match, however much space
 _LENGTH = re.compile(r"[0-9]{1,15}")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 
@@ -39,7 +39,7 @@ class Answer:
     def __init__(self) -> None:
         self._at = _HEAD
         self._held = b""
-        self._left = 0  # bytes of the body, or of a chunk
+        self._left = 0  # bytes of the body, or of a chunk; before them, of the interim answers that came
         self._old = False  # HTTP/1.0
         self.status = 0
         self.headers: Mapping[str, str] = {}
@@ -68,8 +68,9 @@ class Answer:
             data, self._held = self._held + data, b""
         if at != _HEAD:
             return self._chunked(data, 0)
-        rest = self._head(data)
-        return self.feed(rest) if rest and self._at != _HEAD else b""
+        while data and self._at == _HEAD:
+            data = self._head(data)
+        return self.feed(data) if data else b""
 
     def eof(self) -> None:
         """The connection has ended. Raises BadAnswer if the answer had not."""
@@ -81,7 +82,7 @@ class Answer:
     # ---- inside
 
     def _head(self, data: bytes) -> bytes:
-        """What follows the head; b"" while that is not whole."""
+        """What follows the head, or an interim one; b"" while that is not whole."""
         end = data.find(b"\r\n\r\n")
         if end < 0 or end > MAX_HEAD_BYTES:
             if len(data) > MAX_HEAD_BYTES:
@@ -97,8 +98,10 @@ class Answer:
         if status < 200:  # an interim answer; one that changes the protocol was not asked for
             if status == 101:
                 raise BadAnswer("it changes the protocol")
-            rest = data[end + 4 :]
-            return self._head(rest) if rest else b""
+            self._left += end + 4
+            if self._left > MAX_HEAD_BYTES:
+                raise BadAnswer("its interim answers are too many")
+            return data[end + 4 :]
         self._old = line[1] == b"0"
         self._fields(data, line.end(), end + 2)
         self.status = status
@@ -111,10 +114,9 @@ class Answer:
             field = _FIELD.match(data, at, end)
             if field is None:
                 raise BadAnswer("its head is malformed")
-            name, value = field[1].decode("ascii").lower(), field[2].decode("latin-1")
-            if name in fields and name in ("content-length", "transfer-encoding"):
-                raise BadAnswer("it says twice how long it is")
-            fields[name] = value
+            name, value = field[1].decode("ascii").lower(), field[2].strip(b" \t").decode("latin-1")
+            # A list of lengths, or of codings, is none that is read.
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
             at = field.end()
         self.headers = fields
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 
-_KEYS = (b'"content":', b'"text":', b'"reasoning_content":', b'"reasoning":')
-_STRING = re.compile(rb'[ ]?"((?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++)"')
-_WHOLE = re.compile(rb'(?:[^"\\\x00-\x1f\x7f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++')
-_PLAIN = re.compile(rb'[^"\\\x00-\x1f\x7f]++')
+_KEYS = (b'"content"', b'"text"', b'"reasoning_content"', b'"reasoning"')
+_STRING = re.compile(rb':[ ]?"((?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++)"')
+_NOTHING = re.compile(rb':[ ]?(?:null|"")')
+_WHOLE = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})++')
+_PLAIN = re.compile(rb'[^"\\\x00-\x1f]++')
+_ESCAPED = re.compile(rb'\\["u]')  # a key may be hidden by it, or made up
 _UNUSUAL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 
 
@@ -67,10 +69,13 @@ def shape_of(block: bytes, text: str) -> Shape | None:
             return None
         string = _STRING.match(block, at + len(key))
         if string is None:
-            continue  # it is null, or empty
+            if _NOTHING.match(block, at + len(key)) is None:
+                return None
+            continue
         if found is not None or json.loads(b'"%b"' % string[1].decode("utf-8", "replace").encode()) != text:
             return None
         found = string.span(1)
     if found is None:
         return None
-    return Shape(block[: found[0]], block[found[1] :])
+    before, after = block[: found[0]], block[found[1] :]
+    return None if _ESCAPED.search(before) or _ESCAPED.search(after) else Shape(before, after)

@@ -16,6 +16,7 @@ from llorch.errors import Code, LlorchError
 from llorch.messages import Head, Open, Tail
 from llorch.node.tasklog import (
     ENTRY_BYTES,
+    HASHED_AT_ONCE_BYTES,
     LOST_GRACE_S,
     SEALED_V1_S,
     Gone,
@@ -134,6 +135,105 @@ def test_sha256_is_of_all_bytes_also_those_that_went() -> None:
     source.begin(Head(), b"abcdef")
     source.append(b"ghi")
     assert source.sha256 == hashlib.sha256(b"abcdefghi").hexdigest()
+
+
+def log_of(pieces: list[bytes], kept_bytes: int) -> TaskLog:
+    source = TaskLog(kept_bytes)
+    source.begin(Head(), pieces[0])
+    for piece in pieces[1:]:
+        source.append(piece)
+    return source
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 1_000, HASHED_AT_ONCE_BYTES, HASHED_AT_ONCE_BYTES + 1, 1 << 20])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1] * 50,
+        [HASHED_AT_ONCE_BYTES - 1, 1, 1],
+        [HASHED_AT_ONCE_BYTES, HASHED_AT_ONCE_BYTES],
+        [HASHED_AT_ONCE_BYTES + 1, 1, 3 * HASHED_AT_ONCE_BYTES, 5],
+        [700] * 100,
+        [5, 0, HASHED_AT_ONCE_BYTES - 6, 0, 1, 0],
+    ],
+)
+def test_sha256_is_of_all_bytes_whatever_the_sizes_of_the_pieces(sizes: list[int], kept_bytes: int) -> None:
+    pieces = [bytes([number % 251]) * size for number, size in enumerate(sizes)]
+    source = log_of(pieces, kept_bytes)
+    assert source.end - source._hashed < HASHED_AT_ONCE_BYTES  # so much is left for the end, at most
+    assert source.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
+    source.append(b"more")
+    assert source.sha256 == hashlib.sha256(b"".join(pieces) + b"more").hexdigest()
+
+
+def test_sha256_may_be_asked_for_at_any_time_and_changes_nothing() -> None:
+    source, whole = TaskLog(kept_bytes=HASHED_AT_ONCE_BYTES + 100), hashlib.sha256()
+    for number in range(60):
+        piece = bytes([number]) * (number * 37 % 1_500)
+        whole.update(piece)
+        if number:
+            source.append(piece)
+        else:
+            source.begin(Head(), piece)
+        if number % 3 == 0:
+            assert source.sha256 == source.sha256 == whole.hexdigest()
+    assert source.start > 0
+
+
+@given(
+    st.lists(st.integers(0, 3 * HASHED_AT_ONCE_BYTES // 2), min_size=1, max_size=8),
+    st.integers(1, 3 * HASHED_AT_ONCE_BYTES),
+    st.sets(st.integers(0, 7)),
+)
+@settings(max_examples=60, deadline=None)
+def test_sha256_is_of_all_bytes(sizes: list[int], kept_bytes: int, asked: set[int]) -> None:
+    source, whole = log_of([b"first"], kept_bytes), hashlib.sha256(b"first")
+    for number, size in enumerate(sizes):
+        piece = bytes([number]) * size
+        source.append(piece)
+        whole.update(piece)
+        if number in asked:
+            assert source.sha256 == whole.hexdigest()
+    assert source.sha256 == whole.hexdigest()
+
+
+@given(st.lists(st.binary(max_size=9), min_size=1, max_size=6), st.integers(1, 30), st.booleans(), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_each_offset_has_its_bytes_whichever_piece_came_last(
+    pieces: list[bytes], kept_bytes: int, sealed: bool, hashed: bool
+) -> None:
+    whole = b"".join(pieces)
+    source = log_of(pieces, kept_bytes)
+    assert not hashed or source.sha256
+    if sealed:
+        source.seal(tail_of(source))
+    assert (source.start, source.end) == (max(0, len(whole) - kept_bytes), len(whole))
+    for offset in range(source.end + 1):
+        for limit in (1, len(pieces[-1]) - 1, len(pieces[-1]), len(pieces[-1]) + 1, 1_000):
+            if limit <= 0:
+                continue
+            if offset < source.start:
+                with pytest.raises(LlorchError) as refused:
+                    source.read(offset, limit)
+                assert refused.value.code is Code.GAP
+            else:
+                assert source.read(offset, limit) == whole[offset : offset + limit]
+
+
+def test_who_keeps_up_is_given_the_piece_itself() -> None:
+    source, piece = log_of([b"one"], 100), b"a piece that is not copied"
+    source.append(piece)
+    assert source.read(3, 100) is piece
+    source.append(b"next")
+    assert source.read(3, 26) == piece
+
+
+def test_a_sealed_log_keeps_its_bytes_once() -> None:
+    piece = b"a piece that is copied"
+    source = log_of([piece], 100)
+    source.seal(tail_of(source))
+    assert source.read(0, 100) == piece
+    assert source.read(0, 100) is not piece
 
 
 @given(

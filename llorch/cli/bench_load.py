@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 from llorch import __version__
 from llorch.cli.bench_answer import CUT, TIMEOUT, Exchange, read_answer
 from llorch.cli.bench_figures import Tally
-from llorch.cli.bench_http import NotHttpError, Response
 from llorch.cli.bench_plan import Ask, Load, arrivals
+from llorch.http_answer import Answer, BadAnswer
 
 CONNECT_WITHIN_S = 10.0
 PAUSE_S = 0.1  # of one that works in a closed loop, after a failure: what is refused at once is not to be flooded
@@ -45,7 +45,7 @@ class _Wire(asyncio.Protocol):
     def __init__(self) -> None:
         self.open = True
         self._transport: asyncio.Transport | None = None
-        self._response = Response()
+        self._response = Answer()
         self._exchange: Exchange | None = None
         self._ended: asyncio.Future[None] | None = None
 
@@ -55,7 +55,7 @@ class _Wire(asyncio.Protocol):
     async def send(self, request: bytes, exchange: Exchange) -> None:
         """Until the answer is whole, or never will be."""
         assert self._transport is not None
-        self._response, self._exchange = Response(), exchange
+        self._response, self._exchange = Answer(), exchange
         self._ended = asyncio.get_running_loop().create_future()
         exchange.sent_s = time.monotonic()
         self._transport.write(request)
@@ -73,7 +73,7 @@ class _Wire(asyncio.Protocol):
             return
         try:
             body = self._response.feed(data)
-        except NotHttpError:
+        except BadAnswer:
             self._end(now, NOT_HTTP)
             return
         if body:
@@ -87,7 +87,7 @@ class _Wire(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.open = False
-        self._end(time.monotonic(), None if self._response.end() else CUT)
+        self._end(time.monotonic(), _cut(self._response))
 
     def _end(self, now: float, fault: str | None) -> None:
         exchange, response = self._exchange, self._response
@@ -105,6 +105,15 @@ class _Wire(asyncio.Protocol):
         self.open = False
         if self._transport is not None:
             self._transport.abort()
+
+
+def _cut(answer: Answer) -> str | None:
+    """What an answer lacks whose connection has ended."""
+    try:
+        answer.eof()
+    except BadAnswer:
+        return CUT
+    return None
 
 
 class Endpoint:

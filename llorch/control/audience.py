@@ -50,6 +50,13 @@ class Unheard(ConnectionError):
     """The first byte is here, and nobody to show it to."""
 
 
+def farewell_of(error: BaseException) -> str:
+    """The DETACH reason for a reader that ends this way."""
+    if isinstance(error, ShuttingDown):
+        return "shutdown"
+    return "slow" if isinstance(error, SlowReader) else "left"
+
+
 def _to_nobody(_data: bytes) -> bool:
     """Those that came back read for themselves."""
     return True

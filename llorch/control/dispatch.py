@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Callable
 from llorch.breaker import TRIAL_TIMEOUT_S
 from llorch.control import placement
 from llorch.control.admission import Admission
-from llorch.control.audience import Audience, Client, ShuttingDown, SlowReader
+from llorch.control.audience import Audience, Client, ShuttingDown, SlowReader, farewell_of
 from llorch.control.decision import Decision
+from llorch.control.doubts import Doubts
 from llorch.control.ejection import blames
 from llorch.control.feed import Accepted, Feed, Lost, Refused, Stopped
 from llorch.control.log_reader import LogReader, LogReaders, Opener
@@ -36,19 +37,11 @@ from llorch.tasks import Guard
 MOST_LOADING_S = 3_600.0  # of a load, in which no first byte is missed: a node gives its largest model half of that
 ACCEPT_TIMEOUT_S = 1.0  # a node that has not answered an OPEN by then is asked no longer
 ACCEPT_AT_LAST_S = 10.0  # the same where no other pool could take the task
-DOUBT_S = 5.0  # for a silent link to answer a PING: as long as TCP is given to notice a black hole
 LAST_WORD_S = 0.1  # for the TAIL, after a client has gone: many go once they have read what they needed
 DEADLINE_SLACK_S = 2.0  # the node ends a task at its deadline; the control does if the node has not
 PING_AFTER_S = 15.0
 
 log = Log("control.dispatch")
-
-
-def _farewell(error: BaseException) -> str:
-    """The DETACH reason for a reader that ends this way."""
-    if isinstance(error, ShuttingDown):
-        return "shutdown"
-    return "slow" if isinstance(error, SlowReader) else "left"
 
 
 class Dispatcher:
@@ -92,6 +85,7 @@ class Dispatcher:
         self._clock = clock
         self._guard = Guard("control.dispatch")
         self._rereads = Rereads(self._guard, reread)
+        self._doubts = Doubts(registry, opener, self._guard, self.registry_changed)
         self._audiences: dict[str, Audience] = {}  # of the tasks that run
         self._reading: dict[str, LogReader] = {}  # of the tasks that are on a node
         self.draining = False
@@ -178,7 +172,7 @@ class Dispatcher:
         try:
             yield reader
         except (asyncio.CancelledError, ConnectionError, ShuttingDown) as error:
-            farewell = _farewell(error)
+            farewell = farewell_of(error)
             raise
         finally:
             reader.close(farewell)
@@ -370,7 +364,7 @@ class Dispatcher:
         try:
             return await self._read(task, claim, reader, audience)
         except (asyncio.CancelledError, ConnectionError, ShuttingDown) as error:
-            farewell = _farewell(error)
+            farewell = farewell_of(error)
             raise
         except GoElsewhere:
             reader.discard()
@@ -401,7 +395,7 @@ class Dispatcher:
                         raise GoElsewhere(error, blamed=True)
                     silent = self._opener.silent(claim.node_id, sent_at)
                     if silent:
-                        self._doubt(claim.node_id)
+                        self._doubts.begin(claim.node_id)
                     if now < patient_until and self._nowhere_else(task, claim, lost=silent):
                         until += ACCEPT_TIMEOUT_S
                         continue
@@ -434,17 +428,6 @@ class Dispatcher:
             return True
         tried = ((claim.node_id, claim.pool_id),)
         return self._room.refusal(placement.excluding(task.wish, tried)) is not None
-
-    def _doubt(self, node_id: str) -> None:
-        """Nothing has come over a node's link since an OPEN went out: until it answers, nothing more goes there."""
-        if self._registry.doubt(node_id, True):
-            self._guard.spawn(self._ask(node_id), f"doubt.{node_id}")
-
-    async def _ask(self, node_id: str) -> None:
-        answered = await self._opener.answers(node_id, DOUBT_S)
-        log.info("link.doubted", node_id=node_id, answered=answered)
-        self._registry.doubt(node_id, False)
-        self.registry_changed()
 
     def _patience_s(self, task: Task, claim: Claim) -> float:
         """How long HEAD may take. An answer that isn't streamed comes whole, so only its deadline bounds it."""

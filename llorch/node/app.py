@@ -38,6 +38,7 @@ from llorch.node.metrics import NodeMetrics
 from llorch.node.planner import Planner
 from llorch.node.pools import Pools
 from llorch.node.reports import Identity
+from llorch.node.retention import Limits, TaskLogs
 from llorch.node.routes import routes
 from llorch.node.runner import Runner
 from llorch.node.signals import Stop
@@ -45,7 +46,6 @@ from llorch.node.staging import Stager, StagingLimits
 from llorch.node.standing import Standing
 from llorch.node.state import NODE, Node
 from llorch.node.supervisor import Supervisor, Told
-from llorch.node.tasklog import Limits, TaskLogs
 from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
 from llorch.tasks import Guard

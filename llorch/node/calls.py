@@ -22,7 +22,7 @@ from llorch.node import calls_pools, routes_catalog
 from llorch.node.link import Answer
 from llorch.node.route_call import Ask, Call, Reply
 from llorch.node.state import NODE, Node
-from llorch.node.tasklog import State
+from llorch.node.task_entry import State
 from llorch.web import MAX_SMALL_BODY_BYTES, Route, json_response, read_body
 
 log = Log("node.calls")

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 from llorch import link
-from llorch.node.engine_http import Answer, BadAnswer
+from llorch.http_answer import Answer, BadAnswer
 from llorch.tasks import Guard
 
 CONNECT_TIMEOUT_S = 5.0

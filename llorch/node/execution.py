@@ -1,6 +1,6 @@
 """One attempt at a task, from its acceptance to its sealed log: body, slot, engine, translation, log, end.
 
-Owns those steps, the attempt's deadline and its cancelling. Engine bytes are translated by `engines.openai_api` and
+Owns those steps, the attempt's deadline and its cancelling. Engine bytes are translated by `engines` and
 kept by `tasklog`. Never logs a prompt, an output or a key; which attempts run, and what frees their slots, is the
 runner's.
 """
@@ -19,10 +19,11 @@ from llorch.messages import Head, Tail, TaskBody, Timings, decode_object, parse
 from llorch.node.answer_wire import error_wire
 from llorch.node.engine_connections import Engines, Exchange
 from llorch.node.engine_keys import EngineKeys
-from llorch.node.engines import openai_api
-from llorch.node.engines.openai_api import Decoder, EngineRequest, NativeDecoder, TaskFacts
+from llorch.node.engines import openai_api, requests
+from llorch.node.engines.openai_api import Decoder, NativeDecoder, TaskFacts
+from llorch.node.engines.requests import EngineRequest
 from llorch.node.replicas import Lease
-from llorch.node.tasklog import NATIVE, State, TaskEntry
+from llorch.node.task_entry import NATIVE, State, TaskEntry
 from llorch.tasks import Guard
 from llorch.web import MIN_BODY_RATE
 
@@ -158,12 +159,12 @@ class Execution:
         if opening.path == NATIVE:
             task = parse(TaskBody, value)
             self._check_model(task.model)
-            request = openai_api.encode_native(task, lease.served_as, lease.engine)
+            request = requests.encode_native(task, lease.served_as, lease.engine)
             self._decoder = NativeDecoder(self._facts)
             if opening.deadline_ms is None:
                 self._arm(task.deadline_ms)
         else:
-            request = openai_api.encode_openai(opening.path, value, lease.served_as)
+            request = requests.encode_openai(opening.path, value, lease.served_as)
             self._check_model(value.get("model"))
             self._decoder = openai_api.openai_decoder(self._facts, request)
         self.entry.streamed = request.stream

@@ -23,7 +23,8 @@ from llorch.messages import Attach, Head, NodeCall, Open, Tail, parse
 from llorch.node.answer_wire import error_wire, tail_wire
 from llorch.node.execution import STREAM_HEADERS
 from llorch.node.runner import Runner
-from llorch.node.tasklog import Gone, TaskEntry, TaskLog
+from llorch.node.task_entry import Gone, TaskEntry
+from llorch.node.tasklog import TaskLog
 from llorch.records import MAX_PAYLOAD_BYTES, SURPLUS, ReceiveCredit, Record, RecordError, SendCredit, Type
 from llorch.tasks import Guard
 

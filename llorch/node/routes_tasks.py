@@ -22,7 +22,7 @@ from llorch.node.answer_wire import tail_wire
 from llorch.node.execution import FORWARDED_HEADERS
 from llorch.node.runner import Runner
 from llorch.node.state import NODE, Node
-from llorch.node.tasklog import NATIVE, Gone, TaskEntry
+from llorch.node.task_entry import NATIVE, Gone, TaskEntry
 from llorch.records import Type
 from llorch.web import REQUEST_ID, error_response, limit_send_buffer, read_body
 

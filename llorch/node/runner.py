@@ -20,7 +20,9 @@ from llorch.node.engine_connections import Engines
 from llorch.node.engine_keys import EngineKeys
 from llorch.node.execution import Execution
 from llorch.node.replicas import Lease
-from llorch.node.tasklog import NATIVE, Gone, Reader, TaskEntry, TaskLogs
+from llorch.node.retention import TaskLogs
+from llorch.node.task_entry import NATIVE, Gone, TaskEntry
+from llorch.node.tasklog import Reader
 from llorch.openai_paths import served
 from llorch.tasks import Guard
 

@@ -31,10 +31,10 @@ from llorch.node.heartbeat import Membership
 from llorch.node.metrics import NodeMetrics
 from llorch.node.pools import Pools
 from llorch.node.reports import Identity
+from llorch.node.retention import Limits, TaskLogs
 from llorch.node.routes import routes
 from llorch.node.runner import Runner
 from llorch.node.state import NODE, Node
-from llorch.node.tasklog import Limits, TaskLogs
 from llorch.records import Record, RecordError, Type
 from llorch.tasks import Guard
 from tests.cluster import eventually

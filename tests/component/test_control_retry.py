@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llorch.control import dispatch, retries, waiting
+from llorch.control import dispatch, doubts, retries, waiting
 from llorch.errors import Code
 from tests.component.control_harness import Attempt, a_control, eventually, lost_soon, pool
 
@@ -107,7 +107,7 @@ async def test_a_link_that_has_gone_silent_is_doubted_and_its_tasks_go_elsewhere
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "ACCEPT_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(dispatch, "DOUBT_S", 0.5)
+    monkeypatch.setattr(doubts, "DOUBT_S", 0.5)
     async with a_control() as control:
         a, b = await control.join("a", pool(slots=8)), await control.join("b", pool(slots=8, slots_free=0))
         a.answer_pings = False

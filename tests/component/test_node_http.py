@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from llorch import records
-from llorch.node.tasklog import Limits
+from llorch.node.retention import Limits
 from llorch.records import Type
 from tests.component.node_harness import MODEL, POOL, SERVICE_TOKEN, NodeUnderTest, Setup, eventually, node_between
 

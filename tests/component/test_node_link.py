@@ -18,7 +18,7 @@ import pytest
 from llorch import records
 from llorch.node.execution import Execution
 from llorch.node.link import NodeLink
-from llorch.node.tasklog import Limits
+from llorch.node.retention import Limits
 from llorch.records import INITIAL_CREDIT_BYTES, Type
 from tests.component.node_harness import ENGINE_KEY, MODEL, POOL, Stream, eventually, node_between
 

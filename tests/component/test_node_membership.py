@@ -11,7 +11,7 @@ import pytest
 from llorch.backoff import Backoff
 from llorch.node import heartbeat
 from llorch.node import pool_events as ev
-from llorch.node.tasklog import Limits
+from llorch.node.retention import Limits
 from tests.component.node_harness import POOL, Setup, eventually, node_between
 
 

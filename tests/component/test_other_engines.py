@@ -34,9 +34,9 @@ from llorch.node.handoff import Handoff, parse, render
 from llorch.node.metrics import NodeMetrics
 from llorch.node.plans import Plan
 from llorch.node.pools import Pools
+from llorch.node.retention import Limits, TaskLogs
 from llorch.node.runner import Runner
 from llorch.node.supervisor import Supervisor
-from llorch.node.tasklog import Limits, TaskLogs
 from llorch.web import client_session
 from tests.cluster import eventually
 from tests.standins import ollama_standin

@@ -30,7 +30,8 @@ from llorch.node.engine_log import tail
 from llorch.node.engine_process import start_time
 from llorch.node.engines.external import External
 from llorch.node.engines.llamacpp import LlamaCpp
-from llorch.node.engines.openai_api import NativeDecoder, TaskFacts, encode_native
+from llorch.node.engines.openai_api import NativeDecoder, TaskFacts
+from llorch.node.engines.requests import encode_native
 from llorch.node.engines.simulated import Simulated
 from llorch.node.engines.spec import Launch
 from llorch.node.handoff import Handoff, render

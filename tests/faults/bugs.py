@@ -65,24 +65,24 @@ BUGS = (
     # ---- cancels, readers that go
     bug(
         "a cancel does not reach the engine", "calm", "cancel",
-        ("node/execution.py", "            self._stopped = why\n            self._task.cancel()\n", "            self._stopped = why\n"),
+        ("node/execution.py", "        self._stopped = why\n        self._leave_engine()\n        asyncio.get_running_loop().call_soon(self._end, why)\n", "        self._stopped = why\n        asyncio.get_running_loop().call_soon(self._end, why)\n"),
     ),
     bug(
         "a native task has no grace", "leavers", "canceled by nobody, one execution",
         (
-            "node/tasklog.py",
+            "node/task_entry.py",
             "return None if lost_at is not None else left_at + reconnect_grace_s",
             "return None if lost_at is not None else left_at",
         ),
     ),
     bug(
         "a native task that was left runs on for ever", "leavers", "reader gone",
-        ("node/tasklog.py", "return None if lost_at is not None else left_at + reconnect_grace_s", "return None"),
+        ("node/task_entry.py", "return None if lost_at is not None else left_at + reconnect_grace_s", "return None"),
     ),
     bug(
         "a v1 task that was left runs on", "leavers", "reader gone",
         (
-            "node/tasklog.py",
+            "node/task_entry.py",
             "return left_at if lost_at is None else lost_at + LOST_GRACE_S",
             "return (left_at if lost_at is None else lost_at) + LOST_GRACE_S",
         ),
@@ -159,13 +159,13 @@ BUGS = (
     # ---- nodes that are lost, attempts
     bug(
         "a task goes elsewhere after something was shown", "nodes", "order, one execution",
-        ("control/dispatch.py", "            task.body = b\"\"  # it is not sent again; a long prompt is not kept for as long as its answer takes\n", ""),
+        ("control/dispatch.py", "        task.body = b\"\"  # it is not sent again; a long prompt is not kept for as long as its answer takes\n", ""),
         (
             "control/dispatch.py",
-            "                return await self._relay(task, reader, audience)\n            except SlowReader:\n",
-            "                return await self._relay(task, reader, audience)\n            except LlorchError as error:\n"
-            "                task.state = State.PLACED\n                raise GoElsewhere(error, lost=True) from None\n"
-            "            except SlowReader:\n",
+            "            return await self._relay(task, reader, audience)\n        except SlowReader:\n",
+            "            return await self._relay(task, reader, audience)\n        except LlorchError as error:\n"
+            "            task.state = State.PLACED\n            raise GoElsewhere(error, lost=True) from None\n"
+            "        except SlowReader:\n",
         ),
     ),
     bug(
@@ -182,7 +182,7 @@ BUGS = (
     ),
     bug(
         "an overtaken attempt is not cancelled", "lonely", "fence, one execution",
-        ("node/tasklog.py", "older.opening.attempt < opening.attempt", "older.opening.attempt > opening.attempt"),
+        ("node/retention.py", "older.opening.attempt < opening.attempt", "older.opening.attempt > opening.attempt"),
         ("control/surplus.py", "            if task.ended or task.node_id != node_id:\n", "            if task.ended:\n"),
     ),
     # ---- what a control learns again, and what is asked twice
@@ -201,7 +201,7 @@ BUGS = (
     bug(
         "a resume is shown the log of another attempt", "attempts", "order, bytes, text, one execution, unexplained error",
         ("control/follow.py", "    if attempt != mine.attempt or (task is None and beyond):\n", "    if False:\n"),
-        ("node/tasklog.py", "if entry is None or attempt not in (None, entry.opening.attempt):", "if entry is None:"),
+        ("node/retention.py", "if entry is None or attempt not in (None, entry.opening.attempt):", "if entry is None:"),
     ),
     bug(
         "a new control learns of tasks, but not of their keys", "restarts", "one execution",

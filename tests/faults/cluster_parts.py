@@ -44,9 +44,9 @@ from llorch.node.handoff import Handoff
 from llorch.node.heartbeat import Membership
 from llorch.node.pools import Pools
 from llorch.node.reports import Identity
+from llorch.node.retention import Limits, TaskLogs
 from llorch.node.runner import Runner
 from llorch.node.state import Node
-from llorch.node.tasklog import Limits, TaskLogs
 from llorch.quotas import Quotas
 from llorch.tasks import Guard
 from llorch.web import PRINCIPAL

@@ -14,8 +14,10 @@ from llorch.control.links import NodeLink as ControlEnd
 from llorch.errors import Code, LlorchError
 from llorch.messages import Tail
 from llorch.node.link import NodeLink as NodeEnd
+from llorch.node.retention import ENTRY_BYTES, Limits, TaskLogs
 from llorch.node.runner import Runner
-from llorch.node.tasklog import ENTRY_BYTES, LOST_GRACE_S, Gone, Limits, Reader, TaskEntry, TaskLogs
+from llorch.node.task_entry import LOST_GRACE_S, Gone, TaskEntry
+from llorch.node.tasklog import Reader
 from tests.faults.virtual import Wire
 
 KEPT_BYTES = 1_500

@@ -22,8 +22,9 @@ from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
 from llorch.node.link import NodeLink as NodeEnd
 from llorch.node.pools import Pools
+from llorch.node.retention import SEALED_V1_S
 from llorch.node.runner import SWEEP_S
-from llorch.node.tasklog import SEALED_V1_S, Gone, TaskEntry
+from llorch.node.task_entry import Gone, TaskEntry
 from llorch.records import Record, Type
 from tests.faults.logs_model import KEPT_BYTES, LIMITS, SLOTS, Ctl, Reading, Story, WatchedLogs, WatchedRunner, weight
 from tests.faults.moves import World, move

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from llorch import logs, records
-from llorch.node import link, tasklog
+from llorch.node import link, retention
 from tests.faults.virtual import FAULTS
 
 CREDIT_BYTES = 600
@@ -23,8 +23,8 @@ def small_limits() -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(credit.__init__, "__defaults__", (CREDIT_BYTES,))
         patch.setattr(link, "MAX_PAYLOAD_BYTES", 150)
         patch.setattr(link, "TURN_BYTES", 250)
-        patch.setattr(tasklog, "MOST_REPORTED_SEALED", MOST_REPORTED)
-        patch.setattr(tasklog, "MOST_EPOCHS", 3)
+        patch.setattr(retention, "MOST_REPORTED_SEALED", MOST_REPORTED)
+        patch.setattr(retention, "MOST_EPOCHS", 3)
         patch.setattr(logs.Log, "fault", _fault)
         yield patch
 

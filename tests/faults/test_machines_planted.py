@@ -22,11 +22,13 @@ from llorch.control.tasks import State, Task
 from llorch.control.verdicts import GoElsewhere
 from llorch.control.waiting import WaitingRoom
 from llorch.errors import LlorchError
-from llorch.node import link, tasklog
+from llorch.node import link, retention
 from llorch.node import replicas as nodes_replicas
 from llorch.node.pools import Pools
+from llorch.node.retention import TaskLogs
 from llorch.node.runner import Runner
-from llorch.node.tasklog import Gone, TaskLog, TaskLogs
+from llorch.node.task_entry import Gone
+from llorch.node.tasklog import TaskLog
 from tests.faults.cluster_parts import virtual_time
 from tests.faults.cluster_world import ClusterWorld
 from tests.faults.logs_world import LogsWorld
@@ -125,7 +127,7 @@ LOG_BUGS: dict[str, Plant] = {
     "only the first reader is woken": planted(TaskLog, "append", _last_reader_sleeps),
     "a writer that waits is not told of room": planted(TaskLog, "_unblock", lambda old: lambda self: None),
     "no grace for a client that comes back": planted(
-        tasklog, "orphan_until", lambda old: lambda **given: None if given["detach"] else given["left_at"]
+        retention, "orphan_until", lambda old: lambda **given: None if given["detach"] else given["left_at"]
     ),
     "a task that nobody reads runs to its end": planted(TaskLogs, "orphaned", lambda old: lambda self, now: []),
     "lost readers count as gone": planted(link, "_LEFT_WORDS", lambda old: old | {b"lost"}),

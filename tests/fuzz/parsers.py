@@ -56,7 +56,7 @@ from llorch.messages import (
 )
 from llorch.node import catalog_file, dial, fit, handoff, hub_files
 from llorch.node.catalog import check_ref
-from llorch.node.engines import gguf, openai_api, progress
+from llorch.node.engines import gguf, openai_api, progress, requests
 from llorch.node.engines.chunks import Meter, normalise_error
 from llorch.node.modelref import model_id
 from llorch.records import RecordError, Type
@@ -162,9 +162,9 @@ def task_body(data: bytes) -> None:
     task = intake.native_task(body, headers, owner="a", request_id="r", task_id=seeds.TASK_ID, now=NOW)
     _plain_task(task)
     for engine in ("llamacpp", "vllm", "sglang", "external"):
-        request = openai_api.encode_native(parse(TaskBody, decode_object(body)), "engine-model", engine)
+        request = requests.encode_native(parse(TaskBody, decode_object(body)), "engine-model", engine)
         wire = decode_object(request.body)
-        assert set(wire) <= _KNOWN | set(openai_api.NATIVE_PARAMETERS), "a field that no engine is to see"
+        assert set(wire) <= _KNOWN | set(requests.NATIVE_PARAMETERS), "a field that no engine is to see"
         assert wire["model"] == "engine-model" and wire["stream"] is True
 
 
@@ -179,7 +179,7 @@ def openai_body(data: bytes) -> None:
     path = openai_paths.served(headers.get("path", openai_paths.CHAT)).path  # as the route does, before all else
     task = intake.openai_task(path, body, headers, owner="a", request_id="r", task_id=seeds.TASK_ID, now=NOW)
     _plain_task(task)
-    request = openai_api.encode_openai(path, decode_object(body), "engine-model")
+    request = requests.encode_openai(path, decode_object(body), "engine-model")
     wire = decode_object(request.body)
     assert wire["model"] == "engine-model"
     assert not set(wire) & seeds.ENGINES_OWN, "a field that belongs to the engine"
@@ -440,8 +440,8 @@ def engine_answer(data: bytes) -> None:
 
 _STREAMS: tuple[Callable[[openai_api.TaskFacts], openai_api.Decoder], ...] = (
     openai_api.NativeDecoder,
-    lambda facts: openai_api.OpenAiDecoder(facts, openai_api.EngineRequest(openai_paths.CHAT, b"", True, False)),
-    lambda facts: openai_api.OpenAiDecoder(facts, openai_api.EngineRequest(openai_api.MESSAGES, b"", True)),
+    lambda facts: openai_api.OpenAiDecoder(facts, requests.EngineRequest(openai_paths.CHAT, b"", True, False)),
+    lambda facts: openai_api.OpenAiDecoder(facts, requests.EngineRequest(openai_api.MESSAGES, b"", True)),
 )
 
 

@@ -41,7 +41,7 @@ from llorch.config_pools import ENGINE, FIELDS, MAX_POOLS
 from llorch.config_yaml import MAX_CHARS, read_yaml
 from llorch.control import audience, dispatch, log_reader
 from llorch.errors import ConfigError, LlorchError
-from llorch.node import tasklog
+from llorch.node import retention, task_entry
 from llorch.settings import ROLES
 
 API = "a1" * 20
@@ -135,7 +135,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 
 
 def test_the_times_without_a_setting_are_those_of_the_contract() -> None:
-    assert (tasklog.SEALED_V1_S, tasklog.LOST_GRACE_S) == (30.0, 30.0)
+    assert (retention.SEALED_V1_S, task_entry.LOST_GRACE_S) == (30.0, 30.0)
     assert (audience.RECONNECT_GRACE_S, log_reader.RECONNECT_S, dispatch.ACCEPT_TIMEOUT_S) == (10.0, 5.0, 1.0)
 
 

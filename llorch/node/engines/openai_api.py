@@ -1,13 +1,11 @@
-"""Translation between llorch's tasks and the OpenAI surface that every engine speaks.
+"""What an engine's answer to a task becomes in the task's log.
 
 Surface:
-    encode_native(body, model, engine) -> EngineRequest a native task body, from a typed allow-list
-    encode_openai(path, body, model) -> EngineRequest   a `/v1/*` body, less what `fields` keeps from engines
     NativeDecoder(facts) -> Decoder                     the answer to a native task: engine bytes in, log bytes out
     openai_decoder(facts, request) -> Decoder           the answer to a `/v1` request, streamed or in one piece
     normalise_error(status, body) -> LlorchError        an engine's error answer in our words
 
-Owns what may reach an engine and what its answer becomes in the log, with exactly one terminal event. Never does I/O,
+Owns what an answer becomes in the log, with exactly one terminal event. What was asked is `requests`. Never does I/O,
 keeps a connection or knows a slot. Bytes go in as they come from a 200 answer; nothing is given out before the first
 content, so an attempt whose decoder gave out nothing may still run elsewhere: it ends with `error` set and no bytes.
 Surfaces: https://platform.openai.com/docs/api-reference, https://docs.anthropic.com/en/api, llama.cpp tools/server.
@@ -22,133 +20,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llorch.errors import Code, LlorchError, invalid
-from llorch.messages import TaskBody, Timings
-from llorch.node.engines import fields
+from llorch.errors import Code, LlorchError
+from llorch.messages import Timings
 from llorch.node.engines.alike import Shape, shape_of
 from llorch.node.engines.chunks import Chunk, Meter
 from llorch.node.engines.chunks import Usage as Usage
 from llorch.node.engines.chunks import normalise_error as normalise_error
-from llorch.openai_paths import CHAT, COMPLETIONS, MESSAGES, SERVED, served
+from llorch.node.engines.requests import EngineRequest, dump
+from llorch.openai_paths import MESSAGES, SERVED
 from llorch.sse import Splitter, SseError, parse
 
 MAX_HELD_BYTES = 4 * 1024 * 1024  # one whole task log; a larger answer passes through unread
-
-NATIVE_PARAMETERS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repeat_penalty",
-    "seed",
-    "stop",
-    "grammar",
-    "json_schema",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """What to POST to an engine as application/json; `path` comes after its URL."""
-
-    path: str
-    body: bytes
-    stream: bool
-    client_asked_usage: bool = True
-
-
-# ---------------------------------------------------------------- requests
-
-
-def _dump(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def encode_native(body: TaskBody, model: str, engine: str = "") -> EngineRequest:
-    """A native task for an engine that knows its model as `model`. Always streams, always with usage.
-
-    `engine` is the engine's name: for the same thing they have names of their own. Of one that says nothing we know it
-    is taken to speak as llama.cpp and OpenAI do.
-    """
-    wire: dict[str, Any] = {"model": model}
-    fields.check_media("messages", body.messages)
-    if body.messages is not None:
-        # A native stream is all that the model says; parsed thoughts would go missing from it.
-        wire |= {"messages": body.messages, **_thoughts_as_text(engine)}
-    else:
-        wire["prompt"] = body.prompt
-    for name in NATIVE_PARAMETERS:
-        value = getattr(body, name)
-        if value is not None:
-            wire |= _word(engine, name, value, chat=body.messages is not None)
-    wire |= {"stream": True, "stream_options": {"include_usage": True}}
-    return EngineRequest(COMPLETIONS if body.messages is None else CHAT, _dump(wire), stream=True)
-
-
-_LLAMA_CPP = frozenset({"llamacpp", "llama-server", "simulated"})
-_VLLM, _SGLANG = "vllm", "sglang"
-
-
-def _thoughts_as_text(engine: str) -> dict[str, Any]:
-    """vLLM has no such field: its thoughts come in a field of their own, which is read as text (`chunks`)."""
-    if engine == _SGLANG:
-        return {"separate_reasoning": False}
-    return {} if engine == _VLLM else {"reasoning_format": "none"}
-
-
-def _word(engine: str, name: str, value: Any, *, chat: bool) -> dict[str, Any]:
-    """A native parameter as `engine` calls it. vLLM: docs/features/structured_outputs; SGLang: docs/advanced_features/
-    structured_outputs; others know OpenAI's form of a schema in chats.
-    """
-    if name == "repeat_penalty" and engine in (_VLLM, _SGLANG):
-        return {"repetition_penalty": value}
-    if name == "grammar" and engine == _VLLM:
-        return {"structured_outputs": {"grammar": value}}
-    if name == "grammar" and engine == _SGLANG:
-        return {"ebnf": value}
-    if name == "json_schema" and engine not in _LLAMA_CPP and (chat or engine in (_VLLM, _SGLANG)):
-        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": value}}}
-    return {name: value}
-
-
-def encode_openai(path: str, body: Mapping[str, Any], model: str) -> EngineRequest:
-    """A client's `/v1/*` body for an engine that knows its model as `model`. Raises LlorchError for what is refused."""
-    where = served(path)
-    fields.check(body)
-    _one_sequence(path, body)
-    stream = body.get("stream")
-    if stream is not None and not isinstance(stream, bool):
-        raise invalid("`stream` is true or false", param="stream")
-    streamed = bool(stream) and where.streams
-    wire = fields.without_refused(body) | {"model": model}
-    asked = True
-    if streamed and where.usage_on_request:
-        options = body.get("stream_options")
-        if options is not None and not isinstance(options, Mapping):
-            raise invalid("`stream_options` is an object", param="stream_options")
-        asked = (options or {}).get("include_usage") is True
-        wire["stream_options"] = {**(options or {}), "include_usage": True}
-    return EngineRequest(where.path, _dump(wire), stream=streamed, client_asked_usage=asked)
-
-
-def _one_sequence(path: str, body: Mapping[str, Any]) -> None:
-    """A request is accepted against one slot, so it may run one sequence."""
-    for name in ("n", "best_of"):
-        count = body.get(name)
-        if count is not None and (isinstance(count, bool) or count != 1):
-            raise invalid(
-                f"`{name}` above 1 is not available: each choice takes a slot; send more requests", param=name
-            )
-    prompt = body.get("prompt")
-    if path == COMPLETIONS and isinstance(prompt, list) and len(prompt) > 1 and _several_prompts(prompt):
-        raise invalid("give one prompt: each takes a slot; send more requests", param="prompt")
-
-
-def _several_prompts(prompt: list[Any]) -> bool:
-    """A list of numbers, or of numbers and strings, is one prompt given as tokens; of strings or lists, several."""
-    return all(isinstance(part, str) for part in prompt) or any(isinstance(part, list | dict) for part in prompt)
-
 
 # ---------------------------------------------------------------- the answer
 
@@ -468,8 +350,8 @@ class OpenAiDecoder(_Stream):
     def _render_error(self, error: LlorchError) -> bytes:
         wire = error.to_wire(request_id=self._facts.request_id, task_id=self._facts.task_id)
         if self._path == MESSAGES:  # Anthropic's clients look at the event's name
-            return b"event: error\ndata: " + _dump({"type": "error", "error": wire}) + b"\n\n"
-        return b"data: " + _dump({"error": wire}) + b"\n\n"
+            return b"event: error\ndata: " + dump({"type": "error", "error": wire}) + b"\n\n"
+        return b"data: " + dump({"error": wire}) + b"\n\n"
 
 
 class OpenAiAnswer:

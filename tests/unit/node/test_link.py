@@ -13,8 +13,10 @@ from llorch import records
 from llorch.link import Link
 from llorch.messages import Head, Open, Tail
 from llorch.node.link import TURN_BYTES, Answer, NodeLink
+from llorch.node.retention import Limits, TaskLogs
 from llorch.node.runner import Runner
-from llorch.node.tasklog import Gone, Limits, Reader, TaskEntry, TaskLogs
+from llorch.node.task_entry import Gone, TaskEntry
+from llorch.node.tasklog import Reader
 from llorch.records import INITIAL_CREDIT_BYTES, Record, Type
 
 

@@ -14,14 +14,12 @@ from llorch.messages import TaskBody
 from llorch.node.engines.openai_api import (
     MAX_HELD_BYTES,
     Decoder,
-    EngineRequest,
     NativeDecoder,
     TaskFacts,
-    encode_native,
-    encode_openai,
     normalise_error,
     openai_decoder,
 )
+from llorch.node.engines.requests import EngineRequest, encode_native, encode_openai
 from llorch.openai_paths import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 
 FACTS = TaskFacts("task-1", "node-1", "pool-1", "m", attempt=2, accepted_at=10.0, request_id="req-1")

@@ -14,19 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from llorch.errors import Code, LlorchError
 from llorch.messages import Head, Open, Tail
-from llorch.node.tasklog import (
-    ENTRY_BYTES,
-    HASHED_AT_ONCE_BYTES,
-    LOST_GRACE_S,
-    SEALED_V1_S,
-    Gone,
-    Limits,
-    State,
-    TaskEntry,
-    TaskLog,
-    TaskLogs,
-    orphan_until,
-)
+from llorch.node.retention import ENTRY_BYTES, SEALED_V1_S, Limits, TaskLogs
+from llorch.node.task_entry import LOST_GRACE_S, Gone, State, TaskEntry, orphan_until
+from llorch.node.tasklog import HASHED_AT_ONCE_BYTES, TaskLog
 
 
 class Collector:

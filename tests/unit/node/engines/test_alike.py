@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llorch.node.engines.alike import shape_of
 from llorch.node.engines.chunks import Chunk, Meter
-from llorch.node.engines.openai_api import NativeDecoder, OpenAiDecoder, TaskFacts, encode_openai
+from llorch.node.engines.openai_api import NativeDecoder, OpenAiDecoder, TaskFacts
+from llorch.node.engines.requests import encode_openai
 from llorch.openai_paths import CHAT, COMPLETIONS
 
 FACTS = TaskFacts("task-1", "node-1", "pool-1", "m", attempt=2, accepted_at=10.0, request_id="req-1")

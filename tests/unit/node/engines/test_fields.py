@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llorch.errors import Code, LlorchError
 from llorch.messages import TaskBody, decode_object, parse
 from llorch.node.engines import fields
-from llorch.node.engines.openai_api import NATIVE_PARAMETERS, encode_native, encode_openai
+from llorch.node.engines.requests import NATIVE_PARAMETERS, encode_native, encode_openai
 from llorch.openai_paths import CHAT, COMPLETIONS, MESSAGES, RESPONSES, SERVED
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llorch.node import engine_http
-from llorch.node.engine_http import (
+from llorch import http_answer
+from llorch.http_answer import (
     MAX_HEAD_BYTES,
     MAX_SIZE_LINE_BYTES,
     MAX_TRAILER_BYTES,
@@ -400,7 +400,7 @@ def test_no_more_sizes_are_remembered_than_there_is_room_for() -> None:
     for count in range(MOST_SIZES + 10):
         answer, body = read(CHUNKED + chunk(b"ok", b";%d" % count))
         assert (body, answer.done) == (b"ok", False)
-    assert 0 < len(engine_http._sizes) <= MOST_SIZES
+    assert 0 < len(http_answer._sizes) <= MOST_SIZES
 
 
 # ---------------------------------------------------------------- the connection's end

@@ -46,7 +46,7 @@ from llorch.control.sweep import expire_step, probe_step, roster_step
 from llorch.doors import Limits
 from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
-from llorch.tasks import Guard
+from llorch.tasks import Guard, settle_memory
 
 LAST_BYTES_S = 2.0  # for answers that were ended, whose bytes only have to leave
 
@@ -222,6 +222,7 @@ async def run(settings: ControlSettings, source: Source[ControlSettings]) -> int
         reloader = Reloader(settings, source, LIVE, partial(settle, control))
         control.guard.loop(reloader.step, "reload")
         _watch_signals(control, reloader)
+        settle_memory()
         print(f"ready url={server.url}", file=sys.stderr, flush=True)
         systemd.notify("READY=1")
         try:

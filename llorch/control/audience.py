@@ -62,6 +62,30 @@ def _to_nobody(_data: bytes) -> bool:
     return True
 
 
+class Fact:
+    """An asyncio.Event that costs nothing until somebody waits for it: nearly always nobody does."""
+
+    __slots__ = ("_event", "_set")
+
+    def __init__(self) -> None:
+        self._set = False
+        self._event: asyncio.Event | None = None
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        if self._event is not None:
+            self._event.set()
+
+    async def wait(self) -> None:
+        if not self._set:
+            if self._event is None:
+                self._event = asyncio.Event()
+            await self._event.wait()
+
+
 class Audience:
     """All who listen to one task, as one Client: what it is told reaches the client that sent the task.
 
@@ -72,9 +96,9 @@ class Audience:
     def __init__(self, task: Task, client: Client, *, back: Callable[[], None]) -> None:
         self.task = task
         self._back = back
-        self.taken = asyncio.Event()  # a node has accepted it, or it has ended
-        self.begun = asyncio.Event()  # it has shown its first byte, or has ended
-        self.gone = asyncio.Event()  # it has ended
+        self.taken = Fact()  # a node has accepted it, or it has ended
+        self.begun = Fact()  # it has shown its first byte, or has ended
+        self.gone = Fact()  # it has ended
         self.accepted_by_node = False
         self.trouble: LlorchError | None = None  # of the client that sent it alone; the others have been served
         self.running: asyncio.Task[Tail | Exception] | None = None

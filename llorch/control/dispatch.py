@@ -18,7 +18,7 @@ from llorch.control.audience import Audience, Client, ShuttingDown, SlowReader, 
 from llorch.control.decision import Decision
 from llorch.control.doubts import Doubts
 from llorch.control.ejection import blames
-from llorch.control.feed import Accepted, Feed, Lost, Refused, Stopped
+from llorch.control.feed import Feed, Lost, Refused, Stopped
 from llorch.control.log_reader import LogReader, LogReaders, Opener
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Claim, Registry
@@ -382,6 +382,18 @@ class Dispatcher:
         sent_at = now = self._clock()
         until, patient_until = now + ACCEPT_TIMEOUT_S, now + ACCEPT_AT_LAST_S
         ping_at = now + PING_AFTER_S - (now - task.received_at) % PING_AFTER_S  # counted from the client's request
+
+        def taken() -> bool:
+            nonlocal accepted, until
+            before, accepted = until, True
+            self._registry.accepted(claim)
+            until = self._clock() + self._patience_s(task, claim)
+            if not task.stream or self._registry.loading(claim):
+                self._tried(task)  # it shows nothing before that is done: others are not to wait as long
+            audience.accepted()
+            return until >= before  # else the wait below is too long
+
+        reader.when_accepted(taken)
         while True:
             item = await reader.next(max(0.0, min(ping_at, until) - self._clock()))
             if item is None:
@@ -404,13 +416,6 @@ class Dispatcher:
                 if now >= ping_at:
                     ping_at += PING_AFTER_S
                     await audience.idle()
-            elif isinstance(item, Accepted):
-                accepted = True
-                self._registry.accepted(claim)
-                until = self._clock() + self._patience_s(task, claim)
-                if not task.stream or self._registry.loading(claim):
-                    self._tried(task)  # it shows nothing before that is done: others are not to wait as long
-                audience.accepted()
             elif isinstance(item, Head):
                 return item
             elif isinstance(item, Refused):

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from llorch.errors import LlorchError
 from llorch.messages import Head, Tail
@@ -52,12 +53,13 @@ class Feed:
     would take a third more.
     """
 
-    __slots__ = ("_items", "_waiter", "direct", "ended")
+    __slots__ = ("_items", "_waiter", "accepted", "direct", "ended")
 
     def __init__(self) -> None:
         self._items: deque[Item | bytearray] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self.direct: Callable[[bytes], bool] | None = None  # takes bytes at once that nothing is before, if it can
+        self.accepted: Callable[[], bool] | None = None  # is told of an ACCEPT at once: True if nobody has to wake
         self.ended = False
 
     def take(self, data: bytes) -> bool:
@@ -66,6 +68,8 @@ class Feed:
 
     def put(self, item: Item) -> None:
         if self.ended:
+            return
+        if self.accepted is not None and isinstance(item, Accepted) and self.accepted():
             return
         self.ended = isinstance(item, Refused | Tail | Lost | Stopped)
         if isinstance(item, bytes) and self._items and isinstance(self._items[-1], bytes | bytearray):
@@ -107,14 +111,25 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-@dataclass(slots=True)
-class Upstream:
-    """A control's handle on one stream of a node: the three things a reader may say.
+class Upstream(Protocol):
+    """A control's handle on one stream of a node: what a reader may say."""
 
-    `passed_on(n)`: n log bytes have left for the client. `detach(reason)`: this reader goes; the node decides what
-    becomes of the task. `cancel()`: end the task; its TAIL still comes. `discard()`: the same of an attempt that
-    the task has left behind, and that nobody is to find.
-    """
+    def passed_on(self, count: int) -> None:
+        """`count` log bytes have left for the client."""
+
+    def detach(self, reason: str) -> None:
+        """This reader goes; the node decides what becomes of the task."""
+
+    def cancel(self) -> None:
+        """End the task; its TAIL still comes."""
+
+    def discard(self) -> None:
+        """The same of an attempt that the task has left behind, and that nobody is to find."""
+
+
+@dataclass(slots=True)
+class Said:
+    """An Upstream made of what its four words do."""
 
     passed_on: Callable[[int], None]
     detach: Callable[[str], None]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from llorch import records
 from llorch.control.feed import Accepted, Feed, Item, Lost, Refused, Stopped, Upstream
@@ -53,6 +53,10 @@ def offence_of(error: RecordError) -> Offence:
 
 def parse_record(model: type[M], payload: bytes) -> M:
     """A record's JSON as `model`. Raises RecordError: a node of ours sends no malformed ones."""
+    try:
+        return model.model_validate_json(payload)  # in one step; what it does not take is looked at more closely
+    except ValidationError:
+        pass
     try:
         return parse(model, records.decode_json(payload))
     except LlorchError:
@@ -132,9 +136,9 @@ class NodeLink:
     def open(self, header: Mapping[str, Any], body: bytes, feed: Feed) -> Upstream:
         """OPEN with its body: a task's, or a call of one of the node's own routes."""
         stream_id, stream = self._begin(feed, body)
-        self._send(records.encode_json(stream_id, Type.OPEN, {**header, "body_len": len(body)}))
-        self._send_body(stream_id, stream)
-        return self._handle(stream_id)
+        opening = records.encode_json(stream_id, Type.OPEN, {**header, "body_len": len(body)})
+        self._send_body(stream_id, stream, opening)
+        return _Handle(self, stream_id)
 
     def attach(self, task_id: str, offset: int, attempt: int, feed: Feed) -> Upstream:
         """Read the log of a task's attempt from `offset`."""
@@ -142,7 +146,7 @@ class NodeLink:
         stream.order.offset = offset
         wish = {"task_id": task_id, "offset": offset, "attempt": attempt}
         self._send(records.encode_json(stream_id, Type.ATTACH, wish))
-        return self._handle(stream_id)
+        return _Handle(self, stream_id)
 
     async def answers(self, timeout_s: float) -> bool:
         return self.connection is not None and await self.connection.ping(timeout_s)
@@ -151,7 +155,7 @@ class NodeLink:
         """Let go of every stream with a word (the control goes, the tasks stay), then close."""
         shutdown = reason == "shutdown"
         for stream_id, stream in list(self._streams.items()):
-            self._detach(stream_id, "shutdown" if shutdown else "lost")
+            self.detach(stream_id, "shutdown" if shutdown else "lost")
             stream.feed.put(Stopped() if shutdown else Lost(reason))
         if self.connection is not None:
             self.connection.close(reason)
@@ -225,40 +229,58 @@ class NodeLink:
         stream = self._streams[self._last_id] = _Stream(feed, memoryview(body))
         return self._last_id, stream
 
-    def _handle(self, stream_id: int) -> Upstream:
-        return Upstream(
-            passed_on=lambda count: self._passed_on(stream_id, count),
-            detach=lambda reason: self._detach(stream_id, reason),
-            cancel=lambda: self._cancel(stream_id),
-            discard=lambda: self._cancel(stream_id, records.SURPLUS),
-        )
-
     def _send(self, encoded: bytes) -> None:
         if self.connection is not None:
             self.connection.send(encoded)
 
-    def _send_body(self, stream_id: int, stream: _Stream) -> None:
+    def _send_body(self, stream_id: int, stream: _Stream, before: bytes = b"") -> None:
+        """As much as there is credit for; `before` goes with it."""
         count = stream.may_send.take(len(stream.unsent))
         if count:
             for encoded in records.encode_cut(stream_id, Type.BODY, stream.unsent[:count]):
-                self._send(encoded)
+                self._send(before + encoded)
+                before = b""
             # An empty slice would hold the whole body for as long as the answer takes.
             stream.unsent = stream.unsent[count:] if count < len(stream.unsent) else NOTHING
+        elif before:
+            self._send(before)
 
-    def _passed_on(self, stream_id: int, count: int) -> None:
+    def passed_on(self, stream_id: int, count: int) -> None:
         stream = self._streams.get(stream_id)
         if stream is not None:
             granted = stream.may_arrive.passed_on(count)
             if granted:
                 self._send(records.encode_credit(stream_id, granted))
 
-    def _detach(self, stream_id: int, reason: str) -> None:
+    def detach(self, stream_id: int, reason: str) -> None:
         if self._streams.pop(stream_id, None) is not None:
             self._send(records.encode(stream_id, Type.DETACH, reason.encode()))
 
-    def _cancel(self, stream_id: int, why: bytes = b"") -> None:
+    def cancel(self, stream_id: int, why: bytes = b"") -> None:
         if stream_id in self._streams:
             self._send(records.encode(stream_id, Type.CANCEL, why))
+
+
+class _Handle:
+    """One stream of a link, for its reader (a feed.Upstream)."""
+
+    __slots__ = ("_link", "_stream_id")
+
+    def __init__(self, link: NodeLink, stream_id: int) -> None:
+        self._link = link
+        self._stream_id = stream_id
+
+    def passed_on(self, count: int) -> None:
+        self._link.passed_on(self._stream_id, count)
+
+    def detach(self, reason: str) -> None:
+        self._link.detach(self._stream_id, reason)
+
+    def cancel(self) -> None:
+        self._link.cancel(self._stream_id)
+
+    def discard(self) -> None:
+        self._link.cancel(self._stream_id, records.SURPLUS)
 
 
 class Links:

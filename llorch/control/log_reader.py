@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from llorch.control.feed import Accepted, Feed, Item, Lost, Refused, Stopped, Upstream
+from llorch.control.feed import Accepted, Feed, Item, Lost, Refused, Said, Stopped, Upstream
 from llorch.control.metrics import ControlMetrics
 from llorch.control.registry import Registry
 from llorch.errors import Code, LlorchError
@@ -24,9 +24,7 @@ LOOK_EVERY_S = 0.25  # how often a node without a link is tried again
 
 # What a node says of a log. Any other refusal is of the way to it: a proxy's, or of a token that a link does not need.
 _FINAL = frozenset({Code.TASK_NOT_FOUND, Code.GAP, Code.INVALID_REQUEST, Code.CONFLICT})
-NOWHERE = Upstream(
-    passed_on=lambda _count: None, detach=lambda _reason: None, cancel=lambda: None, discard=lambda: None
-)
+NOWHERE = Said(passed_on=lambda _count: None, detach=lambda _reason: None, cancel=lambda: None, discard=lambda: None)
 
 log = Log("control.log_reader")
 
@@ -184,6 +182,10 @@ class LogReader:
         """The TAIL, if it is the next thing to come."""
         item = await self._feed.next(timeout_s)
         return item if isinstance(item, Tail) else None
+
+    def when_accepted(self, accepted: Callable[[], bool]) -> None:
+        """As feed.Feed's, of a task that was just opened."""
+        self._feed.accepted = accepted
 
     def pass_directly(self, take: Callable[[bytes], bool]) -> None:
         """From now on bytes that come while none wait are given to `take`, which moves `offset` on; what it does not

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import aiohttp
 
 from llorch import records, web
-from llorch.control.feed import Feed, Lost, Refused, Stopped, Upstream
+from llorch.control.feed import Feed, Lost, Refused, Said, Stopped, Upstream
 from llorch.control.links import Links, Order, read_item
 from llorch.control.resolver import NodeResolver
 from llorch.errors import Code, LlorchError
@@ -202,7 +202,7 @@ class NodeClient:
         task_id: str,
         *,
         offset: int = 0,
-    ) -> Upstream:
+    ) -> Said:
         url = self._base(node_id) + path
         headers["Accept"] = records.CONTENT_TYPE
         room, ask = _Room(), partial(self._request, node_id, method, url, headers, body)
@@ -213,7 +213,7 @@ class NodeClient:
         def cancel() -> None:
             self._guard.spawn(self._cancel(node_id, task_id, room), f"cancel.{task_id}")
 
-        return Upstream(
+        return Said(
             passed_on=room.passed_on, detach=lambda _reason: _cancel_quietly(reading), cancel=cancel, discard=cancel
         )
 
@@ -301,7 +301,7 @@ class _Room:
         await self._below.wait()
 
 
-def _cancel_first(upstream: Upstream) -> Callable[[str], None]:
+def _cancel_first(upstream: Said) -> Callable[[str], None]:
     """A closed connection tells a node nothing of why; an answer that only its client could read must end with it."""
     close = upstream.detach
 

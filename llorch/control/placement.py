@@ -64,9 +64,9 @@ def excluding(wish: Wish, tried: Iterable[tuple[str, str]]) -> Wish:
 OwnOrder: TypeAlias = tuple[Warmth, float, int, tuple[str, str]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # a frozen one takes three times as long to make; each task makes two
 class PoolFacts:
-    """A pool as control sees it at one moment. `reported_at` is monotonic seconds, None before any report.
+    """A pool as control sees it at one moment; never changed. `reported_at`: monotonic seconds, None before any report.
 
     `model` is resident; with `loading`, that one is on its way and tasks for it may be sent already; with `swappable`,
     a task for any of `models` may be, and is held while the node loads it (`load_s`: how long that took last).
@@ -113,11 +113,11 @@ class PoolFacts:
         serves = self.ready or self.swappable or self.loading is not None
         available = up and staying and serves and self.ejected is None
         warmth = Warmth.RESIDENT if self.loading is None else Warmth.LOADING
-        object.__setattr__(self, "takes", self.loading or (self.model if self.ready else None))
-        object.__setattr__(self, "available", available)
-        object.__setattr__(self, "placeable", available and self.slots_free > 0 and self.barred is None)
-        object.__setattr__(self, "key", (self.node_id, self.pool_id))
-        object.__setattr__(self, "order", (warmth, self.load, -self.vram_free_bytes, self.key))
+        self.takes = self.loading or (self.model if self.ready else None)
+        self.available = available
+        self.placeable = available and self.slots_free > 0 and self.barred is None
+        self.key = (self.node_id, self.pool_id)
+        self.order = (warmth, self.load, -self.vram_free_bytes, self.key)
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ node; this is what can be answered without asking. Never holds a task's output. 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -229,7 +229,7 @@ class TaskStore:
 
     def __init__(self, most_ended: int = MAX_ENDED_TASKS) -> None:
         self._running: dict[str, Task] = {}
-        self._ended: dict[str, Task] = {}
+        self._ended: OrderedDict[str, Task] = OrderedDict()
         self._by_key: dict[str, Task] = {}
         self._explained: deque[Task] = deque()
         self._most_ended = most_ended
@@ -280,7 +280,7 @@ class TaskStore:
             while len(self._explained) > MAX_EXPLAINED_TASKS:
                 self._explained.popleft().placement = None
             while len(self._ended) > self._most_ended:
-                self._free_key(self._ended.pop(next(iter(self._ended))))
+                self._free_key(self._ended.popitem(last=False)[1])
 
     def _free_key(self, task: Task) -> None:
         if task.key_digest is not None and self._by_key.get(task.key_digest) is task:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import re
 import secrets
@@ -48,7 +47,7 @@ from llorch.node.state import NODE, Node
 from llorch.node.supervisor import Supervisor, Told
 from llorch.quotas import Quotas, Rates
 from llorch.reload import Reloader, Source
-from llorch.tasks import Guard
+from llorch.tasks import Guard, settle_memory
 
 REFRESH_S = 5.0  # GPUs and catalog are read again this often, so that a beat never waits for a driver
 WISHES = "wishes.json"
@@ -106,7 +105,7 @@ async def run(settings: NodeSettings, source: Source[NodeSettings]) -> int:
             await parts.supervisor.start()
             for membership in memberships:
                 members.spawn(membership.run(), membership.url)
-            _freeze()
+            settle_memory()
             print(f"ready url={server_url}", file=sys.stderr, flush=True)
             systemd.notify("READY=1")
             await stop.wanted.wait()
@@ -388,13 +387,6 @@ async def _drain(runner: Runner, grace_s: float, stop: Stop) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-
-
-def _freeze() -> None:
-    """What was made while starting stays: the collector need not look at it again with every stream."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 def main(settings: NodeSettings, source: Source[NodeSettings]) -> int:

@@ -164,7 +164,7 @@ class Execution:
             if opening.deadline_ms is None:
                 self._arm(task.deadline_ms)
         else:
-            request = requests.encode_openai(opening.path, value, lease.served_as)
+            request = requests.encode_openai(opening.path, value, lease.served_as, body)
             self._check_model(value.get("model"))
             self._decoder = openai_api.openai_decoder(self._facts, request)
         self.entry.streamed = request.stream
@@ -274,7 +274,9 @@ class Execution:
         assert decoder is not None
         if self._answer_over and not decoder.done and not self._pending:
             last = decoder.finish(self._runner.clock(), self._cut)
-            if last:
+            if last and self.entry.log.head is None and self.entry.log.fits(len(last)):
+                self.entry.log.begin(self._head, last, wake=False)  # it has come whole, and is sealed below
+            elif last:
                 self._write(last)
         if decoder.done and not self._pending:
             if self._exchange is not None:

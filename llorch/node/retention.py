@@ -14,7 +14,7 @@ from typing import Any
 from llorch.errors import Code, LlorchError
 from llorch.messages import Open
 from llorch.node.task_entry import Gone, State, TaskEntry, orphan_until
-from llorch.node.tasklog import KEPT_BYTES, Reader, TaskLog
+from llorch.node.tasklog import KEPT_BYTES, Kept, Reader, TaskLog
 
 ENTRY_BYTES = 4 * 1024  # what a task costs besides its bytes, measured: thousands of short answers are not free
 SEALED_V1_S = 30.0
@@ -42,6 +42,7 @@ class TaskLogs:
         self._sealed_native: deque[TaskEntry] = deque()  # both in the order of sealing
         self._sealed_v1: deque[TaskEntry] = deque()
         self._sealed_bytes = 0
+        self._running_bytes = Kept()
         self._orphans: dict[str, tuple[TaskEntry, float]] = {}
         self._untold: dict[str, dict[str, TaskEntry]] = {}  # by epoch and task, in the order of sealing
 
@@ -93,7 +94,7 @@ class TaskLogs:
 
     def add(self, opening: Open, now: float, wall: float) -> TaskEntry:
         """A new task, in the place of a lower attempt of it."""
-        entry = TaskEntry(opening, TaskLog(self._limits.kept_bytes), now, wall)
+        entry = TaskEntry(opening, TaskLog(self._limits.kept_bytes, self._running_bytes), now, wall)
         for untold in self._untold.values():
             untold.pop(entry.task_id, None)
         self._entries[entry.task_id] = entry
@@ -116,7 +117,8 @@ class TaskLogs:
                 if epoch not in entry.told:
                     untold[entry.task_id] = entry
         self._sealed_bytes += _weight(entry)
-        self.expire(now)
+        if self._too_much:
+            self.expire(now)  # of time the sweep takes care, twice a second
 
     def discard(self, entry: TaskEntry) -> None:
         """Nobody is to find this attempt any more, or its end."""
@@ -169,10 +171,14 @@ class TaskLogs:
         for queue, keep_s in ((self._sealed_native, self._limits.sealed_native_s), (self._sealed_v1, SEALED_V1_S)):
             while queue and (_when(queue[0]) + keep_s <= now or self._entries.get(queue[0].task_id) is not queue[0]):
                 self._forget(queue)
-        running = sum(map(_weight, self._running.values()))
-        while self._sealed_bytes and self._sealed_bytes + running > self._limits.all_kept_bytes:
+        while self._sealed_bytes and self._too_much:
             native, v1 = self._sealed_native, self._sealed_v1
             self._forget(native if native and (not v1 or _when(native[0]) <= _when(v1[0])) else v1)
+
+    @property
+    def _too_much(self) -> bool:
+        running = self._running_bytes.count + len(self._running) * ENTRY_BYTES
+        return self._sealed_bytes + running > self._limits.all_kept_bytes
 
     def _forget(self, queue: deque[TaskEntry]) -> None:
         entry = queue.popleft()

@@ -29,14 +29,25 @@ class Reader(Protocol):
         """As `wake`, and what is new is `data`, the last bytes of the log. Called once a token."""
 
 
+class Kept:
+    """How many bytes the logs have that were given this, and that are not sealed."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class TaskLog:
     """The bytes of one attempt, exactly as a client is to see them."""
 
     __slots__ = (
-        "_blocked", "_buffer", "_digest", "_hashed", "_latest", "_readers", "_start", "head", "kept_bytes", "tail"
+        "_blocked", "_buffer", "_digest", "_hashed", "_kept", "_latest", "_readers", "_start",
+        "head", "kept_bytes", "tail",
     )  # fmt: skip
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, kept_bytes: int = KEPT_BYTES, kept: Kept | None = None) -> None:
+        self._kept = kept if kept is not None else Kept()
         self._buffer = bytearray()
         self._start = 0  # the offset of the oldest byte that is kept
         self._digest = hashlib.sha256()
@@ -73,14 +84,17 @@ class TaskLog:
 
     # ---- writing
 
-    def begin(self, head: Head, first: bytes) -> None:
-        """HEAD, together with the first bytes: until now this attempt could have run anywhere else."""
+    def begin(self, head: Head, first: bytes, *, wake: bool = True) -> None:
+        """HEAD, together with the first bytes: until now this attempt could have run anywhere else. Without `wake`
+        readers learn of them with the tail, which the caller has at hand.
+        """
         self._check_open()
         if self.head is not None:
             raise RuntimeError("a log begins once")
         self.head = head
         self._put(first)
-        self._wake()
+        if wake:
+            self._wake()
 
     def append(self, data: bytes) -> None:
         self._check_open()
@@ -97,6 +111,7 @@ class TaskLog:
             raise RuntimeError("a tail states the length of its log")
         self.tail = tail
         self._latest = b""
+        self._kept.count -= len(self._buffer)
         self._wake()
 
     def fits(self, count: int) -> bool:
@@ -125,6 +140,7 @@ class TaskLog:
     def _put(self, data: bytes) -> None:
         buffer = self._buffer
         buffer += data
+        self._kept.count += len(data)
         self._latest = data
         size = len(buffer)
         if self._start + size - self._hashed >= HASHED_AT_ONCE_BYTES:
@@ -134,6 +150,7 @@ class TaskLog:
             self._hash()
             del buffer[:excess]
             self._start += excess
+            self._kept.count -= excess
 
     def _hash(self) -> None:
         """A token is hashed with those around it: one by one, the calls would cost more than the work."""

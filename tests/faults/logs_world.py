@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from llorch import records
-from llorch.control.feed import Accepted, Feed, Refused, Upstream
+from llorch.control.feed import Accepted, Feed, Refused, Said
 from llorch.control.links import Links
 from llorch.control.links import NodeLink as ControlEnd
 from llorch.errors import Code
@@ -217,7 +217,7 @@ class LogsWorld(World):
         feed = Feed()
         stream = link._last_id + 2
         attempt = attempt if header is None else header["attempt"]
-        nowhere = Upstream(*[lambda *_: None] * 4)
+        nowhere = Said(*[lambda *_: None] * 4)
         reading = Reading(task_id, control, feed, nowhere, wire, stream, offset, header, attempt)
         self.readings.append(reading)
         if header is None:

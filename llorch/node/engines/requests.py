@@ -94,8 +94,11 @@ def _word(engine: str, name: str, value: Any, *, chat: bool) -> dict[str, Any]:
     return {name: value}
 
 
-def encode_openai(path: str, body: Mapping[str, Any], model: str) -> EngineRequest:
-    """A client's `/v1/*` body for an engine that knows its model as `model`. Raises LlorchError for what is refused."""
+def encode_openai(path: str, body: Mapping[str, Any], model: str, raw: bytes = b"") -> EngineRequest:
+    """A client's `/v1/*` body for an engine that knows its model as `model`. Raises LlorchError for what is refused.
+
+    `raw`: the body as it came, which goes on as it is where nothing in it has to be another.
+    """
     where = served(path)
     fields.check(body)
     _one_sequence(path, body)
@@ -103,15 +106,18 @@ def encode_openai(path: str, body: Mapping[str, Any], model: str) -> EngineReque
     if stream is not None and not isinstance(stream, bool):
         raise invalid("`stream` is true or false", param="stream")
     streamed = bool(stream) and where.streams
-    wire = fields.without_refused(body) | {"model": model}
+    wire = fields.without_refused(body)
+    same = bool(raw) and len(wire) == len(body) and body.get("model") == model
+    wire["model"] = model
     asked = True
     if streamed and where.usage_on_request:
         options = body.get("stream_options")
         if options is not None and not isinstance(options, Mapping):
             raise invalid("`stream_options` is an object", param="stream_options")
         asked = (options or {}).get("include_usage") is True
+        same = same and asked
         wire["stream_options"] = {**(options or {}), "include_usage": True}
-    return EngineRequest(where.path, dump(wire), stream=streamed, client_asked_usage=asked)
+    return EngineRequest(where.path, raw if same else dump(wire), stream=streamed, client_asked_usage=asked)
 
 
 def _one_sequence(path: str, body: Mapping[str, Any]) -> None:

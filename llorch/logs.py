@@ -26,7 +26,7 @@ _ROOT = logging.getLogger()
 _NOTHING = contextlib.nullcontext()
 MAX_VALUE_CHARS = 500
 MAX_FRAMES = 30
-_PLAIN_LINE = re.compile(r"[A-Za-z0-9._:/@%+*,~\[\]()= -]+")
+_PLAIN_LINE = re.compile(r"[a-z._]+(?: [a-z0-9_]+=[A-Za-z0-9._:/@%+*,~\[\]()-]+)*+")
 _PLAIN = re.compile(r"[A-Za-z0-9._:/@%+*,~\[\]()-]+")
 
 
@@ -44,21 +44,23 @@ def render_value(value: object) -> str:
 
 def _line(event: str, fields: Mapping[str, object]) -> str:
     """An event and its fields as one line."""
-    told = {key: value for key, value in fields.items() if value is not None}
+    words, plain = [event], True
+    for key, value in fields.items():
+        if value is not None:
+            words.append(f"{key}={value}")
+            if type(value) is float:
+                plain = False
+    line = " ".join(words)
     # Nearly always every value is a plain word; that is seen from all of them at once.
-    line = event + "".join([f" {key}={value}" for key, value in told.items()])
-    count = len(told)
     if (
-        len(line) <= MAX_VALUE_CHARS
-        and line.count("=") == line.count(" ") == count
+        plain
+        and len(line) <= MAX_VALUE_CHARS
+        and line.count("=") == line.count(" ") == len(words) - 1
         and _PLAIN_LINE.fullmatch(line)
-        and "= " not in line
-        and not line.endswith("=")
         and "1_" not in line
-        and not any(isinstance(value, float) for value in told.values())
     ):
         return line
-    return " ".join([event, *(f"{key}={render_value(value)}" for key, value in told.items())])
+    return " ".join([event, *(f"{key}={render_value(value)}" for key, value in fields.items() if value is not None)])
 
 
 def printable(text: str) -> str:

@@ -33,20 +33,25 @@ class FactTable:
             self._rows.append(self._facts(pool, now))
             self._note(row)
 
-    def rows(self, now: float) -> tuple[PoolFacts, ...]:
-        """Of every pool."""
-        self._refresh(now)
-        return tuple(self._rows)
+    def refresh(self, now: float) -> None:
+        """Make anew what has changed. Every look does it; whoever changes much spares the next one the work."""
+        if now >= self._until:  # of one of them, perhaps of one that has been made anew since
+            self._until = float("inf")
+            for row, pool in enumerate(self._pools):
+                self._put(row, self._facts(pool, now))
+        while self._stale:
+            pool = self._stale.pop()
+            self._put(self._row_of[id(pool)], self._facts(pool, now))
 
-    def of_model(self, model: str, now: float) -> list[PoolFacts]:
-        """Of the pools that have a model loaded or can load it."""
-        self._refresh(now)
+    def rows(self, now: float, model: str | None = None) -> Sequence[PoolFacts]:
+        """Of every pool, or of those that have a model loaded or can load it."""
+        self.refresh(now)
         rows = self._rows
-        return [rows[row] for row in self._of_model.get(model, ())]
+        return tuple(rows) if model is None else [rows[row] for row in self._of_model.get(model, ())]
 
     def best(self, model: str, now: float) -> tuple[str, str] | None:
         """What `placement.pick_serving` picks for a wish without constraints or preferences."""
-        self._refresh(now)
+        self.refresh(now)
         heap, rows = self._heaps.get(model), self._rows
         while heap:
             order, row = heap[0]
@@ -58,7 +63,7 @@ class FactTable:
 
     def swappable(self, now: float) -> bool:
         """Whether any pool may be sent a task for which something has to be loaded first."""
-        self._refresh(now)
+        self.refresh(now)
         return bool(self._swappable)
 
     # ---- inside
@@ -69,15 +74,6 @@ class FactTable:
             facts = pool.make_facts(self._nodes[pool.node_id], now)
         self._until = min(self._until, pool.facts_until)
         return facts
-
-    def _refresh(self, now: float) -> None:
-        if now >= self._until:  # of one of them, perhaps of one that has been made anew since
-            self._until = float("inf")
-            for row, pool in enumerate(self._pools):
-                self._put(row, self._facts(pool, now))
-        while self._stale:
-            pool = self._stale.pop()
-            self._put(self._row_of[id(pool)], self._facts(pool, now))
 
     def _put(self, row: int, facts: PoolFacts) -> None:
         if facts is not self._rows[row]:

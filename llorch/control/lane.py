@@ -37,7 +37,11 @@ MAX_BODY_BYTES = 256 * 1024  # beyond this, who looks at a body has others wait 
 
 _FIRST = re.compile(rb"POST (/v1/[a-z_/]+) HTTP/1\.1\r\n")
 # Who sends one of these wants more than is done here.
-_OTHERS = frozenset({"expect", "upgrade", "idempotency-key", "transfer-encoding", "content-encoding"})
+_OTHERS = re.compile(
+    rb"(?i)\r\n(?:expect|upgrade|idempotency-key|transfer-encoding|content-encoding)[ \t]*:|[ \t](?:\r\n|$)"
+)
+_CLOSES = re.compile(rb"(?i)\r\nconnection[ \t]*:(?![ \t]*keep-alive[ \t]*(?:\r\n|$))")
+_FIELD = re.compile(r"([^:\r\n]+):[ \t]*([^\r\n]*)")
 
 log = Log("control.lane")
 
@@ -57,9 +61,10 @@ class Lane:
         head_end = request.find(b"\r\n\r\n")
         if path not in SERVED or len(request) - head_end > MAX_BODY_BYTES:
             return None
-        headers = _fields(request[first.end() : head_end])
-        if headers is None:
+        lines = request[first.end() - 2 : head_end]
+        if not lines.isascii() or _OTHERS.search(lines) or _CLOSES.search(lines):
             return None
+        headers = CIMultiDict(_FIELD.findall(lines.decode("ascii")))
         principal = self._who(connection, headers)
         if principal is None:
             return None
@@ -95,22 +100,6 @@ class Lane:
                 return None
         found = gate.of_token(headers)
         return found if found is not None and found.may(Scope.SUBMIT) else None
-
-
-def _fields(lines: bytes) -> CIMultiDict[str] | None:
-    """The header fields, as aiohttp reads them; None if one of them is for it."""
-    try:
-        text = lines.decode("ascii")
-    except UnicodeDecodeError:
-        return None
-    pairs = []
-    for line in text.split("\r\n"):
-        name, _, value = line.partition(":")
-        name = name.lower()
-        if name in _OTHERS or (name == "connection" and value.strip().lower() != "keep-alive"):
-            return None
-        pairs.append((name, value.strip(" \t")))
-    return CIMultiDict(pairs)
 
 
 class _Ride:

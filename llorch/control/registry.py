@@ -138,6 +138,8 @@ class Registry:
         ended = self._take_rest(node, message.gpus, message.catalog, message.tasks, whole=whole)
         self._settle(node, wall)
         self._ejections.settle(now)
+        if self._table is not None and self._index is not None:
+            self._table.refresh(now)  # not in the next task's way
         return BeatResult(True, changed, ended)
 
     def look(self, now: float) -> None:
@@ -262,8 +264,7 @@ class Registry:
 
     def pool_facts(self, now: float, model: str | None = None) -> Sequence[PoolFacts]:
         """What placement looks at: all pools, or those that have `model` loaded or can load it."""
-        table = self._facts(now)
-        return table.rows(now) if model is None else table.of_model(model, now)
+        return self._facts(now).rows(now, model)
 
     def best(self, model: str, now: float) -> tuple[str, str] | None:
         """The (node, pool) for a task that asks for nothing but its model; None if no pool that serves it has room."""

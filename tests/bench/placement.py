@@ -40,6 +40,7 @@ from unittest import mock
 
 from llorch import logs
 from llorch.cli.loading import loading
+from llorch.tasks import settle_memory
 
 with loading():
     from llorch.control import swapping, waiting
@@ -286,6 +287,7 @@ def parts(world: World, decisions: int) -> dict[str, float]:
         for owner, attribute, name in (
             (room, "pump", "pump"),
             (room, "_free_pools", "free pools of the model"),
+            (registry, "best", "the best pool"),
             (swapping, "choose", "choose"),
             (room, "snapshot", "facts of all pools, to explain it"),
             (registry, "claim", "claim"),
@@ -365,8 +367,9 @@ def _worlds(sizes: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _size(pools: int, models: int, asked: argparse.Namespace) -> dict[str, Any]:
-    gc.collect()
+    gc.unfreeze()
     world = filled(pools, models, asked.seed)
+    settle_memory()  # as a control does once it has started
     measure(world, min(1_000, asked.decisions))  # the first ones find cold code
     costs = measure(world, asked.decisions, time.thread_time if asked.cpu else time.perf_counter)
     kinds = {

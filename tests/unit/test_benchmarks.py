@@ -86,7 +86,7 @@ def test_the_costs_are_of_as_many_decisions_as_were_asked_for() -> None:
 def test_the_parts_of_a_decision_are_told_and_nothing_stays_timed() -> None:
     world = placement.filled(20, 2)
     told = placement.parts(world, 50)
-    assert {"choose", "claim", "log line", "facts of all pools, to explain it"} <= set(told)
+    assert {"the best pool", "claim", "log line", "facts of all pools, to explain it"} <= set(told)
     assert "snapshot" not in vars(world.room)
 
 

@@ -59,6 +59,10 @@ class Answer:
         """The body's bytes in `data`. Raises BadAnswer."""
         at = self._at
         if at == _SIZE_LINE and not self._held:
+            stop = data.find(b"\r\n")
+            count = _sizes.get(data[:stop])
+            if count and stop + count + 4 == len(data) and data.endswith(b"\r\n"):  # one chunk, as tokens mostly come
+                return data[stop + 2 : -2]
             return self._chunked(data, 0)
         if at == _LENGTH_BODY:
             return self._counted(data)

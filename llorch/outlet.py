@@ -60,7 +60,7 @@ class Outlet:
     """One answer on one connection. Everything but `drained` is done at once; writing to a client that has gone raises
     ConnectionResetError."""
 
-    __slots__ = ("_chunked", "_connection", "_keep_alive", "_old", "_request_id", "_status", "_writer")
+    __slots__ = ("_chunked", "_connection", "_held", "_keep_alive", "_old", "_request_id", "_status", "_writer")
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class Outlet:
         self._old = old
         self._writer = writer
         self._chunked = not old
+        self._held = b""
         self._status = 0
 
     @classmethod
@@ -90,8 +91,10 @@ class Outlet:
             writer=request.writer,
         )
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """The head. With a content-length the body is what is written, and has to be that long."""
+    def begin(self, status: int, headers: Mapping[str, str], *, hold: bool = False) -> None:
+        """The head. With a content-length the body is what is written, and has to be that long. `hold`: the body is at
+        hand, and the head goes with it.
+        """
         fields = {**headers, "X-Request-Id": self._request_id, "X-Correlation-Id": self._request_id}
         whole = "content-length" in headers
         self._chunked = not whole and not self._old
@@ -108,7 +111,10 @@ class Outlet:
         if self._writer is not None:
             self._writer.output_size = len(head)
         self._bound()
-        self._send(head)
+        if hold:
+            self._held = head
+        else:
+            self._send(head)
 
     def _bound(self) -> None:
         """Once for each connection."""
@@ -119,16 +125,23 @@ class Outlet:
 
     def write(self, data: bytes) -> None:
         if self._chunked:
-            self._send(b"%x\r\n%b\r\n" % (len(data), data))
-        else:
-            self._send(data)
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._held:
+            data, self._held = self._held + data, b""
+        self._send(data)
+
+    def flush(self) -> None:
+        """A head that was held leaves alone."""
+        if self._held:
+            head, self._held = self._held, b""
+            self._send(head)
 
     def write_now(self, data: bytes) -> bool:
         """As `write`, to a client that is there and not behind. False: nothing was done."""
         transport = self._connection.transport
         if transport is None or transport.is_closing():
             return False
-        if transport.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
+        if self._held or transport.get_write_buffer_size() > STREAM_WRITE_BUFFER_BYTES:
             return False
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return True
@@ -152,6 +165,7 @@ class Outlet:
 
     def finish(self) -> web.StreamResponse:
         """The end of the answer."""
+        self.flush()
         if self._chunked:
             self._send(b"0\r\n\r\n")
         return cast(web.StreamResponse, Sent(self._status, self._keep_alive))

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -98,15 +98,19 @@ class Stream:
         self._split = sse.Splitter()
         self.committed = False
         self.whole = True
+        self._torn = False  # a part of an event waits for its rest
 
-    def commit(self, status: int, headers: Mapping[str, str]) -> None:
+    def commit(self, status: int, headers: Mapping[str, str], *, hold: bool = False) -> None:
         if not self.committed:
             self.committed = True
-            self._outlet.begin(status, headers)
+            self._outlet.begin(status, headers, hold=hold)
+
+    def flush(self) -> None:
+        self._outlet.flush()
 
     def direct(self, data: bytes) -> bool:
         """Write whole events at once to a client that keeps up. False: nothing was done, `write_events` has to wait."""
-        if self._split.waiting or not data.endswith(b"\n\n") or not self._outlet.write_now(data):
+        if self._torn or not data.endswith(b"\n\n") or not self._outlet.write_now(data):
             return False
         self.whole = True
         self._last = (self._last[1], data[-LAST_BLOCK_BYTES:])
@@ -135,14 +139,16 @@ class Stream:
         if split.waiting or not data.endswith(b"\n\n"):  # nearly every piece of a log is whole events
             data = b"".join(split.feed(data))
             if split.waiting > MAX_HELD_BYTES:
+                self._torn = False
                 await self.write(data + split.finish(), whole=False)
                 return
+            self._torn = split.waiting > 0
         if data:
             await self.write(data)
 
     def write_rest(self) -> None:
         """The log has ended, and with it what looked like the beginning of an event."""
-        rest = self._split.finish()
+        rest, self._torn = self._split.finish(), False
         if rest:
             self.write_end(rest)
 
@@ -172,6 +178,10 @@ class Stream:
 
     def abort(self) -> None:
         self._outlet.abort()
+
+
+def _not_directly(_data: bytes) -> bool:
+    return False
 
 
 class NativeStream:
@@ -247,6 +257,7 @@ class OpenAiAnswer:
         self._last_word = time.monotonic()
         self._length: int | None = None  # of the whole answer, where it was announced
         self._events = False  # it is a stream of them
+        self.direct: Callable[[bytes], bool] = _not_directly  # once it has begun, if it is
 
     @property
     def committed(self) -> bool:
@@ -272,13 +283,13 @@ class OpenAiAnswer:
         if self._task.stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             self._events = headers.get("content-type", "").lower().startswith("text/event-stream")
-        self._stream.commit(head.status, headers | task_headers(self._task))
-
-    def direct(self, data: bytes) -> bool:
-        return self._events and self._stream.direct(data)
+        self._stream.commit(head.status, headers | task_headers(self._task), hold=self._length is not None)
+        if self._events:
+            self.direct = self._stream.direct
 
     async def write(self, data: bytes) -> None:
         if self._length is not None and self._task.offset + len(data) > self._length:
+            self._stream.flush()
             raise LlorchError(Code.ENGINE_FAILED, "the answer is longer than it was announced")
         if self._events:
             await self._stream.write_events(data)
@@ -292,7 +303,7 @@ class OpenAiAnswer:
                 error = LlorchError.from_wire(tail.error, fallback=Code.ENGINE_FAILED)
             return self.failed(error, self._task.request_id)
         if not self._task.stream and (tail.error is not None or self._length not in (None, tail.length)):
-            raise _cut()
+            raise self._cut()
         self._stream.write_rest()
         return self._stream.finished()
 
@@ -300,7 +311,7 @@ class OpenAiAnswer:
         if not self._stream.committed:
             return refusal(error, request_id, self._task)
         if not self._task.stream:
-            raise _cut()
+            raise self._cut()
         last = self._stream.last_block()  # its node may have said the same, though its TAIL was not read
         if last != b"data: [DONE]" and not last.startswith(b'data: {"error"'):
             frame = json.dumps(error.envelope(request_id=request_id, task_id=self._task.task_id))
@@ -309,6 +320,11 @@ class OpenAiAnswer:
 
     def stopped(self, request_id: str) -> web.StreamResponse:
         return self.failed(stopping(), request_id)
+
+    def _cut(self) -> ConnectionResetError:
+        """An answer in one piece can't be completed: a cut body tells its client so, a short one would lie."""
+        self._stream.flush()
+        return ConnectionResetError("the answer can't be completed")
 
 
 class NativeJson:
@@ -384,11 +400,6 @@ Answer = NativeStream | OpenAiAnswer | NativeJson
 
 def stopping() -> LlorchError:
     return LlorchError(Code.DRAINING, "this control is shutting down", retry_after_ms=2_000)
-
-
-def _cut() -> ConnectionResetError:
-    """For an answer in one piece that can't be completed: a cut body tells its client so, a short one would lie."""
-    return ConnectionResetError("the answer can't be completed")
 
 
 def _terminal(block: bytes) -> bool:

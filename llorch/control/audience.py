@@ -199,6 +199,7 @@ class Audience:
         if self._client is not None:
             try:
                 self._client.begin(head)
+                self.direct = self._client.direct
             except (LlorchError, ConnectionError) as error:
                 self._broke_off(error)
         if self.silent:

@@ -235,7 +235,12 @@ class Execution:
         self.heard_at = now = self._runner.clock()
         decoded = decoder.feed(data, now)
         if decoded:
-            self._write(decoded)
+            kept = self.entry.log
+            if self._pending or kept.head is None or not kept.fits(len(decoded)):
+                self._write(decoded)
+            else:
+                self.entry.tokens_out = decoder.usage.tokens_out
+                kept.append(decoded)
         if decoder.done:
             self._go_on()
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from llorch import records
 from llorch.errors import Code, LlorchError
@@ -260,6 +260,11 @@ class NodeLink:
             if record.type == Type.ATTACH:
                 self._attach(stream, _read(Attach, record.payload))
                 return
+            try:
+                self._open(stream, Open.model_validate_json(record.payload))  # in one step: nearly all of them
+                return
+            except ValidationError:
+                pass  # what is no OPEN of a task is looked at more closely
             wish = records.decode_json(record.payload)
             if "method" in wish and "task_id" not in wish:
                 self._call(stream, parse(NodeCall, wish))

@@ -97,8 +97,8 @@ class TaskLog:
             self._wake()
 
     def append(self, data: bytes) -> None:
-        self._check_open()
-        if self.head is None:
+        if self.tail is not None or self.head is None:
+            self._check_open()
             raise RuntimeError("a log has no bytes before its head")
         self._put(data)
         for reader in self._readers:

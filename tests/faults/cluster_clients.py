@@ -38,7 +38,7 @@ class Connection:
 
     abort = close
 
-    def begin(self, status: int, headers: Any) -> None:
+    def begin(self, status: int, headers: Any, *, hold: bool = False) -> None:
         self.client.committed(status, headers)
 
     def write(self, data: bytes) -> None:
@@ -70,6 +70,8 @@ class Connection:
         under_way, self._under_way = self._under_way, []
         for data in under_way if self.open else ():
             self._arrives(data)
+
+    def flush(self) -> None: ...
 
     def finish(self) -> Connection:
         return self

@@ -161,7 +161,9 @@ class Meter:
         self.counted += count
         if self.counted > self.usage.tokens_out:
             self.usage.tokens_out = self.counted
-        self.mark(now)
+        if self._first_at is None:
+            self._first_at = now
+        self._last_at = now
 
     def mark(self, now: float) -> None:
         if self._first_at is None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from llorch import records
 from llorch.errors import without_frames
-from llorch.records import Record, RecordError, Type
+from llorch.records import Kind, Record, RecordError
 
 PING_AFTER_S = 5.0
 MAX_UNANSWERED = 3
@@ -109,7 +109,7 @@ class Link(asyncio.Protocol):
         if self._pong is None:
             self._pong = asyncio.get_running_loop().create_future()
         pong = self._pong
-        self.send(records.encode(0, Type.PING))
+        self.send(records.encode(0, Kind.PING))
         await asyncio.wait((pong, self.lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         return pong.done()
 
@@ -132,10 +132,10 @@ class Link(asyncio.Protocol):
         self.heard_at = time.monotonic()
         try:
             for record in self._decoder.feed(data):
-                if record.type == Type.PING:
+                if record.type == Kind.PING:
                     if not self.full:  # a peer that asks and never reads must not fill our memory with answers
-                        self.send(records.encode(0, Type.PONG))
-                elif record.type == Type.PONG:
+                        self.send(records.encode(0, Kind.PONG))
+                elif record.type == Kind.PONG:
                     if self._pong is not None and not self._pong.done():
                         self._pong.set_result(None)
                     self._pong = None
@@ -172,5 +172,5 @@ class Link(asyncio.Protocol):
             return
         else:
             self._unanswered += 1
-            self.send(records.encode(0, Type.PING))
+            self.send(records.encode(0, Kind.PING))
         self._timer = asyncio.get_running_loop().call_later(PING_AFTER_S, self._tick)

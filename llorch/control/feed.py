@@ -43,6 +43,7 @@ class Stopped:
 Item = Accepted | Refused | Head | bytes | Tail | Lost | Stopped
 
 
+_LAST = frozenset({Refused, Tail, Lost, Stopped})
 MAX_TAKEN_BYTES = 16 * 1024  # at once: what is being written to a slow client is held twice
 
 
@@ -69,9 +70,9 @@ class Feed:
     def put(self, item: Item) -> None:
         if self.ended:
             return
-        if self.accepted is not None and isinstance(item, Accepted) and self.accepted():
+        if self.accepted is not None and type(item) is Accepted and self.accepted():
             return
-        self.ended = isinstance(item, Refused | Tail | Lost | Stopped)
+        self.ended = type(item) in _LAST
         if isinstance(item, bytes) and self._items and isinstance(self._items[-1], bytes | bytearray):
             last = self._items[-1]
             if isinstance(last, bytes):
@@ -97,13 +98,15 @@ class Feed:
                     timer.cancel()
             if not self._items:
                 return None
-        item = self._items[0]
-        if isinstance(item, bytearray) and len(item) > MAX_TAKEN_BYTES:
+        item = self._items.popleft()
+        if not isinstance(item, bytearray):
+            return item
+        if len(item) > MAX_TAKEN_BYTES:
             taken = bytes(memoryview(item)[:MAX_TAKEN_BYTES])
             del item[:MAX_TAKEN_BYTES]
+            self._items.appendleft(item)
             return taken
-        del self._items[0]
-        return bytes(item) if isinstance(item, bytearray) else item
+        return bytes(item)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

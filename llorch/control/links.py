@@ -19,14 +19,13 @@ from llorch.errors import Code, LlorchError
 from llorch.link import Link
 from llorch.logs import Log
 from llorch.messages import Head, Tail, parse
-from llorch.records import CreditOverrun, ReceiveCredit, Record, RecordError, SendCredit, Type
+from llorch.records import CreditOverrun, Kind, ReceiveCredit, Record, RecordError, SendCredit, Type
 
 log = Log("control.links")
 
 MAX_STREAM_ID = 0xFFFF_FFFF
 
 NOTHING = memoryview(b"")
-DATA = Type.DATA.value
 
 _KNOWN = frozenset(Type)
 
@@ -66,19 +65,19 @@ def parse_record(model: type[M], payload: bytes) -> M:
 def read_item(record: Record) -> Item | None:
     """What a record of a node tells a reader; None for those that tell it nothing."""
     kind, payload = record.type, record.payload
-    if kind == Type.DATA:
+    if kind == Kind.DATA:
         return payload
-    if kind == Type.ACCEPT:
+    if kind == Kind.ACCEPT:
         return Accepted()
-    if kind == Type.HEAD:
+    if kind == Kind.HEAD:
         return parse_record(Head, payload)
-    if kind == Type.TAIL:
+    if kind == Kind.TAIL:
         return parse_record(Tail, payload)
-    if kind == Type.REFUSE:
+    if kind == Kind.REFUSE:
         return Refused(LlorchError.from_wire(records.decode_json(payload)))
-    if kind == Type.DETACH:
+    if kind == Kind.DETACH:
         return Lost("the node let go of this reader")
-    if kind in (Type.OPEN, Type.BODY, Type.ATTACH, Type.CANCEL):
+    if kind in (Kind.OPEN, Kind.BODY, Kind.ATTACH, Kind.CANCEL):
         raise RecordError(f"a node may not send {Type(kind).name}")
     return None
 
@@ -136,7 +135,7 @@ class NodeLink:
     def open(self, header: Mapping[str, Any], body: bytes, feed: Feed) -> Upstream:
         """OPEN with its body: a task's, or a call of one of the node's own routes."""
         stream_id, stream = self._begin(feed, body)
-        opening = records.encode_json(stream_id, Type.OPEN, {**header, "body_len": len(body)})
+        opening = records.encode_json(stream_id, Kind.OPEN, {**header, "body_len": len(body)})
         self._send_body(stream_id, stream, opening)
         return _Handle(self, stream_id)
 
@@ -145,7 +144,7 @@ class NodeLink:
         stream_id, stream = self._begin(feed, b"")
         stream.order.offset = offset
         wish = {"task_id": task_id, "offset": offset, "attempt": attempt}
-        self._send(records.encode_json(stream_id, Type.ATTACH, wish))
+        self._send(records.encode_json(stream_id, Kind.ATTACH, wish))
         return _Handle(self, stream_id)
 
     async def answers(self, timeout_s: float) -> bool:
@@ -173,10 +172,10 @@ class NodeLink:
             self._check_late(record)
             return
         kind = record.type
-        if kind == DATA and record.payload:
+        if kind == Kind.DATA and record.payload:
             self._data(record.stream, stream, record.payload)
             return
-        if kind == Type.CREDIT:
+        if kind == Kind.CREDIT:
             stream.may_send.grant(records.decode_credit(record.payload))
             self._send_body(record.stream, stream)
             return
@@ -237,7 +236,7 @@ class NodeLink:
         """As much as there is credit for; `before` goes with it."""
         count = stream.may_send.take(len(stream.unsent))
         if count:
-            for encoded in records.encode_cut(stream_id, Type.BODY, stream.unsent[:count]):
+            for encoded in records.encode_cut(stream_id, Kind.BODY, stream.unsent[:count]):
                 self._send(before + encoded)
                 before = b""
             # An empty slice would hold the whole body for as long as the answer takes.
@@ -254,11 +253,11 @@ class NodeLink:
 
     def detach(self, stream_id: int, reason: str) -> None:
         if self._streams.pop(stream_id, None) is not None:
-            self._send(records.encode(stream_id, Type.DETACH, reason.encode()))
+            self._send(records.encode(stream_id, Kind.DETACH, reason.encode()))
 
     def cancel(self, stream_id: int, why: bytes = b"") -> None:
         if stream_id in self._streams:
-            self._send(records.encode(stream_id, Type.CANCEL, why))
+            self._send(records.encode(stream_id, Kind.CANCEL, why))
 
 
 class _Handle:

@@ -25,16 +25,15 @@ from llorch.node.execution import STREAM_HEADERS
 from llorch.node.runner import Runner
 from llorch.node.task_entry import Gone, TaskEntry
 from llorch.node.tasklog import TaskLog
-from llorch.records import MAX_PAYLOAD_BYTES, SURPLUS, ReceiveCredit, Record, RecordError, SendCredit, Type
+from llorch.records import MAX_PAYLOAD_BYTES, SURPLUS, Kind, ReceiveCredit, Record, RecordError, SendCredit, Type
 from llorch.tasks import Guard
 
 TURN_BYTES = 64 * 1024  # one stream's share before the others have theirs
 MAX_CALL_BODY_BYTES = 4 * 1024 * 1024  # of a call of the node's own routes: wishes and tickets, no prompts
 
-DATA = Type.DATA.value
 _LEFT_WORDS = frozenset({b"left", b"slow"})
 _KNOWN = frozenset(Type)
-_FROM_CONTROL = frozenset({Type.BODY, Type.CREDIT, Type.DETACH, Type.CANCEL})
+_FROM_CONTROL = frozenset({Kind.BODY, Kind.CREDIT, Kind.DETACH, Kind.CANCEL})
 
 log = Log("node.link")
 M = TypeVar("M", bound=BaseModel)
@@ -107,7 +106,7 @@ class _Stream:
             return
         self.offset += size
         self.credit.available -= size
-        connection.send(records.HEADER.pack(self.id, DATA, size) + data)
+        connection.send(records.HEADER.pack(self.id, Kind.DATA, size) + data)
         source.took()
 
     def queue(self) -> None:
@@ -134,14 +133,14 @@ class _Stream:
                     break
                 self.credit.available -= len(data)
                 left -= len(data)
-                out.append(records.encode(self.id, Type.DATA, data))
+                out.append(records.encode(self.id, Kind.DATA, data))
         except LlorchError as error:  # GAP: it was overtaken
             self._link.send(b"".join(out))
             self._link.refuse(self, error)
             return
         tail = source.tail if self.offset == source.end else None
         if tail is not None:
-            out.append(records.encode_json(self.id, Type.TAIL, tail_wire(tail)))
+            out.append(records.encode_json(self.id, Kind.TAIL, tail_wire(tail)))
         if out:
             self._link.send(out[0] if len(out) == 1 else b"".join(out))
         if tail is not None:
@@ -151,7 +150,7 @@ class _Stream:
 
 
 def _head_record(stream_id: int, head: Head) -> bytes:
-    return records.encode_json(stream_id, Type.HEAD, {"status": head.status, "headers": head.headers})
+    return records.encode_json(stream_id, Kind.HEAD, {"status": head.status, "headers": head.headers})
 
 
 def _read(model: type[M], payload: bytes) -> M:
@@ -188,7 +187,7 @@ class NodeLink:
     async def close(self, reason: str) -> None:
         """End the link after what is queued has been sent."""
         for stream in list(self._streams.values()):
-            self.send(records.encode(stream.id, Type.DETACH, b"shutdown"))
+            self.send(records.encode(stream.id, Kind.DETACH, b"shutdown"))
             self._drop(stream, Gone.LOST)
         if self.connection is not None:
             self.connection.close(reason)
@@ -198,7 +197,7 @@ class NodeLink:
 
     def link_record(self, record: Record) -> None:
         kind = record.type
-        if kind in (Type.OPEN, Type.ATTACH):
+        if kind in (Kind.OPEN, Kind.ATTACH):
             self._begin(record)
             return
         if kind not in _KNOWN:
@@ -210,12 +209,12 @@ class NodeLink:
             if record.stream % 2 == 0 or record.stream > self._last_id:
                 raise RecordError("record on a stream that was never opened")
             return  # late: the stream has ended
-        if kind == Type.CREDIT:
+        if kind == Kind.CREDIT:
             stream.credit.grant(records.decode_credit(record.payload))
             stream.wake()
-        elif kind == Type.BODY:
+        elif kind == Kind.BODY:
             self._body(stream, record.payload)
-        elif kind == Type.CANCEL:
+        elif kind == Kind.CANCEL:
             if stream.entry is not None:
                 end = self._runner.discard if record.payload == SURPLUS else self._runner.cancel
                 end(stream.entry)
@@ -257,7 +256,7 @@ class NodeLink:
         self._last_id = record.stream
         stream = self._streams[record.stream] = _Stream(self, record.stream)
         try:
-            if record.type == Type.ATTACH:
+            if record.type == Kind.ATTACH:
                 self._attach(stream, _read(Attach, record.payload))
                 return
             try:
@@ -288,7 +287,7 @@ class NodeLink:
     def _follow(self, stream: _Stream, entry: TaskEntry) -> None:
         self._runner.attach(entry, stream)
         stream.entry, stream.log = entry, entry.log
-        self.send(records.encode(stream.id, Type.ACCEPT))
+        self.send(records.encode(stream.id, Kind.ACCEPT))
 
     def _call(self, stream: _Stream, call: NodeCall) -> None:
         if call.body_len > MAX_CALL_BODY_BYTES:
@@ -339,7 +338,7 @@ class NodeLink:
     def refuse(self, stream: _Stream, error: LlorchError) -> None:
         """REFUSE ends this reader. After an ACCEPT it means that the reader was overtaken."""
         task_id = stream.entry.task_id if stream.entry is not None else None
-        self.send(records.encode_json(stream.id, Type.REFUSE, error_wire(error, task_id=task_id)))
+        self.send(records.encode_json(stream.id, Kind.REFUSE, error_wire(error, task_id=task_id)))
         self._drop(stream, Gone.LEFT)
 
     def finished(self, stream: _Stream) -> None:

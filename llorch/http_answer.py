@@ -16,7 +16,9 @@ MAX_TRAILER_BYTES = 8 * 1024
 MOST_SIZES = 4_096  # size lines of chunks whose meaning is remembered
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
-_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\r\n\0]*+)\r\n")  # with one way to match, however much space
+# With one way to match, however much space there is.
+_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]++):([^\r\n\0]*+)\r\n")
+_FIELDS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\r\n\0]*+\r\n)*+")
 _LENGTH = re.compile(r"[0-9]{1,15}")
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 
@@ -113,15 +115,14 @@ class Answer:
         return data[end + 4 :]
 
     def _fields(self, data: bytes, at: int, end: int) -> None:
+        text = data[at:end].decode("latin-1")
+        if _FIELDS.fullmatch(text) is None:
+            raise BadAnswer("its head is malformed")
         fields: dict[str, str] = {}
-        while at < end:
-            field = _FIELD.match(data, at, end)
-            if field is None:
-                raise BadAnswer("its head is malformed")
-            name, value = field[1].decode("ascii").lower(), field[2].strip(b" \t").decode("latin-1")
+        for name, value in _FIELD.findall(text):
+            name, value = name.lower(), value.strip(" \t")
             # A list of lengths, or of codings, is none that is read.
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
-            at = field.end()
         self.headers = fields
 
     def _frame(self) -> None:

@@ -28,9 +28,11 @@ class Slots:
     def take(self, pool: Pool, task_id: str) -> Lease:
         """A slot of the least busy ready replica, until `give_back(task_id)`. Raises LlorchError with nothing taken."""
         self.check_new(task_id)
-        if not pool.slots_free:  # those that are free may be those of tasks that came before
+        serving = pool.serving
+        # Those that are free may be those of tasks that came before.
+        if not serving or sum([replica.free for replica in serving]) <= len(pool.waiting):
             raise LlorchError(Code.ALL_SLOTS_BUSY, f"all slots of pool {pool.id} are busy")
-        return self._seat(pool, task_id)
+        return self._seat(pool, task_id, serving)
 
     def take_ahead(self, pool: Pool, task_id: str) -> Lease:
         """A slot of the model that is on its way, until `give_back(task_id)`; `seat` says of which replica it then is.
@@ -53,7 +55,7 @@ class Slots:
             if not any(replica.free for replica in pool.serving):
                 break
             self._leave(task_id)
-            leases.append(self._seat(pool, task_id))
+            leases.append(self._seat(pool, task_id, pool.serving))
         return leases
 
     def check_new(self, task_id: str) -> None:
@@ -67,9 +69,11 @@ class Slots:
             del pool.waiting[task_id]
         return pool
 
-    def _seat(self, pool: Pool, task_id: str) -> Lease:
-        # One that has to be tried comes before the others: an early failure of its task is made good elsewhere.
-        replica = max(pool.serving, key=lambda r: (r.free > 0 and r.breaker.phase is Phase.HALF_OPEN, r.free))
+    def _seat(self, pool: Pool, task_id: str, serving: list[Replica]) -> Lease:
+        replica = serving[0]
+        if len(serving) > 1:
+            # One that has to be tried comes before the others: an early failure of its task is made good elsewhere.
+            replica = max(serving, key=lambda r: (r.free > 0 and r.breaker.phase is Phase.HALF_OPEN, r.free))
         assert replica.handoff is not None  # a ready replica was probed at its handoff
         replica.held.add(task_id)
         lease = Lease(

@@ -233,6 +233,7 @@ def _structured_outputs(name: str, value: Any) -> None:
 # ---------------------------------------------------------------- prompts
 
 _URL_FIELDS = ("image_url", "video_url", "audio_url", "file_url")
+_WORDS = frozenset({"role", "content", "type", "text", "name", "tool_call_id"})  # of a part: none names a medium
 _MEDIA_FIELDS = ("image", "video", "audio")  # the medium itself in base64, for some engines a URL too
 _DATA_HINT = "send it with the request, as data:image/png;base64,..."
 
@@ -260,11 +261,11 @@ def check_media(where: str, value: Any) -> None:
         return
     for number, item in enumerate(value):
         if isinstance(item, dict):
-            at = f"{where}.{number}"
-            _check_part(item, at)
+            if not item.keys() <= _WORDS:
+                _check_part(item, f"{where}.{number}")
             for inner in ("content", "output"):  # of a message, and of what a tool answered
-                if inner in item:
-                    check_media(f"{at}.{inner}", item[inner])
+                if inner in item and not isinstance(item[inner], str):
+                    check_media(f"{where}.{number}.{inner}", item[inner])
 
 
 def _check_part(part: Mapping[str, Any], at: str) -> None:

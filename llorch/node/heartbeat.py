@@ -37,6 +37,7 @@ from llorch.reach import why_unreachable
 RETRY = Backoff(first_s=0.4, most_s=2.0)  # 0.2 to 2 s with its jitter
 SLOW_RETRY = Backoff(first_s=5.0, most_s=30.0)  # for refusals that only a person can mend
 COALESCE_S = 0.02  # what changes together is told together
+MOST_TOLD = 8  # different reasons of failures in a row that are warned of: a peer can make up as many as it likes
 CALL_TIMEOUT_S = 5.0
 LEAVE_TIMEOUT_S = 2.0
 MAX_ANSWER_BYTES = 1024 * 1024
@@ -88,6 +89,7 @@ class Membership:
         self._sent: Snapshot | None = None
         self._rtt_ms: float | None = None
         self._failures = 0
+        self._told: set[str] = set()  # the reasons of these failures that a person was told
         self._event = asyncio.Event()
         self._changed_at: float | None = None
         self._beat_now = False
@@ -177,6 +179,7 @@ class Membership:
             if self._link is None:
                 await self._open_link(lease)
             self._failures = 0
+            self._told.clear()
             lease.held = True
             return interval_s
         except LlorchError as error:
@@ -268,7 +271,7 @@ class Membership:
         return f"/v2/nodes/{quote(self._node.node_id, safe='')}"
 
     def _pause_s(self, error: LlorchError) -> float:
-        """How long to wait after a failure, which is logged once for each kind in a row."""
+        """How long to wait after a failure, which is logged once for each reason in a row."""
         self._failures += 1
         if error.code in _FOR_A_PERSON:
             hint = self._credentials.mend if error.code in (Code.UNAUTHENTICATED, Code.FORBIDDEN) else error.hint
@@ -281,7 +284,10 @@ class Membership:
                 hint=hint,
             )
             return SLOW_RETRY.delay_s(self._failures, random.random())
-        tell = log.warning if self._failures in (1, 10) or self._failures % 100 == 0 else log.debug
+        another = error.message not in self._told and len(self._told) < MOST_TOLD
+        if another:
+            self._told.add(error.message)
+        tell = log.warning if another or self._failures == 10 or self._failures % 100 == 0 else log.debug
         tell(
             "heartbeat.failed",
             node_id=self._node.node_id,

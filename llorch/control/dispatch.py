@@ -98,8 +98,7 @@ class Dispatcher:
         """A dry run: where this would go now, and why."""
         return self._room.snapshot(wish).decision()
 
-    def place_in_line(self, task: Task) -> tuple[int | None, int | None]:
-        """(position, estimated wait in ms) of a waiting task."""
+    def place_in_line(self, task: Task) -> tuple[int | None, int | None]:  # position, estimated wait in ms
         return self._room.place_in_line(task)
 
     def audience(self, task_id: str) -> Audience | None:

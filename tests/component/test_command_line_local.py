@@ -225,6 +225,7 @@ async def test_a_cancel_that_gets_no_answer_is_given_up(a: ScriptedControl, monk
     a.on(f"POST /v2/tasks/{TASK}/cancel", no_answer)
     async with LlorchClient(a.url) as client:
         assert await submit.cancel_quietly(client, TASK) is False
+        monkeypatch.undo()
         a.on(f"POST /v2/tasks/{TASK}/cancel", answer({}, 202))
         assert await submit.cancel_quietly(client, TASK) is True
     async with LlorchClient("http://127.0.0.1:1") as client:

@@ -50,7 +50,9 @@ async def test_what_llorch_adds_is_measured_in_time_and_nothing_is_left_behind(t
             assert step["per_token_ms"]["p50"] >= found["engine"]["token_every_ms"] - 1
         assert set(load["added"]) >= {"ttft_p50_ms", "ttft_p99_ms", "per_token_mean_ms", "e2e_p50_ms"}
         assert 0 < load["added"]["tokens_per_s_ratio"] < 2
-        assert load["added"]["ttft_p50_ms"] > 0  # two processes more are on the way
+        # Not that it is more than nothing: with 32 at once on two busy cores, it is not always.
+        ttft_ms = [load[side]["ttft_ms"]["p50"] for side in ("alone", "behind")]
+        assert load["added"]["ttft_p50_ms"] == pytest.approx(ttft_ms[1] - ttft_ms[0], abs=0.01)
     assert found["failed"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from aiohttp import web
 
@@ -32,6 +35,9 @@ from llorch.outlet import Outlet
 from llorch.web import PRINCIPAL, REQUEST_ID, Route, json_response, read_body
 
 MAX_LISTED_TASKS = 1_000
+MOST_ON_LOOP_BYTES = 1024 * 1024  # of a body; a parser takes some 5 to 70 ms for each MiB, in which no stream goes on
+
+_peeks = ThreadPoolExecutor(1, "llorch-peek")  # one at a time: more would only take the interpreter from the loop
 
 
 async def submit(request: web.Request) -> web.StreamResponse:
@@ -55,16 +61,27 @@ async def _submit(request: web.Request) -> web.StreamResponse:
 
 
 async def _native_task(request: web.Request) -> Task:
-    """The task of a request. Its body is the task's alone: no frame keeps it for as long as the answer takes."""
-    task = intake.native_task(
-        await read_body(request, most_bytes=request.app[CONTROL].max_body_bytes),
+    return await _peek(request, intake.native_task)
+
+
+async def _peek(request: web.Request, read: Callable[..., Task]) -> Task:
+    """The task that `read` makes of a request's body, on another thread where streams would wait for its parser.
+
+    The body is the task's alone: no frame keeps it for as long as the answer takes.
+    """
+    raw = await read_body(request, most_bytes=request.app[CONTROL].max_body_bytes)
+    read = partial(
+        read,
+        raw,
         request.headers,
         owner=request[PRINCIPAL].name,
         request_id=request[REQUEST_ID],
         task_id=new_task_id(),
         now=time.monotonic(),
     )
-    return _allowed(request, task)
+    if len(raw) <= MOST_ON_LOOP_BYTES:
+        return _allowed(request, read())
+    return _allowed(request, await asyncio.get_running_loop().run_in_executor(_peeks, read))
 
 
 def _allowed(request: web.Request, task: Task) -> Task:
@@ -87,16 +104,8 @@ async def openai(request: web.Request) -> web.StreamResponse:
 async def _openai(request: web.Request) -> web.StreamResponse:
     control = request.app[CONTROL]
     where = served(request.path)  # before a byte of the body is read
-    task = intake.openai_task(
-        where.path,
-        await read_body(request, most_bytes=control.max_body_bytes),
-        request.headers,
-        owner=request[PRINCIPAL].name,
-        request_id=request[REQUEST_ID],
-        task_id=new_task_id(),
-        now=time.monotonic(),
-    )
-    earlier = await control.replays.earlier(_allowed(request, task))
+    task = await _peek(request, partial(intake.openai_task, where.path))
+    earlier = await control.replays.earlier(task)
     return await _serve(request, task, OpenAiAnswer(Outlet.of(request), task, control.slow_reader_timeout_s), earlier)
 
 
@@ -273,12 +282,8 @@ async def task_placement(request: web.Request) -> web.StreamResponse:
 
 
 async def dry_run(request: web.Request) -> web.StreamResponse:
-    control = request.app[CONTROL]
-    raw = await read_body(request, most_bytes=control.max_body_bytes)
-    task = intake.native_task(
-        raw, request.headers, owner=request[PRINCIPAL].name, request_id="", task_id="", now=time.monotonic()
-    )
-    return json_response(control.dispatcher.explain(_allowed(request, task).wish).to_wire())
+    task = await _native_task(request)
+    return json_response(request.app[CONTROL].dispatcher.explain(task.wish).to_wire())
 
 
 # ---------------------------------------------------------------- following

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from llorch.control import answers, dispatch
+from llorch.control import answers, dispatch, intake
 from llorch.control.answers import MAX_HELD_BYTES
 from llorch.control.answers import Stream as ClientStream
+from llorch.control.routes_tasks import MOST_ON_LOOP_BYTES
 from llorch.errors import Code
 from llorch.records import Type
 from tests.component.control_harness import (
+    MODEL,
     TOKENS,
     Answered,
     Asking,
@@ -810,3 +814,39 @@ def test_only_a_whole_event_can_have_been_the_last_one() -> None:
     ):
         stream._last, stream.whole = pieces, not pieces[1].endswith(b"end\n")
         assert stream.last_block() == last
+
+
+# ---------------------------------------------------------------- large bodies
+
+
+@pytest.mark.parametrize(("form", "path"), [(native_json, "/v2/tasks"), (v1_json, "/v1/chat/completions")])
+async def test_nobody_waits_while_a_large_body_is_looked_at(
+    form: Callable[[ControlUnderTest], Asking], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at, go_on = threading.Event(), threading.Event()
+    decode = intake.decode_object
+
+    def slow(raw: bytes) -> dict[str, Any]:
+        if len(raw) > MOST_ON_LOOP_BYTES:
+            looked_at.set()
+            assert go_on.wait(5)  # on the loop's own thread, nobody would say so
+        return decode(raw)
+
+    monkeypatch.setattr(intake, "decode_object", slow)
+    text = "x" * MOST_ON_LOOP_BYTES
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=2))
+        said = {"prompt": text} if form is native_json else {"messages": [{"role": "user", "content": text}]}
+        raw = io.BytesIO(json.dumps({"model": MODEL, **said}).encode())
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        large = control.ask("POST", path, data=raw, headers=headers)
+        await eventually(looked_at.is_set, within_s=5, what="a look at the body")
+        small = form(control)
+        (await node.asked()).begin().end()
+        assert (await small.answer()).status == 200
+        assert not large.done
+        go_on.set()
+        attempt = (await node.asked()).begin()
+        attempt.end()
+        assert (await large.answer()).status == 200
+        await control.idle()

@@ -210,7 +210,8 @@ class Connection(web_protocol.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         finished = await super().finish_response(request, resp, start_time)
-        self._next_or_rest()
+        if finished[0].keep_alive:  # else nothing behind it is looked at: a task would begin, and be cut off at once
+            self._next_or_rest()
         return finished
 
     def _next_or_rest(self) -> None:

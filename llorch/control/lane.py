@@ -117,7 +117,7 @@ class _Ride:
         self._outlet = Outlet(connection, task.request_id)
         self._answer = OpenAiAnswer(self._outlet, task, control.slow_reader_timeout_s)
         self._audience: Audience | None = None
-        self._over = False
+        self._over = False  # its client has gone, or was sent away
 
     def begin(self) -> None:
         control, principal, task = self._control, self._principal, self._task
@@ -147,12 +147,14 @@ class _Ride:
 
     def lost(self) -> None:
         """The client has gone (http_connection.Ride)."""
-        if self._audience is not None:
+        if self._audience is not None and not self._over:
+            self._over = True
             self._audience.left()
 
     def cancel(self, _why: str) -> None:
         """Its credential is good no longer (sessions.Serving)."""
         self._connection.force_close()
+        self.lost()  # what waits for a client that does not read keeps the connection for a while yet
 
     # ---- its end
 

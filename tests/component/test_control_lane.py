@@ -9,23 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llorch import http_connection, listen
-from llorch.control import dispatch
+from llorch.auth import TokenRing
+from llorch.control import answers, dispatch
 from llorch.control.lane import MAX_BODY_BYTES, Lane
 from llorch.errors import Code
 from llorch.records import Type
+from llorch.web import Gate, make_app
 from tests.component.control_harness import (
     MODEL,
     TOKENS,
+    WINDOW,
     Attempt,
     ControlUnderTest,
     LinkedNode,
@@ -36,7 +42,9 @@ from tests.component.control_harness import (
     lost_soon,
     pool,
 )
-from tests.component.test_smuggling import CORPUS, PLAIN, Client, pieces_of
+from tests.component.test_control_audit import of
+from tests.component.test_control_stop import a_running_control, terminate
+from tests.component.test_smuggling import CORPUS, PLAIN, SMUGGLED, Client, Line, pieces_of
 
 CHAT = "/v1/chat/completions"
 ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
@@ -90,7 +98,9 @@ def read_answer(came: bytes, ended: bool) -> tuple[Got | None, bytes]:
     version, status = re.fullmatch(rb"HTTP/(1\.[01]) (\d{3}) .*", first).groups()  # type: ignore[union-attr]
     if status == b"100":
         return read_answer(rest, ended)
-    pairs = [(name.decode().lower(), text.strip().decode()) for name, _, text in (line.partition(b":") for line in lines)]
+    pairs = [
+        (name.decode().lower(), text.strip().decode()) for name, _, text in (line.partition(b":") for line in lines)
+    ]
     headers = dict(pairs)
     assert len(headers) == len(pairs), lines  # no field is there twice
     data, whole = b"", True
@@ -148,7 +158,9 @@ class Wire:
 
     async def next(self) -> Got:
         self._read += 1
-        await eventually(lambda: len(self.answers()) >= self._read, within_s=5, what=f"answer {self._read}: {self.came!r}")
+        await eventually(
+            lambda: len(self.answers()) >= self._read, within_s=5, what=f"answer {self._read}: {self.came!r}"
+        )
         return self.answers()[self._read - 1]
 
     async def has(self, piece: bytes) -> None:
@@ -159,8 +171,14 @@ class Wire:
 
 
 @contextlib.asynccontextmanager
-async def wire(control: ControlUnderTest) -> AsyncIterator[Wire]:
-    transport, client = await asyncio.get_running_loop().create_connection(Client, "127.0.0.1", control.port)
+async def wire(control: Any, *, room: int | None = None) -> AsyncIterator[Wire]:
+    """`room`: what the kernel keeps for a client that does not read, in bytes."""
+    loop, sock = asyncio.get_running_loop(), socket.socket()
+    sock.setblocking(False)
+    if room is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    await loop.sock_connect(sock, ("127.0.0.1", control.port))
+    transport, client = await loop.create_connection(Client, sock=sock)
     try:
         yield Wire(transport, client)
     finally:
@@ -173,6 +191,7 @@ class Switch:
 
     def __init__(self) -> None:
         self.on = True
+        self.connections: list[http_connection.Connection] = []  # of those that were taken
         self.taken: list[bytes] = []
         self.left: list[bytes] = []
 
@@ -183,6 +202,8 @@ def lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[Switch]:
 
     def through(self: Lane, connection: http_connection.Connection, request: bytes) -> http_connection.Ride | None:
         ride = call(self, connection, request) if switch.on else None
+        if ride is not None:
+            switch.connections.append(connection)
         (switch.left if ride is None else switch.taken).append(request)
         return ride
 
@@ -316,7 +337,7 @@ CASES = [
     Case("api-key", ask(body(), f"api-key: {TOKENS['alice']}", who=None), 200, True, whole),
     Case("x-api-key", ask(body(), f"X-Api-Key: {TOKENS['alice']}", who=None), 200, True, whole),
     Case("a wrong one beside a good one", ask(body(), "api-key: 0123456789012345678901234567890123"), 200, True, whole),
-    Case("bearer in small letters", ask(body(), f"authorization: bearer {TOKENS['alice']}", who=None), 200, True, whole),
+    Case("small letters", ask(body(), f"authorization: bearer {TOKENS['alice']}", who=None), 200, True, whole),
     Case("a token without the scope", ask(who="node"), 403),
     Case("an administrator's", ask(who="admin"), 200, True, whole),
     # ---- what is asked
@@ -329,7 +350,7 @@ CASES = [
     Case("a key twice", ask(b'{"model": "m", "model": "n"}'), 400),
     Case("a stream that is no boolean", ask(body(stream="yes")), 400),
     Case("no body", ask(b""), 400),
-    Case("no length", ask(length=False), 400, kept=False),  # what was its body is no request
+    Case("no length", ask(length=False), 400),  # what was its body is no request, and is told so
     Case("too large a body", ask(body(x="x" * 5_000)), 413, more={"max_body": 4_096}),
     Case("as large a body as may be", ask(body().ljust(4_096)), 200, True, whole, more={"max_body": 4_096}),
     Case("a byte more", ask(body().ljust(4_097)), 413, more={"max_body": 4_096}),
@@ -375,7 +396,10 @@ CASES = [
     Case("keep-alive", ask(body(), "Connection: keep-alive"), 200, True, whole),
     Case("Keep-Alive", ask(body(), "connection:Keep-Alive"), 200, True, whole),
     Case("a list with close", ask(body(), "Connection: keep-alive, close"), 200, False, whole, kept=False),
-    Case("close in a second line", ask(body(), "Connection: keep-alive", "Connection: close"), 200, False, whole, kept=False),
+    Case(
+        "close in a second line", ask(body(), "Connection: keep-alive", "Connection: close"), 200, False, whole,
+        kept=False,
+    ),
     Case("an upgrade", ask(body(), "Connection: Upgrade", "Upgrade: h2c"), 200, False, whole),
     Case("a stream, and close", ask(STREAM, "Connection: close"), 200, False, streamed, kept=False),
     Case("HTTP/1.0", ask(version="1.0"), 200, False, whole, kept=False),
@@ -464,3 +488,522 @@ async def test_a_client_is_told_the_same_with_the_lane_and_without_it(
     assert short[4] is not case.cut
     assert short[5] == 1 + case.kept
     assert took is case.takes
+
+
+async def test_a_token_for_some_models_is_for_no_other_either_way(lane: Switch) -> None:
+    async with a_control() as control:
+        status, made = await control.post("/v2/tokens", {"models": ["other"]}, who="admin")
+        assert status == 201
+        sent, answers = ask(body(), f"api-key: {made['token']}", who=None), []
+        for lane.on in (True, False):
+            async with wire(control) as client:
+                client.write(sent)
+                answers.append(told(await client.next()))
+        assert answers[0] == answers[1]
+        assert answers[0][1] == 403
+        assert lane.taken == []
+
+
+RECORDED = (
+    "event", "principal", "fingerprint", "peer", "request_id", "scope", "task_id", "decision", "path", "model",
+    "detach",
+)  # fmt: skip
+
+
+async def test_log_audit_and_metrics_say_the_same_of_it(
+    lane: Switch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[tuple[object, ...]] = []
+    for lane.on in (True, False):
+        caplog.clear()
+        folder = tmp_path / str(lane.on)
+        with caplog.at_level(logging.INFO):
+            async with a_control(data_dir=str(folder)) as control, wire(control) as client:
+                node = await control.join("a")
+                client.write(ask(body(), "X-Request-Id: mine") + ask(STREAM))
+                for play in (whole, streamed):
+                    await play(node, await node.asked())
+                    await client.next()
+                await control.idle()
+                assert await control.metric("llorch_tasks_total", outcome="done") == 2
+                assert await control.metric("llorch_inflight", model=MODEL) == 0
+                text = (await control.ask("GET", "/metrics").answer()).text
+                counts = [
+                    line for line in text.splitlines() if re.match(r"llorch_(tasks|placements|tokens|errors)", line)
+                ]
+                counts += [line for line in text.splitlines() if re.match(r"llorch_(ttft|task|routing)\w*_count", line)]
+        lines = [alike(record.getMessage()) for record in caplog.records if "task." in record.getMessage()]
+        records = of(folder, "task.accepted")
+        told_of = [{name: alike(str(record.get(name))) for name in RECORDED} for record in records]
+        said.append((lines, told_of, counts))
+        assert records[0]["request_id"] == "mine"
+        assert records[0]["principal"] == "alice"
+        assert records[0]["peer"] == "127.0.0.1"
+        assert len(records) == 2
+    assert said[0] == said[1]
+    assert len(said[0][0]) == 2  # task.ended, twice
+
+
+# ---------------------------------------------------------------- nothing is smuggled, and all in order
+
+
+async def answers_all(node: LinkedNode) -> None:
+    """A node that answers each task with its request id."""
+    while True:
+        attempt = await node.asked()
+        answer = json.dumps({"of": attempt.header["headers"]["x-request-id"]}).encode()
+        attempt.accept().head("application/json", content_length=str(len(answer))).data(answer).tail()
+
+
+@contextlib.asynccontextmanager
+async def answering(**more: Any) -> AsyncIterator[tuple[ControlUnderTest, LinkedNode]]:
+    async with a_control(**more) as control:
+        node = await control.join("a", pool(slots=16))
+        playing = asyncio.create_task(answers_all(node))
+        try:
+            yield control, node
+        finally:
+            playing.cancel()
+            await asyncio.wait((playing,))
+
+
+async def exchange(control: ControlUnderTest, sent: bytes, step: int = 1 << 20) -> list[Got]:
+    """All answers to what is sent, in pieces; the connection ends by itself."""
+    async with wire(control) as client:
+        for at in range(0, len(sent), step):
+            client.write(sent[at : at + step])
+            await asyncio.sleep(0)
+        await client.end()
+        answers = client.answers()
+        assert len(re.findall(rb"HTTP/1\.[01] \d{3} ", client.came)) == len(answers)
+        return answers
+
+
+def raw_of(line: Line) -> bytes:
+    """A line of the corpus, with tasks in place of what reads a body and of what is smuggled."""
+    raw = b"".join(pieces_of(line.sent, 1 << 20)).replace(SMUGGLED.encode(), ask())
+    to_a_task = rb"\1" + CHAT.encode() + rb"\2Authorization: Bearer " + TOKENS["alice"].encode() + rb"\r\n"
+    return re.sub(rb"(POST )/read( HTTP/1\.[01]\r\nHost: x\r\n)", to_a_task, raw)
+
+
+async def test_what_can_be_read_in_two_ways_starts_no_task_whatever_is_hidden_in_it(lane: Switch) -> None:
+    async with answering() as (control, node):
+        for line in CORPUS:
+            for sent in (raw_of(line), raw_of(line) + ask()):
+                answers = await exchange(control, sent)
+                assert [got.status for got in answers] == list(line.statuses), line.name
+        assert node.opened == []
+        assert lane.taken == []
+
+
+async def test_what_can_be_read_in_two_ways_behind_a_task_is_refused_after_its_answer(lane: Switch) -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=16))
+        for number, line in enumerate(CORPUS):
+            async with wire(control) as client:
+                client.write(ask(body(), f"X-Request-Id: r{number}"))
+                attempt = await node.asked()
+                client.write(raw_of(line) + ask())
+                await node.settled()
+                assert client.came == b""
+                await whole(node, attempt)
+                await client.end()
+                answers = client.answers()
+                assert [got.status for got in answers] == [200, *line.statuses], line.name
+                assert answers[0].headers["x-request-id"] == f"r{number}"
+                assert answers[0].whole
+        assert len(node.opened) == len(CORPUS) == len(lane.taken)
+
+
+async def test_what_can_be_read_in_two_ways_in_one_piece_with_tasks_ends_them_where_it_begins(lane: Switch) -> None:
+    async with answering() as (control, node):
+        for line in CORPUS:
+            answers = await exchange(control, ask() + ask() + raw_of(line) + ask())
+            assert [got.status for got in answers] == [200, 200, *line.statuses], line.name
+        assert len(node.opened) == 2 * len(CORPUS)
+
+
+@pytest.mark.parametrize("step", [1 << 20, 50])
+async def test_what_has_one_reading_is_as_many_tasks_as_it_asks_for(lane: Switch, step: int) -> None:
+    async with answering() as (control, node):
+        for line in PLAIN:
+            sent = raw_of(line).replace(b"/open", b"/livez")
+            sent = sent.replace(b"Content-Length: 35", b"Content-Length: %d" % len(ask()))
+            before, ends = len(node.opened), line.name in ("HTTP/1.0", "close")
+            answers = await exchange(control, sent + LAST, step)
+            first = 400 if "POST /read" in line.sent else line.statuses[0]
+            expected = [first, *line.statuses[1:], *([] if ends else [200])]
+            assert [got.status for got in answers] == expected, line.name
+            tasks = [got for got in answers if "x-llorch-task" in got.headers]
+            assert len(node.opened) - before == len(tasks), line.name
+            assert all(got.whole for got in answers)
+
+
+TASKS, OTHER = ("task",), ("other",)
+TURNS = [
+    TASKS * 2, TASKS + OTHER, OTHER + TASKS, TASKS * 4, OTHER + TASKS + OTHER + TASKS, TASKS * 2 + OTHER * 2 + TASKS,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turns", TURNS, ids="-".join)
+async def test_answers_come_in_the_order_of_their_requests_however_those_arrive(
+    turns: tuple[str, ...], lane: Switch
+) -> None:
+    requests = []
+    for number, turn in enumerate(turns):
+        name = f"X-Request-Id: r{number}"
+        requests.append(
+            ask(body(), name) if turn == "task" else f"GET /livez HTTP/1.1\r\nHost: x\r\n{name}\r\n\r\n".encode()
+        )
+    sent = b"".join(requests)
+    async with answering() as (control, node):
+        for step in (1 << 20, len(requests[0]), len(requests[0]) - 1, len(requests[0]) + 1, len(sent) // 2, 97, 1):
+            answers = await exchange(control, sent + LAST, step)
+            assert [got.status for got in answers] == [200] * (len(turns) + 1)
+            for number, (turn, got) in enumerate(zip(turns, answers, strict=False)):
+                assert got.headers["x-request-id"] == f"r{number}"
+                assert got.json == {"of": f"r{number}"} if turn == "task" else got.json["role"] == "control"
+        assert len(node.opened) == 7 * turns.count("task")
+
+
+async def test_many_large_requests_behind_a_task_wait_and_are_all_answered(lane: Switch) -> None:
+    async with a_control() as control, wire(control) as client:
+        node = await control.join("a")
+        client.write(ask(body(), "X-Request-Id: r0"))
+        attempt = await node.asked()
+        for number in range(1, 9):
+            client.write(ask(body(x="x" * 60_000), f"X-Request-Id: r{number}"))
+        (connection,) = lane.connections
+        await eventually(lambda: connection._buffer_paused, what="the reader paused")
+        assert connection._framer.held_bytes < 400_000
+        await whole(node, attempt)
+        for number in range(9):
+            got = await client.next()
+            assert (got.status, got.headers["x-request-id"]) == (200, f"r{number}")
+            if number < 8:
+                await whole(node, await node.asked())
+
+
+async def test_nothing_behind_a_last_request_is_begun(lane: Switch) -> None:
+    async with answering() as (control, node):
+        for last in (LAST, b"GET /livez HTTP/1.0\r\n\r\n", ask(body(), "Connection: close")):
+            before = len(node.opened)
+            answers = await exchange(control, last + ask())
+            assert [got.status for got in answers] == [200]
+            assert len(node.opened) - before == last.count(b"POST")
+        await control.idle()
+
+
+# ---------------------------------------------------------------- how it ends
+
+
+def nothing_is_left(control: ControlUnderTest) -> None:
+    inside = control.control
+    assert inside.quotas._streams == {}
+    assert {principal.name for principal in inside.access.sessions._running} <= {"default"}  # the node's link
+    assert inside.dispatcher._audiences == {}
+    assert inside.dispatcher.tasks.running == 0
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the first byte", "in the midst"])
+async def test_a_client_that_leaves_ends_its_task(lane: Switch, begun: bool) -> None:
+    async with a_control() as control:
+        node = await control.join("a", pool(slots=1))
+        async with wire(control) as client:
+            client.write(ask(STREAM))
+            attempt = (await node.asked()).accept()
+            if begun:
+                attempt.head().data(b"data: 1\n\n")
+                await client.has(b"data: 1")
+            client.transport.abort()
+        await eventually(lambda: attempt.detached == "left", what="the node told")
+        await control.idle()
+        nothing_is_left(control)
+        assert await control.metric("llorch_inflight", model=MODEL) == 0
+        assert await control.metric("llorch_tasks_total", outcome="canceled") == 1
+        assert lane.taken
+        again = control.chat(stream=False)  # the slot is free
+        await whole(node, await node.asked())
+        assert (await again.answer()).status == 200
+
+
+async def test_a_client_that_leaves_while_it_waits_leaves_the_queue(lane: Switch) -> None:
+    async with a_control() as control:
+        await control.join("a", pool(slots=1))
+        control.chat()
+        await eventually(lambda: control.control.dispatcher.tasks.running == 1)
+        async with wire(control) as client:
+            client.write(ask())
+            await control.waiting(1)
+        await control.waiting(0)
+
+
+@pytest.mark.parametrize("stalled", [False, True], ids=["that is read", "that is not read"])
+async def test_a_credential_that_is_revoked_ends_an_answer(lane: Switch, stalled: bool) -> None:
+    async with a_control() as control:
+        node = await control.join("a")
+        _, made = await control.post("/v2/tokens", {"name": "ci"}, who="admin")
+        async with wire(control, room=4_096) as client:
+            client.write(ask(STREAM, f"api-key: {made['token']}", who=None))
+            attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
+            await client.has(b"data: 1")
+            if stalled:
+                client.transport.pause_reading()
+                (connection,) = lane.connections
+                await fill(attempt, is_stalled(attempt, connection))
+            other = control.chat()
+            another = (await node.asked()).accept().head().data(b"data: 1\n\n")
+            await other.has(b"data: 1")
+            assert (await control.ask("DELETE", f"/v2/tokens/{made['id']}", who="admin").answer()).status == 200
+            await eventually(lambda: attempt.detached is not None, within_s=5, what="the node told")
+            client.transport.resume_reading()
+            await client.end()
+            (got,) = client.answers()
+            assert (got.status, got.whole) == (200, False)
+            another.data(b"data: [DONE]\n\n").tail()
+            assert not (await other.answer()).cut
+        assert lane.taken
+        await control.idle()
+        nothing_is_left(control)
+
+
+def is_stalled(attempt: Attempt, connection: http_connection.Connection) -> Callable[[], bool]:
+    """Whether nothing moves: all credit is used up, and one wait for the client outlasts many turns of the loop."""
+    waited: list[object] = []
+
+    def look() -> bool:
+        waiter, used = connection._drain_waiter, len(attempt.log) - attempt.granted
+        waited[:] = [*(each for each in waited if each is waiter), waiter] if used > WINDOW - 2_000 else []
+        return waiter is not None and len(waited) > 50
+
+    return look
+
+
+async def fill(attempt: Attempt, full: Callable[[], bool]) -> None:
+    """Send what there is credit for, until nothing is taken any more."""
+    until = time.monotonic() + 10
+    while not full():
+        assert time.monotonic() < until, (len(attempt.log), attempt.granted)
+        room = WINDOW - (len(attempt.log) - attempt.granted)
+        for _ in range(room // 2_000):
+            attempt.data(b"data: " + b"x" * 1_992 + b"\n\n")
+        await asyncio.sleep(0.001)
+
+
+async def test_a_client_that_stalls_is_dropped_and_costs_little_until_then(lane: Switch) -> None:
+    most = 0
+    async with a_control(slow_reader_timeout=0.3) as control:
+        node = await control.join("a")
+        async with wire(control, room=4_096) as client:
+            client.write(ask(STREAM))
+            attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
+            await client.has(b"data: 1")
+            client.transport.pause_reading()
+            (connection,) = lane.connections
+
+            def dropped() -> bool:
+                nonlocal most
+                if connection.transport is not None:
+                    most = max(most, connection.transport.get_write_buffer_size())
+                return attempt.detached is not None
+
+            await fill(attempt, dropped)
+            assert attempt.detached == "slow"
+        assert 0 < most <= 16 * 1024 + 20_000
+        await control.idle()
+        nothing_is_left(control)
+
+
+async def test_what_goes_wrong_in_the_lane_itself_ends_the_connection_and_is_logged(
+    lane: Switch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("what a library quotes")
+
+    async with a_control() as control, wire(control) as client:
+        node = await control.join("a")
+        monkeypatch.setattr(answers.OpenAiAnswer, "ended", broken)
+        client.write(ask())
+        await whole(node, await node.asked())
+        await client.end()
+        (got,) = client.answers()
+        assert not got.whole or "content-length" in got.headers
+        assert "request.failed" in caplog.text
+        await control.idle()
+        nothing_is_left(control)
+
+
+async def test_a_stopping_control_lets_an_answer_end_and_waits_for_it(
+    lane: Switch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with a_running_control(monkeypatch, tmp_path, shutdown_grace=10.0) as control, wire(control) as client:
+        node = await control.join("a")
+        client.write(ask(STREAM))
+        attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
+        await client.has(b"data: 1")
+        terminate()
+        await eventually(lambda: control.control.stopping.is_set())
+        async with wire(control) as late:
+            late.write(ask())
+            assert (await late.next()).status == 503
+        attempt.data(b"data: 2\n\n").data(b"data: [DONE]\n\n").tail()
+        await client.end()
+        (got,) = client.answers()
+        assert (got.whole, got.body) == (True, b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n")
+
+
+async def test_after_the_grace_an_answer_gets_its_end(
+    lane: Switch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with a_running_control(monkeypatch, tmp_path, shutdown_grace=0.1) as control, wire(control) as client:
+        node = await control.join("a")
+        client.write(ask(STREAM))
+        attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
+        await client.has(b"data: 1")
+        terminate()
+        await client.end()
+        (got,) = client.answers()
+        assert (got.whole, got.body.count(b'"DRAINING"')) == (True, 1)
+        assert attempt.detached == "shutdown"
+
+
+# ---------------------------------------------------------------- the connection itself
+
+
+class Held:
+    """A lane that takes all, and answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.connections: list[http_connection.Connection] = []
+        self.left = 0
+
+    def __call__(self, connection: http_connection.Connection, request: bytes) -> http_connection.Ride:
+        self.connections.append(connection)
+        return self
+
+    def lost(self) -> None:
+        self.left += 1
+
+    def answer(self, *, keep: bool = True) -> None:
+        connection = self.connections.pop(0)
+        assert connection.transport is not None
+        connection.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+        connection.answered(keep=keep)
+
+
+@contextlib.asynccontextmanager
+async def a_listener(held: Held, **more: Any) -> AsyncIterator[Any]:
+    server = await listen.serve(
+        make_app([], Gate(TokenRing), max_body_bytes=1_000),
+        "127.0.0.1",
+        0,
+        lane=held,
+        **{"shutdown_timeout_s": 5.0, **more},
+    )
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+async def test_an_idle_connection_is_closed_in_time_and_one_that_serves_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = 0
+    look = http_connection.Connection._process_keepalive
+
+    def looking(self: http_connection.Connection) -> None:
+        nonlocal looked
+        looked += 1
+        look(self)
+
+    monkeypatch.setattr(http_connection, "KEEPALIVE_S", 0.03)
+    monkeypatch.setitem(http_connection.CONNECTION, "keepalive_timeout", 0.03)
+    monkeypatch.setattr(http_connection.Connection, "_process_keepalive", looking)
+    held = Held()
+    async with a_listener(held) as server, wire(server) as client:
+        client.write(LAST)
+        await eventually(lambda: held.connections)
+        held.answer()
+        client.write(LAST)
+        await eventually(lambda: held.connections)
+        before = looked
+        await eventually(lambda: looked >= before + 2, what="two looks at a connection that serves")
+        assert not client.ended
+        held.answer()
+        assert (await client.next()).whole
+        assert (await client.next()).whole
+        await client.end()
+    assert held.left == 0
+
+
+async def test_a_connection_counts_as_busy_while_it_is_served_and_as_idle_after() -> None:
+    held = Held()
+    async with a_listener(held) as server:
+        doors = server.doors
+        async with wire(server) as client:
+            await eventually(lambda: doors.clients == 1)
+            assert (len(doors._silent), len(doors._idle)) == (1, 0)
+            client.write(LAST)
+            await eventually(lambda: held.connections)
+            assert (len(doors._silent), len(doors._idle)) == (0, 0)
+            held.answer()
+            assert (len(doors._idle), doors.clients) == (1, 1)
+            client.write(LAST)
+            await eventually(lambda: held.connections)
+            assert len(doors._idle) == 0
+        await eventually(lambda: doors.clients == 0)
+        assert (len(doors._silent), len(doors._idle)) == (0, 0)
+
+
+async def test_one_that_leaves_is_told_of_once_and_one_that_was_answered_never() -> None:
+    held = Held()
+    async with a_listener(held) as server:
+        async with wire(server) as client:
+            client.write(LAST)
+            await eventually(lambda: held.connections)
+        await eventually(lambda: server.doors.clients == 0)
+        assert held.left == 1
+        async with wire(server) as client:
+            client.write(LAST)
+            await eventually(lambda: len(held.connections) == 2)
+            del held.connections[0]
+            held.answer()
+        await eventually(lambda: server.doors.clients == 0)
+        assert held.left == 1
+
+
+async def test_an_answer_after_which_nothing_is_kept_ends_the_connection() -> None:
+    held = Held()
+    async with a_listener(held) as server, wire(server) as client:
+        client.write(LAST)
+        await eventually(lambda: held.connections)
+        client.write(LAST)
+        held.answer(keep=False)
+        await client.end()
+        assert len(client.answers()) == 1
+        assert held.connections == []
+
+
+async def test_a_listener_that_closes_waits_for_what_is_served_beside_aiohttp() -> None:
+    held = Held()
+    async with a_listener(held) as server, wire(server) as client:
+        client.write(LAST)
+        await eventually(lambda: held.connections)
+        closing = asyncio.create_task(server.close())
+        (connection,) = held.connections
+        await eventually(lambda: connection._free is not None, what="the listener waits")
+        assert not closing.done()
+        held.answer()
+        await client.end()
+        await asyncio.wait_for(closing, 2)
+        assert client.answers()[0].whole
+        assert held.left == 0
+
+
+async def test_a_listener_that_closes_waits_no_longer_than_it_may() -> None:
+    held = Held()
+    async with a_listener(held, shutdown_timeout_s=0.05) as server, wire(server) as client:
+        client.write(LAST)
+        await eventually(lambda: held.connections)
+        await asyncio.wait_for(server.close(), 2)
+        await client.end()
+        assert (client.came, held.left) == (b"", 1)

@@ -134,7 +134,7 @@ class Pieces(io.StringIO):
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
-    """What a role writes to stderr, of which pytest hears nothing: with a handler of its own a line is made otherwise."""
+    """What a role writes to stderr, of which pytest hears nothing: beside its handler a line is made otherwise."""
     stderr, root, ours = Pieces(), logging.RootLogger(logging.WARNING), logging.getLogger("llorch")
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(logs, "_ROOT", root)

@@ -182,19 +182,19 @@ def test_to_one_that_is_behind_nothing_is_written_now() -> None:
     assert transport.sent == before
 
 
-def test_to_one_that_has_gone_nothing_is_written_and_who_writes_is_told() -> None:
-    for closing in (True, False):
-        outlet, transport, protocol = an_outlet()
-        outlet.begin(200, {})
-        transport.closing, before = closing, transport.sent
-        if not closing:
-            protocol.transport = None
-        assert not outlet.write_now(b"one")
-        for write in (lambda: outlet.write(b"one"), outlet.finish, lambda: outlet.begin(200, {})):
-            with pytest.raises(ConnectionResetError):
-                write()
-        assert transport.sent == before
-        assert outlet.behind is not closing
+@pytest.mark.parametrize("closing", [True, False], ids=["it goes", "it has gone"])
+def test_to_one_that_has_gone_nothing_is_written_and_who_writes_is_told(closing: bool) -> None:
+    outlet, transport, protocol = an_outlet()
+    outlet.begin(200, {})
+    transport.closing, before = closing, transport.sent
+    if not closing:
+        protocol.transport = None
+    assert not outlet.write_now(b"one")
+    for write in (lambda: outlet.write(b"one"), outlet.finish, lambda: outlet.begin(200, {})):
+        with pytest.raises(ConnectionResetError):
+            write()
+    assert transport.sent == before
+    assert outlet.behind is not closing
 
 
 def test_the_send_buffer_is_bounded_once_for_each_connection() -> None:

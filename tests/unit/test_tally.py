@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
@@ -25,6 +25,7 @@ def shown(fill: Callable[[CollectorRegistry], object]) -> list[str]:
     return [line for line in lines if "_created" not in line]  # when, of which no tally knows
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(LABELS, COUNTS), max_size=12))
 def test_a_counter_is_as_the_librarys(steps: list[tuple[tuple[str, str], float]]) -> None:
     def ours(registry: CollectorRegistry) -> None:
@@ -40,6 +41,7 @@ def test_a_counter_is_as_the_librarys(steps: list[tuple[tuple[str, str], float]]
     assert shown(ours) == shown(theirs)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(LABELS, NUMBERS, st.booleans()), max_size=12))
 def test_a_gauge_is_as_the_librarys(steps: list[tuple[tuple[str, str], float, bool]]) -> None:
     def ours(registry: CollectorRegistry) -> None:
@@ -69,6 +71,7 @@ def as_the_librarys(bounds: list[float], steps: list[tuple[tuple[str, str], floa
     assert shown(ours) == shown(theirs)
 
 
+@settings(max_examples=40)
 @given(BOUNDS, st.lists(st.tuples(LABELS, NUMBERS), max_size=12))
 def test_a_histogram_is_as_the_librarys(bounds: list[float], steps: list[tuple[tuple[str, str], float]]) -> None:
     as_the_librarys(bounds, [*steps, *((("at", "a"), bound) for bound in bounds)])

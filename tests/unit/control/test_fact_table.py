@@ -174,7 +174,7 @@ class Facts(RuleBasedStateMachine):
             assert len(heap) <= 2 * len(table._of_model.get(model, ())) + SPARE + 1  # type: ignore[union-attr]
 
 
-Facts.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+Facts.TestCase.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 TestFacts = Facts.TestCase
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llorch.control.audience import Audience
@@ -192,6 +192,7 @@ STEPS = st.lists(
 )
 
 
+@settings(max_examples=60)
 @given(STEPS, st.booleans())
 def test_the_order_of_bytes_is_that_of_the_log_whatever_passes_directly_and_whatever_waits(
     steps: list[tuple[str, int]], begins_behind: bool

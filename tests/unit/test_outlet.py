@@ -72,12 +72,12 @@ def test_an_answer_of_unknown_length_is_chunked() -> None:
     outlet, transport, _ = an_outlet()
     outlet.begin(200, {"Content-Type": "text/plain"})
     outlet.write(b"x" * 26)
-    assert outlet.write_now(b"two")
+    assert outlet.write_now(b"y" * 17)
     done = outlet.finish()
     first, fields, body = head_and_body(transport.sent)
     assert first == "HTTP/1.1 200 OK"
     assert fields == {"Content-Type": "text/plain", **IDS, "Transfer-Encoding": "chunked"}
-    assert body == b"1a\r\n" + b"x" * 26 + b"\r\n3\r\ntwo\r\n0\r\n\r\n"
+    assert body == b"1a\r\n" + b"x" * 26 + b"\r\n11\r\n" + b"y" * 17 + b"\r\n0\r\n\r\n"
     assert done.keep_alive is True
     assert done.status == 200
 

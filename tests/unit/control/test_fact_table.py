@@ -215,3 +215,14 @@ def test_of_a_full_pool_nothing_is_picked_until_a_slot_is_free() -> None:
     assert registry.best("m", 0.0) == ("a", "p0")
     registry.claim("a", "p0", "u", 1, "m")
     assert registry.best("m", 0.0) is None
+
+
+def test_facts_that_grew_old_are_looked_at_once_and_then_no_sooner_than_the_next_grow_old() -> None:
+    registry = registry_of("a", "b")
+    registry.best("m", 0.0)
+    table = registry._table
+    assert table is not None
+    assert 0.0 < table._until < 60.0
+    old = table._until
+    assert registry.best("m", old) is None  # both have missed their beats
+    assert table._until > old

@@ -262,3 +262,29 @@ def test_a_client_that_keeps_up_gets_each_piece_directly_and_no_task_is_woken() 
         await relaying
 
     asyncio.run(main())
+
+
+def test_bytes_pass_directly_again_once_a_lost_connection_is_made_again() -> None:
+    async def main() -> None:
+        node, client = Node(), Behind()
+        readers = LogReaders(cast(Registry, node), node, ControlMetrics())
+        task = Task.read_again("t", owner="o", request_id="r", now=0.0)
+        node.feed.put(Head())
+        reader = LogReader(readers, "a", "t", 1, node.feed, node.said())
+        await reader.next(None)
+        relay, audience = SimpleNamespace(_clock=time.monotonic), Audience(task, client, back=lambda: None)
+        relaying = asyncio.ensure_future(Dispatcher._relay(cast(Dispatcher, relay), task, reader, audience))
+        await asyncio.sleep(0)
+        node.writes(b"one")
+        node.feed.put(Lost("it broke"))
+        before = node.feed
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert node.feed is not before
+        node.writes(b"two")
+        assert client.came == [b"one", b"two"]  # before any turn of the loop
+        assert client.direct_bytes == 6
+        node.feed.put(Tail(length=6))
+        await relaying
+
+    asyncio.run(main())

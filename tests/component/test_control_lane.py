@@ -876,9 +876,12 @@ class Held:
     def __init__(self) -> None:
         self.connections: list[http_connection.Connection] = []
         self.left = 0
+        self.at_once = False
 
     def __call__(self, connection: http_connection.Connection, request: bytes) -> http_connection.Ride:
         self.connections.append(connection)
+        if self.at_once:
+            self.answer()
         return self
 
     def lost(self) -> None:
@@ -969,6 +972,21 @@ async def test_one_that_leaves_is_told_of_once_and_one_that_was_answered_never()
             held.answer()
         await eventually(lambda: server.doors.clients == 0)
         assert held.left == 1
+
+
+async def test_one_that_is_answered_at_once_is_served_no_longer() -> None:
+    held = Held()
+    held.at_once = True
+    async with a_listener(held) as server:
+        async with wire(server) as client:
+            client.write(LAST)
+            assert (await client.next()).whole
+            assert len(server.doors._idle) == 1
+            client.write(LAST)
+            assert (await client.next()).whole
+            await asyncio.wait_for(server.close(), 2)  # there is nothing to wait for
+            await client.end()
+        assert held.left == 0
 
 
 async def test_an_answer_after_which_nothing_is_kept_ends_the_connection() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llorch import logs
@@ -283,6 +283,10 @@ VALUES = st.one_of(
 FIELDS = st.dictionaries(st.sampled_from(["task_id", "why", "n2", "Key", "a_b"]), VALUES, max_size=4)
 
 
+@example({"why": "llt1_0123456789abcd"})
+@example({"why": "x" * 501})
+@example({"why": 0.1 + 0.2})
+@example({"why": "a b=c", "n2": "d"})
 @given(FIELDS)
 def test_a_line_is_the_same_text_made_at_once_or_value_by_value(fields: dict[str, object]) -> None:
     words = [f"{name}={render_value(value)}" for name, value in fields.items() if value is not None]

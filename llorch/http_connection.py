@@ -60,6 +60,7 @@ class Connection(web_protocol.RequestHandler):
         "_lane",
         "_pace",
         "_place",
+        "_refused",
         "_ride",
         "bounded",
         "head_since",
@@ -83,6 +84,7 @@ class Connection(web_protocol.RequestHandler):
         self._ride: Ride | None = None
         self._free: asyncio.Future[None] | None = None  # for who waits until the ride is over
         self.bounded = False  # what may wait in its send buffer was bounded, for streams
+        self._refused = False  # what came is no request, and will be answered as such; nothing after it is looked at
         self._answered = False  # the request that is under way; its body may still be coming
         self.head_since: float | None = None  # when the head that is awaited began; None while none is
 
@@ -104,7 +106,7 @@ class Connection(web_protocol.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._force_close or self._close:
+        if self._force_close or self._close or self._refused:
             return
         if not data:  # aiohttp goes on with a parser that it had paused
             super().data_received(data)
@@ -210,7 +212,8 @@ class Connection(web_protocol.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         finished = await super().finish_response(request, resp, start_time)
-        self._next_or_rest()
+        if finished[0].keep_alive:  # else nothing behind it is looked at: a task would begin, and be cut off at once
+            self._next_or_rest()
         return finished
 
     def _next_or_rest(self) -> None:
@@ -226,20 +229,21 @@ class Connection(web_protocol.RequestHandler):
     # ---- what is no request
 
     def _refuse(self, fault: Malformed) -> None:
+        self._refused = True  # `_close` would end the connection before this is answered, behind an answer just given
         if not self._framer.between:
             self._break_body()
         else:
             self._messages.append((web_protocol._ErrInfo(fault.status, fault, fault.why), EMPTY_PAYLOAD))
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
-        self._close = True  # once what is under way is answered
 
     def _break_body(self) -> None:
-        """Whoever reads the body is told; where nobody does, the connection ends."""
+        """Whoever reads the body is told, and the connection ends behind the answer; where nobody does, at once."""
         if self._messages:
             self._messages[-1][1].set_exception(web_protocol.RequestPayloadError())
         elif self._current_request is not None:
             self._current_request.content.set_exception(web_protocol.RequestPayloadError())
+            self._close = True
         else:
             self.force_close()
 

@@ -109,6 +109,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
         super().__init__(sys.stderr)
         self.setFormatter(_Formatter())
         self._held: list[str] = []
+        self._leaving: asyncio.AbstractEventLoop | None = None  # at the end of whose turn they do
         self._second = 0
         self._stamp = ""
 
@@ -121,8 +122,9 @@ class _Stderr(logging.StreamHandler[TextIO]):
         loop = asyncio._get_running_loop()
         with self.lock or _NOTHING:
             self._held.append(text)
-            if len(self._held) > 1:
+            if loop is not None and loop is self._leaving:
                 return
+            self._leaving = loop
         if loop is None:
             self.flush()
         else:
@@ -138,7 +140,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
             super().flush()
 
     def _write_held(self) -> None:
-        held, self._held = self._held, []
+        held, self._held, self._leaving = self._held, [], None
         if held:
             try:
                 self.stream.write("".join(held))

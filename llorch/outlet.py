@@ -155,6 +155,8 @@ class Outlet:
     async def drained(self) -> None:
         """Returns once the client has caught up. Raises ConnectionResetError if it has gone."""
         await self._connection._drain_helper()
+        if self._connection.transport is None:  # one that went in good order only wakes who waits
+            raise ConnectionResetError("the client has gone")
 
     def whole(self, response: web.Response) -> None:
         """A whole answer that was made as aiohttp sends it."""

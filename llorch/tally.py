@@ -13,6 +13,7 @@ from itertools import accumulate
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 
 class Counts:
@@ -60,7 +61,7 @@ class Spread:
 
     def family(self) -> Metric:
         family = HistogramMetricFamily(self.name, self._doc, labels=self._labels)
-        names = [*map(str, self._bounds), "+Inf"]
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
         for labels, (counts, total) in self._of.items():
             family.add_metric(labels, list(zip(names, accumulate(counts), strict=True)), total[0])
         return family

@@ -31,7 +31,7 @@ from llorch.logs import Log
 from llorch.messages import Tail
 from llorch.openai_paths import SERVED
 from llorch.outlet import Outlet
-from llorch.web import Gate, sane_id
+from llorch.web import Gate, error_response, sane_id
 
 MAX_BODY_BYTES = 256 * 1024  # beyond this, who looks at a body has others wait for it
 
@@ -52,6 +52,7 @@ class Lane:
     def __init__(self, control: Control, gate: Gate) -> None:
         self._control = control
         self._gate = gate
+        self._most_bytes = min(MAX_BODY_BYTES, control.max_body_bytes)
 
     def __call__(self, connection: Connection, request: bytes) -> Ride | None:
         first = _FIRST.match(request)
@@ -59,7 +60,7 @@ class Lane:
             return None
         path = first[1].decode()
         head_end = request.find(b"\r\n\r\n")
-        if path not in SERVED or len(request) - head_end > MAX_BODY_BYTES:
+        if path not in SERVED or len(request) - head_end - 4 > self._most_bytes:
             return None
         lines = request[first.end() - 2 : head_end]
         if not lines.isascii() or _OTHERS.search(lines) or _CLOSES.search(lines):
@@ -116,24 +117,26 @@ class _Ride:
         self._outlet = Outlet(connection, task.request_id)
         self._answer = OpenAiAnswer(self._outlet, task, control.slow_reader_timeout_s)
         self._audience: Audience | None = None
-        self._over = False
+        self._over = False  # its client has gone, or was sent away
 
     def begin(self) -> None:
         control, principal, task = self._control, self._principal, self._task
         quotas = self._gate.quotas
-        self._gate.sessions.begin(principal, self)
         try:
             quotas.request(principal, task.received_at)
             quotas.begin_stream(principal.name)
-            try:
-                audience = control.dispatcher.start(task, self._answer)
-            except BaseException:
-                quotas.end_stream(principal.name)
+        except LlorchError as error:  # there is no task yet that could be named
+            self._send(error_response(error, task.request_id))
+            return
+        try:
+            audience = control.dispatcher.start(task, self._answer)
+        except BaseException as error:
+            quotas.end_stream(principal.name)
+            if not isinstance(error, LlorchError):
                 raise
-        except LlorchError as error:
-            self._gate.sessions.end_of(principal, self)
             self._send(self._answer.failed(error, task.request_id))
             return
+        self._gate.sessions.begin(principal, self)
         self._audience = audience
         self._gate.identified(principal)
         on_record.task_accepted(control.audit, principal, _peer(self._connection), task)
@@ -144,12 +147,14 @@ class _Ride:
 
     def lost(self) -> None:
         """The client has gone (http_connection.Ride)."""
-        if self._audience is not None:
+        if self._audience is not None and not self._over:
+            self._over = True
             self._audience.left()
 
     def cancel(self, _why: str) -> None:
         """Its credential is good no longer (sessions.Serving)."""
         self._connection.force_close()
+        self.lost()  # what waits for a client that does not read keeps the connection for a while yet
 
     # ---- its end
 

@@ -278,3 +278,23 @@ async def test_it_is_the_same_however_the_bytes_arrive(step: int) -> None:
         for line in PLAIN:
             statuses, _ = await exchange(server, pieces_of(line.sent, step))
             assert statuses == line.statuses + (() if line.name in ENDS else (200,)), line.name
+
+
+@pytest.mark.parametrize("before", ["", get("")], ids=["alone", "behind another"])
+async def test_a_body_that_breaks_and_that_nobody_reads_ends_the_connection(before: str) -> None:
+    served = Served()
+    async with serving(served) as server:
+        sent = before + get(CHUNKED) + "3;x=y\r\nabc\r\n0\r\n\r\n" + SMUGGLED
+        statuses, _ = await exchange(server, pieces_of(sent, 1 << 20))
+    assert set(statuses) == {200}
+    assert served.paths == ["/open"] * (1 + bool(before))
+
+
+async def test_what_is_no_request_is_told_so_behind_another_too() -> None:
+    served = Served()
+    async with serving(served) as server:
+        for line in CORPUS:
+            assert (await exchange(server, pieces_of(get("") + line.sent, 1 << 20)))[0] == (200, *line.statuses), (
+                line.name
+            )
+    assert served.paths == ["/open"] * len(CORPUS)

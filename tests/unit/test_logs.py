@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import sys
+import threading
+import weakref
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from llorch import logs
 from llorch.errors import Code, LlorchError
-from llorch.logs import MAX_VALUE_CHARS, Log, configure, printable, render_value
+from llorch.logs import MAX_VALUE_CHARS, Log, _line, _Stderr, configure, printable, render_value
 
 
 @pytest.mark.parametrize(
@@ -108,3 +115,189 @@ def test_a_frame_limit_keeps_the_newest(written: Callable[[], str]) -> None:
         Log("x").fault("loop.failed")
     assert len(written().splitlines()) < 100
     assert "raise RuntimeError" in written()
+
+
+# ---------------------------------------------------------------- when lines leave, and in which order
+
+
+class Pieces(io.StringIO):
+    """Remembers what came at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
+    """What a role writes to stderr, of which pytest hears nothing: beside its handler a line is made otherwise."""
+    stderr, root, ours = Pieces(), logging.RootLogger(logging.WARNING), logging.getLogger("llorch")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(logs, "_ROOT", root)
+    monkeypatch.setattr(ours, "level", ours.level)
+    for logger in (ours, logging.getLogger("other")):
+        monkeypatch.setattr(logger, "parent", root)
+    configure("info")
+    return stderr
+
+
+def events(text: str) -> list[str]:
+    return [line.split()[2] for line in text.splitlines()]
+
+
+def test_the_lines_of_one_turn_leave_together_at_its_end(pieces: Pieces) -> None:
+    async def main() -> None:
+        for event in ("one", "two", "three"):
+            Log("x").info(event)
+        Log("x").debug("unheard")
+        assert pieces.pieces == []
+        await asyncio.sleep(0)
+        (piece,) = pieces.pieces
+        assert events(piece) == ["one", "two", "three"]
+        Log("x").info("four")
+        await asyncio.sleep(0)
+        assert events(pieces.pieces[1]) == ["four"]
+
+    asyncio.run(main())
+
+
+def test_a_warning_leaves_at_once_behind_what_was_said_before_it(pieces: Pieces) -> None:
+    async def main() -> None:
+        Log("x").info("one")
+        Log("x").warning("two")
+        assert events(pieces.getvalue()) == ["one", "two"]
+        Log("x").info("three")
+        Log("x").error("four")
+        Log("x").info("five")
+        assert events(pieces.getvalue()) == ["one", "two", "three", "four"]
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert events(pieces.getvalue()) == ["one", "two", "three", "four", "five"]
+
+
+def test_a_librarys_words_stand_behind_what_was_said_before_them(pieces: Pieces) -> None:
+    async def main() -> None:
+        Log("x").info("one")
+        logging.getLogger("other").warning("of a library")
+        assert events(pieces.getvalue()) == ["one", "library.logged"]
+
+    asyncio.run(main())
+
+
+def test_where_no_loop_runs_a_line_leaves_at_once(pieces: Pieces) -> None:
+    for event in ("one", "two"):
+        Log("x").info(event)
+        assert events(pieces.getvalue())[-1] == event
+
+
+def a_loop_that_ends_in_the_same_turn() -> None:
+    loop = asyncio.new_event_loop()
+
+    def say() -> None:
+        Log("x").info("held")
+        loop.stop()
+
+    loop.call_soon(say)
+    loop.run_forever()
+    loop.close()
+
+
+def test_what_a_loop_left_behind_leaves_with_the_next_line(pieces: Pieces) -> None:
+    a_loop_that_ends_in_the_same_turn()
+    assert pieces.pieces == []
+    Log("x").info("two")
+    assert events(pieces.getvalue()) == ["held", "two"]
+
+
+def test_what_a_loop_left_behind_leaves_in_another_loops_turn(pieces: Pieces) -> None:
+    async def main() -> None:
+        Log("x").info("two")
+
+    a_loop_that_ends_in_the_same_turn()
+    asyncio.run(main())
+    assert events(pieces.getvalue()) == ["held", "two"]
+
+
+def test_what_a_loop_left_behind_leaves_at_the_end_of_the_process(pieces: Pieces) -> None:
+    a_loop_that_ends_in_the_same_turn()
+    (handler,) = logs._ROOT.handlers
+    logging.shutdown([weakref.ref(handler)])  # what `atexit` calls
+    assert events(pieces.getvalue()) == ["held"]
+
+
+def test_what_waits_leaves_before_the_log_is_configured_anew(pieces: Pieces) -> None:
+    async def main() -> None:
+        Log("x").info("one")
+        configure("warning")
+        assert events(pieces.getvalue()) == ["one"]
+        Log("x").info("unheard")
+
+    asyncio.run(main())
+    assert events(pieces.getvalue()) == ["one"]
+
+
+def test_lines_of_many_threads_are_all_there_and_whole(pieces: Pieces) -> None:
+    def say(of: int) -> None:
+        for number in range(100):
+            Log("x").info("said", of=of, number=number)
+
+    async def main() -> None:
+        threads = [threading.Thread(target=say, args=(of,)) for of in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(100):
+            Log("x").info("said", of=4, number=number)
+            await asyncio.sleep(0)
+        for thread in threads:
+            thread.join()
+
+    asyncio.run(main())
+    said = [line.split(" ", 2)[2] for line in pieces.getvalue().splitlines()]
+    assert sorted(said) == sorted(f"said of={of} number={number}" for of in range(5) for number in range(100))
+
+
+def test_who_can_not_be_told_is_not_stopped(pieces: Pieces) -> None:
+    pieces.close()
+    Log("x").info("unheard")
+
+
+# ---------------------------------------------------------------- one text, whichever way it was made
+
+
+PARTS = st.sampled_from(
+    ["a", "Z9", ".", "_", "1_", "llt1_", "0123456789abcd", " ", "=", '"', "\\", "\n", "\u202e", "é", ""]
+)
+VALUES = st.one_of(
+    st.lists(PARTS, max_size=4).map("".join),
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    st.sampled_from([*Code, b"bytes", "x" * 480, "x" * 501, ["a", "b"], ("a",), {"a": 1}, "-", "%s", "n1/p0"]),
+)
+FIELDS = st.dictionaries(st.sampled_from(["task_id", "why", "n2", "Key", "a_b"]), VALUES, max_size=4)
+
+
+@example({"why": "llt1_0123456789abcd"})
+@example({"why": "x" * 501})
+@example({"why": 0.1 + 0.2})
+@example({"why": "a b=c", "n2": "d"})
+@given(FIELDS)
+def test_a_line_is_the_same_text_made_at_once_or_value_by_value(fields: dict[str, object]) -> None:
+    words = [f"{name}={render_value(value)}" for name, value in fields.items() if value is not None]
+    assert _line("task.ended", fields) == " ".join(["task.ended", *words])
+
+
+@given(st.floats(1, 4e9), st.sampled_from([logging.DEBUG, logging.INFO]))
+def test_a_line_that_is_held_has_the_stamp_that_logging_would_give_it(now: float, level: int) -> None:
+    handler = _Stderr()
+    handler.stream = io.StringIO()
+    with mock.patch("time.time", lambda: now):
+        handler.say(level, "task.ended n=1")
+        record = logging.LogRecord("llorch.x", level, "", 0, "%s", ("task.ended n=1",), None)
+    assert handler.stream.getvalue() == handler.format(record) + "\n"

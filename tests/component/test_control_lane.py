@@ -26,6 +26,7 @@ from llorch.auth import TokenRing
 from llorch.control import answers, dispatch
 from llorch.control.lane import MAX_BODY_BYTES, Lane
 from llorch.errors import Code
+from llorch.framing import MAX_WAITING_BYTES
 from llorch.records import Type
 from llorch.web import Gate, make_app
 from tests.component.control_harness import (
@@ -682,6 +683,41 @@ async def test_many_large_requests_behind_a_task_wait_and_are_all_answered(lane:
             assert (got.status, got.headers["x-request-id"]) == (200, f"r{number}")
             if number < 8:
                 await whole(node, await node.asked())
+
+
+async def test_after_one_large_request_behind_a_task_the_next_one_is_read(lane: Switch) -> None:
+    async with a_control() as control, wire(control) as client:
+        node = await control.join("a")
+        client.write(ask())
+        attempt = await node.asked()
+        large = ask(body().ljust(MAX_WAITING_BYTES))  # a little more, with its head: no more is read before its turn
+        client.write(large)
+        (connection,) = lane.connections
+        await eventually(lambda: connection._framer.held_bytes == len(large), what="all of it held")
+        assert connection._buffer_paused
+        for number in range(3):
+            await whole(node, attempt)
+            assert (await client.next()).whole
+            if number == 1:
+                client.write(ask())
+            if number < 2:
+                attempt = await node.asked()
+        assert len(lane.taken) == 3
+
+
+async def test_a_piece_of_an_event_waits_for_its_end_before_anything_else_passes(lane: Switch) -> None:
+    async with a_control() as control, wire(control) as client:
+        node = await control.join("a")
+        client.write(ask(STREAM))
+        attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
+        await client.has(b"data: 1")
+        for piece in (b"data: 2", b"\n", b"\ndata: 3\n\n", b"data: 4\n\n"):
+            attempt.data(piece)
+            await node.settled()
+            if piece == b"data: 2":
+                assert b"data: 2" not in client.came
+        attempt.tail()
+        assert (await client.next()).body == b"data: 1\n\ndata: 2\n\ndata: 3\n\ndata: 4\n\n"
 
 
 async def test_nothing_behind_a_last_request_is_begun(lane: Switch) -> None:

@@ -137,7 +137,8 @@ class _Stderr(logging.StreamHandler[TextIO]):
     def flush(self) -> None:
         with self.lock or _NOTHING:
             self._write_held()
-            super().flush()
+            with contextlib.suppress(OSError, ValueError):
+                super().flush()
 
     def _write_held(self) -> None:
         held, self._held, self._leaving = self._held, [], None

@@ -14,7 +14,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -201,6 +201,19 @@ async def read_body(request: web.Request, *, most_bytes: int) -> bytes:
         if arriving is not None:
             arriving.take_off(size)
     return b"".join(chunks)
+
+
+@contextlib.contextmanager
+def arriving(request: web.Request, size: int) -> Iterator[None]:
+    """Count `size` bytes of a body that was read among those that are being read. Raises RATE_LIMITED."""
+    bodies = None if of_the_cluster(request[PRINCIPAL]) else request.app[ARRIVING]
+    try:
+        if bodies is not None:
+            bodies.add(size)
+        yield
+    finally:
+        if bodies is not None:
+            bodies.take_off(size)
 
 
 async def read_object(request: web.Request, *, most_bytes: int = MAX_SMALL_BODY_BYTES) -> dict[str, Any]:

@@ -53,9 +53,12 @@ def offence_of(error: RecordError) -> Offence:
 def parse_record(model: type[M], payload: bytes) -> M:
     """A record's JSON as `model`. Raises RecordError: a node of ours sends no malformed ones."""
     try:
-        return model.model_validate_json(payload)  # in one step; what it does not take is looked at more closely
+        quick = model.model_validate_json(payload)  # in one step; what it does not take is looked at more closely,
     except ValidationError:
         pass
+    else:
+        if getattr(quick, "error", None) is None:  # and so is an error, whose details may be anything
+            return quick
     try:
         return parse(model, records.decode_json(payload))
     except LlorchError:

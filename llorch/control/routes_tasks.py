@@ -32,7 +32,7 @@ from llorch.ids import new_task_id
 from llorch.messages import TaskBody
 from llorch.openai_paths import served
 from llorch.outlet import Outlet
-from llorch.web import PRINCIPAL, REQUEST_ID, Route, json_response, read_body
+from llorch.web import PRINCIPAL, REQUEST_ID, Route, arriving, json_response, read_body
 
 MAX_LISTED_TASKS = 1_000
 MOST_ON_LOOP_BYTES = 1024 * 1024  # of a body; a parser takes some 5 to 70 ms for each MiB, in which no stream goes on
@@ -81,7 +81,8 @@ async def _peek(request: web.Request, read: Callable[..., Task]) -> Task:
     )
     if len(raw) <= MOST_ON_LOOP_BYTES:
         return _allowed(request, read())
-    return _allowed(request, await asyncio.get_running_loop().run_in_executor(_peeks, read))
+    with arriving(request, len(raw)):  # still, until there is a task that counts it
+        return _allowed(request, await asyncio.get_running_loop().run_in_executor(_peeks, read))
 
 
 def _allowed(request: web.Request, task: Task) -> Task:

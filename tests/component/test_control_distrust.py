@@ -41,6 +41,10 @@ OFFENCES: list[tuple[Offence, Offend]] = [
     (Offence.MALFORMED_RECORD, _raw(Type.CREDIT, b"xyz")),
     (Offence.MALFORMED_RECORD, _json(Type.TAIL, {"length": -1})),
     (Offence.MALFORMED_RECORD, _json(Type.TAIL, {"length": 0, "timings": {"ttft_ms": 1e300}})),
+    (
+        Offence.MALFORMED_RECORD,
+        _raw(Type.TAIL, b'{"length": 9, "error": {"code": "ENGINE_FAILED", "message": "x", "details": {"n": NaN}}}'),
+    ),
     (Offence.MALFORMED_RECORD, _json(Type.OPEN, {})),
     (Offence.MALFORMED_RECORD, _raw(Type.CANCEL)),
     (Offence.FOREIGN_STREAM, lambda node, stream: node.send(records.encode(stream + 2, Type.DATA, b"x"))),

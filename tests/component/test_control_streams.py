@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llorch import web
 from llorch.control import answers, dispatch, intake
 from llorch.control.answers import MAX_HELD_BYTES
 from llorch.control.answers import Stream as ClientStream
@@ -850,3 +851,46 @@ async def test_nobody_waits_while_a_large_body_is_looked_at(
         attempt.end()
         assert (await large.answer()).status == 200
         await control.idle()
+
+
+async def test_bodies_that_wait_to_be_looked_at_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at, go_on = threading.Event(), threading.Event()
+    decode = intake.decode_object
+
+    def slow(raw: bytes) -> dict[str, Any]:
+        looked_at.set()
+        assert go_on.wait(5)
+        return decode(raw)
+
+    counts: list[web.Arriving] = []
+
+    class Counted(web.Arriving):
+        def __init__(self, most_bytes: int) -> None:
+            super().__init__(most_bytes)
+            counts.append(self)
+
+    monkeypatch.setattr(web, "Arriving", Counted)
+    monkeypatch.setattr(web, "MIN_ARRIVING_BYTES", 1)
+    monkeypatch.setattr(intake, "decode_object", slow)
+    raw = json.dumps({"model": MODEL, "prompt": "x" * MOST_ON_LOOP_BYTES, "max_tokens": None}).encode()
+    async with a_control(max_body=len(raw)) as control:  # two of them at once
+        node = await control.join("a", pool(slots=4))
+
+        def ask() -> Asking:
+            headers = {"Content-Type": "application/json", "Accept": "application/json"}
+            return control.ask("POST", "/v2/tasks", data=io.BytesIO(raw), headers=headers)
+
+        taken = [ask()]
+        await eventually(looked_at.is_set, within_s=5, what="a look at the body")
+        taken.append(ask())
+        await eventually(lambda: counts[0]._now == 2 * len(raw), within_s=5, what="two bodies")
+        refused = await ask().answer()
+        assert (refused.status, refused.code) == (429, "RATE_LIMITED")
+        assert refused.json["error"]["details"]["limit"] == "bodies"
+        go_on.set()
+        for _ in taken:
+            (await node.asked()).begin().end()
+        for each in taken:
+            assert (await each.answer()).status == 200
+        await control.idle()
+        assert counts[0]._now == 0

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import logging
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -147,6 +149,32 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
 
 def events(text: str) -> list[str]:
     return [line.split()[2] for line in text.splitlines()]
+
+
+class Full(Pieces):
+    """A file on a disk that is full: what could not be written is written again by each flush."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_nobody_is_stopped_by_a_stderr_that_takes_nothing(closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = _Stderr()
+    handler.stream = Full()
+    if closed:
+        handler.stream = io.StringIO()
+        handler.stream.close()
+    handler.say(logging.INFO, "task.ended n=1")
+
+    async def main() -> None:
+        told: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
+        handler.say(logging.INFO, "task.ended n=2")
+        await asyncio.sleep(0)
+        assert told == []
+
+    asyncio.run(main())
 
 
 def test_the_lines_of_one_turn_leave_together_at_its_end(pieces: Pieces) -> None:

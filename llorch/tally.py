@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from llorch.messages import Tail
+
 
 class Counts:
     """A counter or a gauge: a number for each set of label values. Without labels there is one from the beginning."""
@@ -95,3 +97,10 @@ class Tallies(Collector):
 
     def describe(self) -> list[Metric]:
         return []
+
+
+def add_tokens(counts: Counts, model: str, tail: Tail) -> None:
+    """What an ended task read and said, to a counter of tokens by model and kind: both roles have the same one."""
+    for kind, count in (("input", tail.tokens_in), ("output", tail.tokens_out), ("cached", tail.cached_tokens)):
+        if count:
+            counts.add(count, model, kind)

@@ -221,11 +221,8 @@ def overhead(
                 async with progress.waiting.shown():
                     document = await Overhead(seconds, progress.say).run()
             except (asyncio.CancelledError, Interrupted) as ended:
-                if not interrupts.hit:
+                if not interrupts.ours(ended):
                     raise
-                running = asyncio.current_task()
-                if running is not None and isinstance(ended, asyncio.CancelledError):
-                    running.uncancel()
                 return Exit.INTERRUPTED
         output.one(document, name="overhead", text=lambda: overhead_report(document))
         for caution in overhead_cautions(document):

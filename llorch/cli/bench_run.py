@@ -59,11 +59,8 @@ class Run:
                 ):
                     await self._measure(endpoint)
             except (asyncio.CancelledError, Interrupted) as ended:
-                if not interrupts.hit:
+                if not interrupts.ours(ended):
                     raise
-                running = asyncio.current_task()
-                if running is not None and isinstance(ended, asyncio.CancelledError):
-                    running.uncancel()
         if interrupts.hit and not self._steps:
             write_err("interrupted before the first step had ended\n")
             return Exit.INTERRUPTED

@@ -158,11 +158,8 @@ class _Dev:
                     async with Cluster.starting(Tokens.make()) as cluster:
                         return await self._with(cluster, port, body, interrupts.guarded)
             except (asyncio.CancelledError, Interrupted) as ended:
-                if not interrupts.hit:
+                if not interrupts.ours(ended):
                     raise
-                running = asyncio.current_task()
-                if running is not None and isinstance(ended, asyncio.CancelledError):
-                    running.uncancel()
                 return Exit.OK if self._serving else Exit.INTERRUPTED  # ^C is how it is meant to end
 
     async def _with(self, cluster: Cluster, port: int, body: Mapping[str, Any] | None, guarded: Any) -> int:

@@ -78,6 +78,12 @@ class Interrupts(Handled):
         self._task = asyncio.current_task()
         return super().__enter__()
 
+    def ours(self, ended: BaseException) -> bool:
+        """Whether a signal brought `ended` about. If so it is dealt with here: no cancellation of the task is left."""
+        if self.hit and self._task is not None and isinstance(ended, asyncio.CancelledError):
+            self._task.uncancel()
+        return self.hit
+
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self.hit:
             os._exit(Exit.INTERRUPTED)

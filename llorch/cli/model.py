@@ -223,13 +223,11 @@ async def _leaving(
     with Interrupts() as interrupts:
         try:
             return await work()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as ended:
             close()
             hint(told)
-            running = asyncio.current_task()
-            if not interrupts.hit or running is None:
+            if not interrupts.ours(ended):
                 raise
-            running.uncancel()  # it was ours, and it is dealt with here
     raise Failure("interrupted", code=Exit.INTERRUPTED)
 
 

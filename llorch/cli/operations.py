@@ -164,11 +164,9 @@ async def _carried_out(
                     taken = True
                     if wait:
                         seen = await _followed(name, kind, seen, look, shows)
-                except asyncio.CancelledError:
-                    running = asyncio.current_task()
-                    if not interrupts.hit or running is None:
+                except asyncio.CancelledError as ended:
+                    if not interrupts.ours(ended):
                         raise
-                    running.uncancel()  # it was ours, and it is dealt with here
                     went = f"left; the node goes on with it: {shows} says how far it is" if taken else "interrupted"
                     write_err(f"{went}\n")
                     return Exit.INTERRUPTED

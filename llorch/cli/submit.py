@@ -135,9 +135,7 @@ async def _run(client: LlorchClient, call: Call, task: Submission, *, stream: bo
             shown = renderer(call.output, interrupts.guarded(write_out), raw=raw)
             return await show_stream(client.submit(task, tell=shown.looking), shown)
         except (asyncio.CancelledError, Interrupted, OutputClosed, OutputFailed) as ended:
-            running = asyncio.current_task()
-            if interrupts.hit and running is not None and isinstance(ended, asyncio.CancelledError):
-                running.uncancel()  # it was ours, and it is dealt with here
+            interrupts.ours(ended)
             if task.attached:
                 told = f"left {named(task.task_id)} to whoever submitted it before, under the same key\n"
             elif await cancel_quietly(client, task.task_id):

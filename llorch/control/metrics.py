@@ -19,7 +19,7 @@ from llorch.control.registry import Registry
 from llorch.control.strikes import Offence
 from llorch.control.tasks import Task
 from llorch.limit_metrics import LimitMetrics
-from llorch.tally import Tallies
+from llorch.tally import Tallies, add_tokens
 
 FAST_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 MOST_NODE_LABELS = 4_000  # counters never go; who registers under ever new names gets no more of them
@@ -80,12 +80,7 @@ class ControlMetrics:
             self._errors.add(1, node, code)
         tail = task.tail
         if tail is not None:
-            if tail.tokens_in:
-                self._tokens.add(tail.tokens_in, model, "input")
-            if tail.tokens_out:
-                self._tokens.add(tail.tokens_out, model, "output")
-            if tail.cached_tokens:
-                self._tokens.add(tail.cached_tokens, model, "cached")
+            add_tokens(self._tokens, model, tail)
 
     def beat(self, node_id: str, outcome: str, *, seconds: float | None = None, rtt_ms: float | None = None) -> None:
         if node_id not in self._named:

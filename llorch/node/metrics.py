@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from llorch.limit_metrics import LimitMetrics
 from llorch.messages import Tail
-from llorch.tally import Tallies
+from llorch.tally import Tallies, add_tokens
 
 SLOW_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -51,12 +51,7 @@ class NodeMetrics:
             self.failed(code)
         if tail.timings.ttft_ms is not None:
             self._ttft.observe(tail.timings.ttft_ms / 1_000, model)
-        if tail.tokens_in:
-            self._tokens.add(tail.tokens_in, model, "input")
-        if tail.tokens_out:
-            self._tokens.add(tail.tokens_out, model, "output")
-        if tail.cached_tokens:
-            self._tokens.add(tail.cached_tokens, model, "cached")
+        add_tokens(self._tokens, model, tail)
 
     # ---- the rest
 

@@ -556,6 +556,15 @@ async def answers_all(node: LinkedNode) -> None:
         attempt.accept().head("application/json", content_length=str(len(answer))).data(answer).tail()
 
 
+async def streaming(control: ControlUnderTest, client: Wire) -> tuple[LinkedNode, Attempt]:
+    """An answer that has begun at `client`."""
+    node = await control.join("a")
+    client.write(ask(STREAM))
+    attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
+    await client.has(b"data: 1")
+    return node, attempt
+
+
 @contextlib.asynccontextmanager
 async def answering(**more: Any) -> AsyncIterator[tuple[ControlUnderTest, LinkedNode]]:
     async with a_control(**more) as control:
@@ -707,10 +716,7 @@ async def test_after_one_large_request_behind_a_task_the_next_one_is_read(lane: 
 
 async def test_a_piece_of_an_event_waits_for_its_end_before_anything_else_passes(lane: Switch) -> None:
     async with a_control() as control, wire(control) as client:
-        node = await control.join("a")
-        client.write(ask(STREAM))
-        attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
-        await client.has(b"data: 1")
+        node, attempt = await streaming(control, client)
         for piece in (b"data: 2", b"\n", b"\ndata: 3\n\n", b"data: 4\n\n"):
             attempt.data(piece)
             await node.settled()
@@ -873,10 +879,7 @@ async def test_a_stopping_control_lets_an_answer_end_and_waits_for_it(
     lane: Switch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async with a_running_control(monkeypatch, tmp_path, shutdown_grace=10.0) as control, wire(control) as client:
-        node = await control.join("a")
-        client.write(ask(STREAM))
-        attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
-        await client.has(b"data: 1")
+        _, attempt = await streaming(control, client)
         terminate()
         await eventually(lambda: control.control.stopping.is_set())
         async with wire(control) as late:
@@ -892,10 +895,7 @@ async def test_after_the_grace_an_answer_gets_its_end(
     lane: Switch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async with a_running_control(monkeypatch, tmp_path, shutdown_grace=0.1) as control, wire(control) as client:
-        node = await control.join("a")
-        client.write(ask(STREAM))
-        attempt = (await node.asked()).accept().head().data(b"data: 1\n\n")
-        await client.has(b"data: 1")
+        _, attempt = await streaming(control, client)
         terminate()
         await client.end()
         (got,) = client.answers()

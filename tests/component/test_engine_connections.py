@@ -147,6 +147,14 @@ class Asking:
         assert self.exchange is not None
         return self.exchange
 
+    async def begun(self, data: bytes, body: bytes) -> tuple[Told, Accepted]:
+        """One whose answer has begun with `data`, of which `body` was told."""
+        told = self.ask()
+        accepted = await self.engine.accepted()
+        await accepted.answer(data)
+        await eventually(lambda: told.body == body)
+        return told, accepted
+
     async def exchanged(self, data: bytes = OK) -> Accepted:
         """One whole exchange, on a new connection."""
         told = self.ask()
@@ -224,10 +232,7 @@ def test_the_name_of_a_host_is_as_its_url_has_it() -> None:
 
 async def test_an_answer_that_ends_with_its_connection_is_whole() -> None:
     async with asking_one() as at:
-        told = at.ask()
-        accepted = await at.engine.accepted()
-        await accepted.answer(TO_THE_END + b"all of")
-        await eventually(lambda: told.body == b"all of")
+        told, accepted = await at.begun(TO_THE_END + b"all of", b"all of")
         accepted.say(b" it")
         accepted.close()
         assert await told.end() is None
@@ -237,10 +242,7 @@ async def test_an_answer_that_ends_with_its_connection_is_whole() -> None:
 
 async def test_an_answer_that_ends_with_a_broken_connection_is_not() -> None:
     async with asking_one() as at:
-        told = at.ask()
-        accepted = await at.engine.accepted()
-        await accepted.answer(TO_THE_END + b"all of")
-        await eventually(lambda: told.body == b"all of")
+        told, accepted = await at.begun(TO_THE_END + b"all of", b"all of")
         accepted.reset()
         assert await told.end() == "ConnectionResetError"
         assert told.body == b"all of"
@@ -597,10 +599,7 @@ async def test_an_answer_whose_end_does_not_come_in_time_takes_its_connection_wi
 
 async def test_what_comes_during_a_pause_is_told_after_it() -> None:
     async with asking_one() as at:
-        told = at.ask()
-        accepted = await at.engine.accepted()
-        await accepted.answer(CHUNKED + b"1\r\na\r\n")
-        await eventually(lambda: told.body == b"a")
+        told, accepted = await at.begun(CHUNKED + b"1\r\na\r\n", b"a")
         paused = at.asked
         for _ in range(2):
             paused.pause()
@@ -629,10 +628,7 @@ async def test_a_pause_ends_with_the_exchange() -> None:
 
 async def test_who_has_heard_enough_during_a_pause_leaves_the_connection_to_the_next() -> None:
     async with asking_one() as at:
-        told = at.ask()
-        accepted = await at.engine.accepted()
-        await accepted.answer(CHUNKED + b"1\r\na\r\n")
-        await eventually(lambda: told.body == b"a")
+        _, accepted = await at.begun(CHUNKED + b"1\r\na\r\n", b"a")
         at.asked.pause()
         at.asked.finish()
         accepted.say(b"0\r\n\r\n")

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import string
 import sys
 import time
 import traceback
@@ -26,8 +27,9 @@ _ROOT = logging.getLogger()
 _NOTHING = contextlib.nullcontext()
 MAX_VALUE_CHARS = 500
 MAX_FRAMES = 30
-_PLAIN_LINE = re.compile(r"[a-z._]+(?: [a-z0-9_]+=[A-Za-z0-9._:/@%+*,~\[\]()-]+)*+")
-_PLAIN = re.compile(r"[A-Za-z0-9._:/@%+*,~\[\]()-]+")
+_PLAIN_CHARS = string.ascii_letters + string.digits + "._:/@%+*,~[]()-"
+_PLAIN = re.compile(f"[{re.escape(_PLAIN_CHARS)}]+")
+_OF_PLAIN_LINES = f"{_PLAIN_CHARS} =".encode()
 
 
 def render_value(value: object) -> str:
@@ -56,7 +58,10 @@ def _line(event: str, fields: Mapping[str, object]) -> str:
         plain
         and len(line) <= MAX_VALUE_CHARS
         and line.count("=") == line.count(" ") == len(words) - 1
-        and _PLAIN_LINE.fullmatch(line)
+        and line.isascii()
+        and not line.encode().translate(None, _OF_PLAIN_LINES)
+        and "= " not in line
+        and line[-1] != "="
         and "1_" not in line
     ):
         return line

@@ -50,7 +50,7 @@ def being_loaded(model: str, pools: Iterable[PoolFacts]) -> bool:
 # ---------------------------------------------------------------- all lines
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # see placement.PoolFacts
 class _Charge:
     shares: Shares
     owner: str

@@ -119,9 +119,9 @@ def decide(wish: Wish, pools: Iterable[PoolFacts], now: float, known: Known | No
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # see placement.PoolFacts
 class Snapshot:
-    """What a decision is made from. Kept instead of the decision, which is large and which few ask for."""
+    """What a decision is made from; kept, and never changed, in place of the decision, which is large."""
 
     wish: Wish
     pools: tuple[PoolFacts, ...]

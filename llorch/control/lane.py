@@ -36,11 +36,7 @@ from llorch.web import Gate, error_response, sane_id
 MAX_BODY_BYTES = 256 * 1024  # beyond this, who looks at a body has others wait for it
 
 _FIRST = re.compile(rb"POST (/v1/[a-z_/]+) HTTP/1\.1\r\n")
-# Who sends one of these wants more than is done here.
-_OTHERS = re.compile(
-    rb"(?i)\r\n(?:expect|upgrade|idempotency-key|transfer-encoding|content-encoding)[ \t]*:|[ \t](?:\r\n|$)"
-)
-_CLOSES = re.compile(rb"(?i)\r\nconnection[ \t]*:(?![ \t]*keep-alive[ \t]*(?:\r\n|$))")
+_WANT_MORE = ("Expect", "Upgrade", "Idempotency-Key", "Transfer-Encoding", "Content-Encoding")  # than is done here
 _FIELD = re.compile(r"([^:\r\n]+):[ \t]*([^\r\n]*)")
 
 log = Log("control.lane")
@@ -63,9 +59,14 @@ class Lane:
         if path not in SERVED or len(request) - head_end - 4 > self._most_bytes:
             return None
         lines = request[first.end() - 2 : head_end]
-        if not lines.isascii() or _OTHERS.search(lines) or _CLOSES.search(lines):
+        if not lines.isascii() or b" \r\n" in lines or b"\t\r\n" in lines or lines.endswith((b" ", b"\t")):
             return None
         headers = CIMultiDict(_FIELD.findall(lines.decode("ascii")))
+        for name in _WANT_MORE:
+            if name in headers:
+                return None
+        if "Connection" in headers and any(text.lower() != "keep-alive" for text in headers.getall("Connection")):
+            return None
         principal = self._who(connection, headers)
         if principal is None:
             return None

@@ -40,9 +40,9 @@ def limits(wish: Wish) -> Limits | None:
     return wish.pin, wish.zone, wish.exclude, wish.prefer if strict else (), wish.avoid if strict else ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # see placement.PoolFacts
 class Waiter:
-    """A task that waits. Times are monotonic seconds.
+    """A task that waits; never changed. Times are monotonic seconds.
 
     `enqueued_at`: when it came, or was first admitted if it comes back. `front`: it was placed once, and
     showed nothing; it has its place before all others, and outside the bounds. `size`: bytes of its body. `limits`:
@@ -60,7 +60,7 @@ class Waiter:
     limits: Limits | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limits", limits(self.wish))
+        self.limits = limits(self.wish)
 
     @property
     def turn_at(self) -> float:

@@ -57,7 +57,7 @@ def parse_record(model: type[M], payload: bytes) -> M:
     except ValidationError:
         pass
     else:
-        if getattr(quick, "error", None) is None:  # and so is an error, whose details may be anything
+        if not isinstance(quick, Tail) or quick.error is None:  # and so is an error, whose details may be anything
             return quick
     try:
         return parse(model, records.decode_json(payload))

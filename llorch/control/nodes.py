@@ -54,9 +54,9 @@ class Event:
 # ---------------------------------------------------------------- pools and their slots
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # see placement.PoolFacts
 class Claim:
-    """A slot taken at this control, for one attempt of a task. `trial`: its pool is tried with it, and with no other.
+    """A slot taken at this control, for one attempt of a task; never changed. `trial`: it tries its pool, alone.
 
     `breaker` is its pool's, so that what becomes of it is never laid at the door of another process. `model`: what the
     task is for; None where nobody asked, and then it pledges its pool to nothing.

@@ -31,9 +31,9 @@ class Warmth(IntEnum):
     EVICTING = 3  # the same, and another model goes for it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # see PoolFacts
 class Wish:
-    """What a task asks of a pool. Entries of `pin`, `prefer`, `avoid` are "node" or "node/pool".
+    """What a task asks of a pool; never changed. Entries of `pin`, `prefer`, `avoid` are "node" or "node/pool".
 
     With `allow_fallback` (the default) `prefer` and `avoid` only order the pools: a task never waits while any pool
     that its other wishes allow has a free slot, and an avoided pool is the last resort. Without it, only preferred
@@ -64,7 +64,7 @@ def excluding(wish: Wish, tried: Iterable[tuple[str, str]]) -> Wish:
 OwnOrder: TypeAlias = tuple[Warmth, float, int, tuple[str, str]]
 
 
-@dataclass(slots=True, unsafe_hash=True)  # a frozen one takes three times as long to make; each task makes two
+@dataclass(slots=True, unsafe_hash=True)  # a frozen one takes three times as long to make, and each task makes some
 class PoolFacts:
     """A pool as control sees it at one moment; never changed. `reported_at`: monotonic seconds, None before any report.
 

@@ -30,9 +30,9 @@ MAX_WHY_CHARS = 256  # of a line in a report
 OPERATOR, OWNER, HOURS = "operator", "owner", "hours"  # who may hold a pool back
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # a frozen one takes three times as long to make, and each task makes one
 class Lease:
-    """A slot, held by one task. Requests go to `url`, with the key in `api_key_file` if there is one.
+    """A slot, held by one task; never changed. Requests go to `url`, with the key in `api_key_file` if there is one.
 
     `served_as`: the model's name at the engine. `replica_id` None: the model is on its way, and the slot is that of
     whichever replica gets it; it has no `url` yet.

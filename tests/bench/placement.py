@@ -5,7 +5,8 @@
 In one process, without a network: a real `Registry`, filled by `Register` and `Heartbeat` messages with N pools on N/10
 nodes, N/10 models (100 at most) spread over them, and 4 slots a pool, half of which are taken while it is measured. A
 decision is what an arrival costs at a control that has a free slot for it: `WaitingRoom.claim` up to its claim, with
-the choice, the facts kept for an explanation, metrics, admission and the log line (to /dev/null). Then the task ends:
+the choice, the facts kept for an explanation, metrics, admission and the making of the log line; lines leave together
+at the end of a turn of the loop, here as there, and that (a write to /dev/null) is in no figure. Then the task ends:
 `release` and `settle`, timed by themselves.
 
 Time is virtual. Decisions come 1 ms apart, and every node sends a delta of its changed pools 250 ms after a change,
@@ -25,6 +26,7 @@ have no constraints; pools are not swapped. The collector works as it does in a 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import gc
 import logging
@@ -231,7 +233,7 @@ def filled(pools: int, models: int, seed: int = 0) -> World:
     return world
 
 
-def measure(world: World, decisions: int, clock: Callable[[], float] = time.perf_counter) -> Costs:
+async def measure(world: World, decisions: int, clock: Callable[[], float] = time.perf_counter) -> Costs:
     costs = Costs()
     while len(costs.decision) < decisions:
         world.step()
@@ -248,6 +250,7 @@ def measure(world: World, decisions: int, clock: Callable[[], float] = time.perf
         began = clock()
         end()
         costs.release.append(clock() - began)
+        await asyncio.sleep(0)  # the turn is over
     for _ in range(DECIDES):
         wish = Wish(world.models[len(costs.decide) % len(world.models)])
         began = clock()
@@ -266,7 +269,7 @@ class _Told:
         self.info = info
 
 
-def parts(world: World, decisions: int) -> dict[str, float]:
+async def parts(world: World, decisions: int) -> dict[str, float]:
     """Mean microseconds of each part of a decision; the rest is what none of them covers."""
     spent: dict[str, float] = {}
     deciding = False
@@ -307,6 +310,7 @@ def parts(world: World, decisions: int) -> dict[str, float]:
             total += took_s
             world.placed(task, claim)
             world.end_one()()
+            await asyncio.sleep(0)
     each = {name: round(seconds / decisions * 1e6, 1) for name, seconds in spent.items()}
     each["the rest"] = round(total / decisions * 1e6 - sum(each.values()), 1)
     return dict(sorted(each.items(), key=lambda item: -item[1]))
@@ -370,8 +374,8 @@ def _size(pools: int, models: int, asked: argparse.Namespace) -> dict[str, Any]:
     gc.unfreeze()
     world = filled(pools, models, asked.seed)
     settle_memory()  # as a control does once it has started
-    measure(world, min(1_000, asked.decisions))  # the first ones find cold code
-    costs = measure(world, asked.decisions, time.thread_time if asked.cpu else time.perf_counter)
+    asyncio.run(measure(world, min(1_000, asked.decisions)))  # the first ones find cold code
+    costs = asyncio.run(measure(world, asked.decisions, time.thread_time if asked.cpu else time.perf_counter))
     kinds = {
         "decision_us": costs.decision, "release_us": costs.release, "beat_us": costs.beat, "decide_us": costs.decide,
     }  # fmt: skip
@@ -379,7 +383,7 @@ def _size(pools: int, models: int, asked: argparse.Namespace) -> dict[str, Any]:
     figures |= {name: spread(values, scale=1e6) for name, values in kinds.items()}
     figures["counts"] = {name: len(values) for name, values in kinds.items()}
     if asked.parts:
-        figures["parts_us"] = parts(world, min(5_000, asked.decisions))
+        figures["parts_us"] = asyncio.run(parts(world, min(5_000, asked.decisions)))
     return figures
 
 

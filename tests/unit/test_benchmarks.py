@@ -76,16 +76,16 @@ def test_a_decision_of_the_benchmark_is_the_one_that_is_explained() -> None:
     )
 
 
-def test_the_costs_are_of_as_many_decisions_as_were_asked_for() -> None:
-    costs = placement.measure(placement.filled(20, 2), 500)
+async def test_the_costs_are_of_as_many_decisions_as_were_asked_for() -> None:
+    costs = await placement.measure(placement.filled(20, 2), 500)
     assert len(costs.decision) == len(costs.release) == 500
     assert costs.beat
     assert len(costs.decide) == placement.DECIDES
 
 
-def test_the_parts_of_a_decision_are_told_and_nothing_stays_timed() -> None:
+async def test_the_parts_of_a_decision_are_told_and_nothing_stays_timed() -> None:
     world = placement.filled(20, 2)
-    told = placement.parts(world, 50)
+    told = await placement.parts(world, 50)
     assert {"the best pool", "claim", "log line", "facts of all pools, to explain it"} <= set(told)
     assert "snapshot" not in vars(world.room)
 

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pydantic_core import from_json
+
 from llorch.errors import Code, LlorchError
 from llorch.messages import Timings
 from llorch.node.engines.alike import Shape, shape_of
@@ -35,9 +37,9 @@ MAX_HELD_BYTES = 4 * 1024 * 1024  # one whole task log; a larger answer passes t
 # ---------------------------------------------------------------- the answer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # see replicas.Lease
 class TaskFacts:
-    """Who a decoder speaks for. `accepted_at` is monotonic seconds, the start of ttft."""
+    """Who a decoder speaks for; never changed. `accepted_at` is monotonic seconds, the start of ttft."""
 
     task_id: str
     node_id: str
@@ -97,9 +99,12 @@ def _payload(block: bytes) -> str | None:
 def _value(payload: str) -> Mapping[str, Any]:
     """The chunk in `payload`. Raises SseError: an engine that sends something else is broken."""
     try:
-        value = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise SseError(_UNREADABLE) from None
+        value = from_json(payload)
+    except ValueError:  # it may be half of a surrogate pair, which the slower one takes
+        try:
+            value = json.loads(payload)
+        except (ValueError, RecursionError):
+            raise SseError(_UNREADABLE) from None
     if not isinstance(value, dict):
         raise SseError(_UNREADABLE)
     return value

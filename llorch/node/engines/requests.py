@@ -6,10 +6,11 @@ it may hold at all is `fields`. Surfaces: https://platform.openai.com/docs/api-r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import to_json
 
 from llorch.errors import invalid
 from llorch.messages import TaskBody
@@ -30,9 +31,9 @@ NATIVE_PARAMETERS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # see replicas.Lease
 class EngineRequest:
-    """What to POST to an engine as application/json; `path` comes after its URL."""
+    """What to POST to an engine as application/json; never changed. `path` comes after its URL."""
 
     path: str
     body: bytes
@@ -40,11 +41,8 @@ class EngineRequest:
     client_asked_usage: bool = True
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one at each call
-
-
 def dump(value: object) -> bytes:
-    return _to_json(value).encode()
+    return to_json(value)
 
 
 def encode_native(body: TaskBody, model: str, engine: str = "") -> EngineRequest:

@@ -43,6 +43,7 @@ _NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 Refused = Callable[[str, str], None]  # peer, why
+_MakeSite = Callable[[socket.socket, Identities | None], web.BaseSite]
 
 log = Log("listen")
 
@@ -50,11 +51,23 @@ log = Log("listen")
 class Server:
     """An application that listens. `url` is where; `close` ends it: no new connections, then what runs, then all."""
 
-    def __init__(self, runner: web.AppRunner, url: str, host: str, port: int, guard: Guard, doors: Doors) -> None:
+    def __init__(
+        self, runner: web.AppRunner, site: _MakeSite, url: str, host: str, port: int, guard: Guard, doors: Doors
+    ) -> None:
         self._runner = runner
+        self._site = site
         self._guard = guard
         self.doors = doors
         self.url, self.host, self.port = url, host, port
+
+    async def serve_without_tls(self, host: str, port: int) -> str:
+        """Serve the same on host:port, too: without TLS, through the same doors and lane. Returns the URL.
+
+        Raises ConfigError beyond loopback. For a program that measures: no setting of a role leads here.
+        """
+        sockets = await _listening(host, port, loopback_only=True)
+        await _start(sockets, None, self._site)
+        return f"http://{_shown(host)}:{sockets[0].getsockname()[1]}"
 
     async def close(self) -> None:
         await self._guard.close()
@@ -293,12 +306,7 @@ async def serve(
     `refused` hears of every TLS handshake that failed for a reason. `doors`: who may come in; the default bounds, if
     there is nothing to say of it. `lane`: is offered each request that has come whole, before aiohttp sees it.
     """
-    shown = f"[{host}]" if ":" in host else host
-    try:
-        sockets = await _listening(host, port, loopback_only=tls is None and not mesh)
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise ConfigError(f"{shown}:{port} can't be listened on: {why}", hint="give another --bind HOST:PORT") from None
+    sockets = await _listening(host, port, loopback_only=tls is None and not mesh)
     doors, told = doors or Doors(), _says(OncePer(), refused)
     bound(doors, doors.limits)
     runner = web.AppRunner(
@@ -307,21 +315,46 @@ async def serve(
         shutdown_timeout=shutdown_timeout_s,
     )
     await runner.setup()
+
+    def site(sock: socket.socket, tls: Identities | None) -> _Site:
+        return _Site(runner, sock, tls, told, doors, lane)
+
     try:
-        for sock in sockets:
-            await _Site(runner, sock, tls, told, doors, lane).start()
+        await _start(sockets, tls, site)
     except BaseException:
-        for sock in sockets:
-            sock.close()
         await runner.cleanup()
         raise
     bound_port = int(runner.addresses[0][1])
     guard = Guard("listen")
     guard.loop(_reaper(runner), "reaper")
-    return Server(runner, f"{'https' if tls else 'http'}://{shown}:{bound_port}", host, bound_port, guard, doors)
+    url = f"{'https' if tls else 'http'}://{_shown(host)}:{bound_port}"
+    return Server(runner, site, url, host, bound_port, guard, doors)
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+async def _start(sockets: list[socket.socket], tls: Identities | None, site: _MakeSite) -> None:
+    try:
+        for sock in sockets:
+            await site(sock, tls).start()
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
 
 
 async def _listening(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
+    """Bound sockets. Raises ConfigError."""
+    try:
+        return await _all_bound(host, port, loopback_only=loopback_only)
+    except OSError as error:
+        why, hint = error.strerror or type(error).__name__, "give another --bind HOST:PORT"
+        raise ConfigError(f"{_shown(host)}:{port} can't be listened on: {why}", hint=hint) from None
+
+
+async def _all_bound(host: str, port: int, *, loopback_only: bool) -> list[socket.socket]:
     """A bound socket for each address that `host` means here, all on one port; accepted ones inherit what is set."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []

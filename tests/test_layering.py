@@ -244,6 +244,12 @@ def test_sessions_come_from_the_one_factory() -> None:
     assert (made, listening) == (["web.py"], ["listen.py", "node/engines/simulated_server.py"])
 
 
+def test_no_role_lets_clients_in_without_tls_beside_tls() -> None:
+    """That is for a program that measures: no setting may lead to it."""
+    asking = [path.relative_to(ROOT).as_posix() for path in modules() if "serve_without_tls" in path.read_text()]
+    assert asking == ["listen.py"]
+
+
 def test_modules_stay_short() -> None:
     long = {
         path.relative_to(ROOT).as_posix(): n for path in modules() if (n := len(path.read_text().splitlines())) > 500

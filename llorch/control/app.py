@@ -12,7 +12,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 from llorch import listen, logs, systemd, tls, web
@@ -55,6 +55,8 @@ LIVE = (
     "log_level", "queue_limit", "queue_body_limit", "rate_requests", "rate_streams", "rate_tokens",
     "rate_failures", "max_connections", "max_connections_per_ip", "trusted_proxies",
 )  # fmt: skip
+
+Also = Callable[[listen.Server], Awaitable[object]]  # what else a server is to do before its control is ready
 
 log = logs.Log("control")
 
@@ -216,9 +218,11 @@ def settle(control: Control, settings: ControlSettings) -> None:
     logs.configure(settings.log_level)
 
 
-async def run(settings: ControlSettings, source: Source[ControlSettings]) -> int:
+async def run(settings: ControlSettings, source: Source[ControlSettings], also: Also | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     async with serving(settings) as (control, server):
+        if also is not None:
+            await also(server)
         reloader = Reloader(settings, source, LIVE, partial(settle, control))
         control.guard.loop(reloader.step, "reload")
         _watch_signals(control, reloader)
@@ -257,11 +261,11 @@ async def _drain(control: Control, grace_s: float) -> None:
     await dispatcher.quiet(LAST_BYTES_S)
 
 
-def main(settings: ControlSettings, source: Source[ControlSettings]) -> int:
+def main(settings: ControlSettings, source: Source[ControlSettings], also: Also | None = None) -> int:
     """Run a control in this process, on the fastest loop there is."""
     logs.configure(settings.log_level)
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(run(settings, source))
-    return int(uvloop.run(run(settings, source)))
+        return asyncio.run(run(settings, source, also))
+    return int(uvloop.run(run(settings, source, also)))

@@ -172,6 +172,19 @@ def node_settings(engine: str, model: str, pools: int, slots: int, model_of: Cal
     return "\n".join(["pools:", *(f"  - {pool}" for pool in listed), ""])
 
 
+def join_command(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """What `llorch token join` prints for a person to copy: an environment, and the words after `llorch node`. The
+    control's data directory is `control`, in `folder`.
+    """
+    words = [sys.executable, "-m", "llorch", "token", "join", "--data-dir", f"{folder}/control"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=30, env=clean_env(HOME=str(folder)), cwd=folder)
+    if ran.returncode != 0:
+        raise SystemExit(f"llorch token join: {ran.stderr}")
+    variable, _, _, *join = shlex.split(ran.stdout)
+    name, _, value = variable.partition("=")
+    return clean_env(**{name: value}), join
+
+
 @dataclass
 class Cluster:
     """A control and what it was started with. `cores`: where llorch runs, None for anywhere. `profile`: a folder, in
@@ -230,7 +243,7 @@ class Cluster:
         words = ["--node-id", NODE, "--bind", "127.0.0.1:0", "--data-dir", f"{self.folder}/node"]
         words += ["--config", f"{self.folder}/node.yaml", "--shutdown-grace", "0s"]
         if self.tls:
-            env, join = self._join_command()
+            env, join = join_command(self.folder)
         else:
             env = clean_env(LLORCH_SERVICE_TOKEN=self.service, LLORCH_NODE_TOKEN=self.node_token)
             join = ["--join", self.url]
@@ -240,18 +253,6 @@ class Cluster:
         self.roles.append(role)
         role.ready()
         return role
-
-    def _join_command(self) -> tuple[dict[str, str], list[str]]:
-        """What `llorch token join` prints for a person to copy: an environment, and the words after `llorch node`."""
-        words = [sys.executable, "-m", "llorch", "token", "join", "--data-dir", f"{self.folder}/control"]
-        ran = subprocess.run(
-            words, capture_output=True, text=True, timeout=30, env=clean_env(HOME=str(self.folder)), cwd=self.folder
-        )
-        if ran.returncode != 0:
-            raise SystemExit(f"llorch token join: {ran.stderr}")
-        variable, _, _, *join = shlex.split(ran.stdout)
-        name, _, value = variable.partition("=")
-        return clean_env(**{name: value}), join
 
     # ---- asking it
 

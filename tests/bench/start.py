@@ -6,6 +6,11 @@ Starts a control and a node that joins it, as children of this process, and ends
 speed: three client tokens, admission, placement over 50 pools, metrics, request ids, logs at `info` and an audit log
 (in files), task logs, usage. The rate limit of a principal is in force, and out of a load generator's reach.
 LLORCH_BENCH_TOKEN is the first of the three tokens; nothing is printed of it.
+
+`--link-tls`: what a cluster of several machines pays between them, for a load generator that speaks no TLS. The control
+listens with TLS, the node joins it there by a join token and shows its certificate on its link; clients come in at
+`--bind` as before, through a second door that no llorch has outside of here (tests/bench/two_doors.py). Without it
+nothing is encrypted, and the node shows a token.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tests.bench.roles import RATE_PER_S, Role, clean_env, node_settings
+from tests.bench.roles import RATE_PER_S, Role, clean_env, join_command, node_settings
 
 
 def arguments() -> argparse.Namespace:
@@ -31,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pools", type=int, default=50)
     parser.add_argument("--slots", type=int, default=64, help="of each pool")
     parser.add_argument("--others", type=int, default=0, help="how many of the pools serve some other model")
+    parser.add_argument("--link-tls", action="store_true", help="mutual TLS between control and node, none to clients")
     parser.add_argument("--profile", help="a folder: both roles run under cProfile, and leave their figures there")
     return parser.parse_args()
 
@@ -43,11 +49,9 @@ def main() -> int:
     asked = arguments()
     token = os.environ.get("LLORCH_BENCH_TOKEN", "")
     others = [secrets.token_hex(24) for _ in range(4)]
-    env = clean_env(
-        LLORCH_API_TOKEN=f"bench={token},b={others[0]},c={others[1]}",
-        LLORCH_SERVICE_TOKEN=others[2],
-        LLORCH_NODE_TOKEN=others[3],
-    )
+    env = clean_env(LLORCH_API_TOKEN=f"bench={token},b={others[0]},c={others[1]}")
+    if not asked.link_tls:
+        env |= {"LLORCH_SERVICE_TOKEN": others[2], "LLORCH_NODE_TOKEN": others[3]}
     roles: list[Role] = []
     stopped = False
 
@@ -62,10 +66,16 @@ def main() -> int:
         pools = node_settings(asked.engine, asked.model, asked.pools, asked.slots, partial(_model, asked))
         (folder / "node.yaml").write_text(pools)
         try:
-            control = ["--bind", asked.bind, "--data-dir", f"{folder}/control", "--rate-requests", str(RATE_PER_S)]
-            roles.append(Role(folder, "control", [*control, "--shutdown-grace", "0s"], env, asked.profile))
+            control = ["--data-dir", f"{folder}/control", "--rate-requests", str(RATE_PER_S), "--shutdown-grace", "0s"]
+            if asked.link_tls:
+                control += ["--clients", asked.bind, "--bind", "127.0.0.1:0", "--tls", "on"]
+            else:
+                control += ["--bind", asked.bind]
+            module = "tests.bench.two_doors" if asked.link_tls else "llorch"
+            roles.append(Role(folder, "control", control, env, asked.profile, module=module))
             roles[0].wait_for("ready url=")
-            node = ["--join", f"http://{asked.bind}", "--bind", "127.0.0.1:0", "--node-id", "gpu-1"]
+            env, join = join_command(folder) if asked.link_tls else (env, ["--join", f"http://{asked.bind}"])
+            node = [*join, "--bind", "127.0.0.1:0", "--node-id", "gpu-1"]
             node += ["--data-dir", f"{folder}/node", "--config", f"{folder}/node.yaml", "--shutdown-grace", "0s"]
             roles.append(Role(folder, "node", node, env, asked.profile))
             roles[1].wait_for("ready url=")

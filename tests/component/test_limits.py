@@ -196,6 +196,30 @@ async def test_the_name_of_the_control_opens_the_reserve_and_no_other_does(tmp_p
         assert (server.doors.clients, server.doors.nodes) == (12, 1)
 
 
+async def test_a_second_listener_has_the_doors_and_the_end_of_the_first(tmp_path: Path, addresses: None) -> None:
+    refused: list[str] = []
+    async with (
+        two_names(tmp_path) as tls,
+        serving(Limits(per_address=2), tls=tls, refused=refused.append) as server,
+        visits(server) as visit,
+    ):
+        host, _, port = (await server.serve_without_tls("127.0.0.1", 0)).removeprefix("http://").rpartition(":")
+
+        async def plain() -> Visitor:
+            return Visitor(*await asyncio.open_connection(host, int(port), local_addr=(CLIENT, 0)))
+
+        first, second, third = await plain(), await visit(name="desk"), await plain()
+        assert (await first.status(), await second.status(), server.doors.clients) == (200, 200, 2)
+        assert await third.closed()
+        assert refused == ["address"]
+        await server.close()
+        assert await first.closed()
+        with pytest.raises(ConnectionRefusedError):
+            await plain()
+        for each in (first, third):
+            each.writer.close()
+
+
 async def test_a_greeting_that_does_not_come_is_given_up_and_takes_no_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

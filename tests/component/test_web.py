@@ -672,6 +672,9 @@ async def test_nothing_listens_beyond_loopback_without_tls_whoever_asks(host: st
     with pytest.raises(ConfigError, match="no TLS"):
         async with serving(host=host):
             pass
+    async with serving() as server:
+        with pytest.raises(ConfigError, match="no TLS"):
+            await server.serve_without_tls(host, 0)
 
 
 async def test_a_taken_port_is_said_and_nothing_is_left_open() -> None:

@@ -139,12 +139,13 @@ class Membership:
     # ---- one lease
 
     async def _register(self) -> Lease:
+        self._changed_at = None  # what changes while the answer is on its way, it does not know
         now = self._snapshot(None)
         answer = await self._call("POST", "/v2/nodes/register", reports.register(self._identity, now))
         lease_id, epoch, interval_ms = (answer.get(name) for name in ("lease_id", "epoch", "heartbeat_interval_ms"))
         if not (isinstance(lease_id, str) and isinstance(epoch, str) and isinstance(interval_ms, int)):
             raise LlorchError(Code.NODE_LOST, "the control's answer to the registration can't be read")
-        self._sent, self._changed_at = now, None
+        self._sent = now
         self._heard(answer)
         log.info("node.registered", node_id=self._node.node_id, url=self.url, epoch=epoch)
         return Lease(lease_id, epoch, max(interval_ms / 1_000, 0.01))

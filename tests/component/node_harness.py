@@ -11,7 +11,7 @@ import contextlib
 import json
 import uuid
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -262,6 +262,7 @@ class ScriptedControl:
         self.refuse_beats: tuple[int, str] | None = None
         self.refuse_link: tuple[int, str] | None = None
         self.interval_ms = 10_000
+        self.meanwhile: Callable[[], None] = lambda: None  # called between a registration and its answer
         self.url = ""
         self._server: listen.Server | None = None
         self._port = 0
@@ -297,6 +298,7 @@ class ScriptedControl:
 
     async def _register(self, request: aioweb.Request) -> aioweb.StreamResponse:
         self.registered.append(await request.json())
+        self.meanwhile()
         return web.json_response(
             {
                 "success": True,

@@ -103,6 +103,23 @@ async def test_refused_beat_registers_again(tmp_path: Path, status: int, code: s
         assert setup.control.registered[1]["boot_id"] == "boot-1"
 
 
+async def test_what_changes_while_a_registration_is_on_its_way_is_told_at_once(tmp_path: Path) -> None:
+    async with node_between(tmp_path, early_beat_s=0.05) as setup:
+        await setup.link()
+
+        def undrained() -> None:
+            setup.control.refuse_beats = None
+            setup.node.pools.handle(ev.Undrain(), 0.0)
+
+        setup.control.meanwhile = undrained
+        setup.control.refuse_beats = (404, "NODE_UNKNOWN")
+        setup.node.pools.handle(ev.Drain(), 0.0)
+        await eventually(lambda: len(setup.control.registered) == 2)
+        assert setup.control.registered[1]["draining"] is True
+        # Not with the next full beat, which is 10 s away.
+        await eventually(lambda: setup.control.beats[-1].get("draining") is False, within_s=2.0)
+
+
 async def test_lost_link_comes_back_and_the_beat_before_it(tmp_path: Path) -> None:
     async with node_between(tmp_path) as setup:
         link = await setup.link()

@@ -214,6 +214,7 @@ class LogReader:
     def close(self, why: str) -> None:
         """This reader goes, and the node is told why, if the log has not ended."""
         self._readers.forget(self)
+        self._direct = self._feed.direct = self._feed.accepted = None  # they hold it, and what they reach, in a circle
         if not self._feed.ended:
             self._upstream.detach(why)
 

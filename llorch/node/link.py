@@ -29,6 +29,7 @@ from llorch.records import MAX_PAYLOAD_BYTES, SURPLUS, Kind, ReceiveCredit, Reco
 from llorch.tasks import Guard
 
 TURN_BYTES = 64 * 1024  # one stream's share before the others have theirs
+ACCEPT_WITHIN_S = 0.005  # it leaves with what is said first, if that comes by then: a wake-up less at both ends
 MAX_CALL_BODY_BYTES = 4 * 1024 * 1024  # of a call of the node's own routes: wishes and tickets, no prompts
 
 _LEFT_WORDS = frozenset({b"left", b"slow"})
@@ -69,7 +70,9 @@ class _Body:
 class _Stream:
     """One stream of the control: a reader of a log (a tasklog.Reader), and perhaps a body that is still coming."""
 
-    __slots__ = ("_head_sent", "_link", "_of_events", "_queued", "body", "credit", "entry", "id", "log", "offset")
+    __slots__ = (
+        "_head_sent", "_link", "_of_events", "_queued", "body", "credit", "entry", "id", "log", "offset", "unsaid",
+    )  # fmt: skip
 
     def __init__(self, link: NodeLink, stream_id: int, offset: int = 0) -> None:
         self._link = link
@@ -82,6 +85,12 @@ class _Stream:
         self.body: _Body | None = None
         self.entry: TaskEntry | None = None
         self.log: TaskLog | None = None
+        self.unsaid = b""  # the ACCEPT, until it is sent
+
+    def say_all(self) -> bytes:
+        """What is to go out before anything else of this stream."""
+        unsaid, self.unsaid = self.unsaid, b""
+        return unsaid
 
     def wake(self) -> None:
         """Something may be sent. Sends it, unless others wait before it or the connection is full."""
@@ -123,7 +132,7 @@ class _Stream:
         if not self._head_sent and source.head is not None:
             self._head_sent = True
             self._of_events = source.head.headers.get("content-type") == STREAM_HEADERS["content-type"]
-            out.append(_head_record(self.id, source.head))
+            out.append(self.say_all() + _head_record(self.id, source.head))
         left = TURN_BYTES
         try:
             while self.offset != source.end and (count := min(left, self.credit.available, MAX_PAYLOAD_BYTES)):
@@ -140,7 +149,7 @@ class _Stream:
             return
         tail = source.tail if self.offset == source.end else None
         if tail is not None:
-            out.append(records.encode_json(self.id, Kind.TAIL, tail_wire(tail)))
+            out.append(self.say_all() + records.encode_json(self.id, Kind.TAIL, tail_wire(tail)))
         if out:
             self._link.send(out[0] if len(out) == 1 else b"".join(out))
         if tail is not None:
@@ -171,6 +180,8 @@ class NodeLink:
         self._last_id = 0
         self._waiting: deque[_Stream] = deque()
         self._turn_due = False
+        self._accepted: list[int] = []  # streams whose ACCEPT waits for the timer, if it has not left before
+        self._timer: asyncio.TimerHandle | None = None
         self.connection: Link | None = None
 
     def __len__(self) -> int:
@@ -191,6 +202,8 @@ class NodeLink:
             self._drop(stream, Gone.LOST)
         if self.connection is not None:
             self.connection.close(reason)
+        if self._timer is not None:
+            self._timer.cancel()
         await self._guard.close()
 
     # ---- link.LinkOwner
@@ -225,6 +238,8 @@ class NodeLink:
         for stream in list(self._streams.values()):
             self._drop(stream, Gone.LOST)
         self._waiting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
         self._on_lost(self, reason)
 
     def link_writable(self) -> None:
@@ -275,6 +290,9 @@ class NodeLink:
     def _open(self, stream: _Stream, opening: Open) -> None:
         entry, new = self._runner.accept(opening)
         self._follow(stream, entry)
+        self._accepted.append(stream.id)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(ACCEPT_WITHIN_S, self._accept)
         deliver = entry.run.give_body if new and entry.run is not None else None
         self._expect(stream, opening.body_len + opening.prefix_len, deliver)
         stream.wake()
@@ -283,11 +301,18 @@ class NodeLink:
         stream.offset = wish.offset
         self._follow(stream, self._runner.logs.get(wish.task_id, wish.attempt))
         stream.wake()
+        self.send(stream.say_all())  # who comes back waits for it
 
     def _follow(self, stream: _Stream, entry: TaskEntry) -> None:
         self._runner.attach(entry, stream)
         stream.entry, stream.log = entry, entry.log
-        self.send(records.encode(stream.id, Kind.ACCEPT))
+        stream.unsaid = records.encode(stream.id, Kind.ACCEPT)
+
+    def _accept(self) -> None:
+        self._timer = None
+        accepted, self._accepted = self._accepted, []
+        streams = map(self._streams.get, accepted)
+        self.send(b"".join([stream.say_all() for stream in streams if stream is not None]))
 
     def _call(self, stream: _Stream, call: NodeCall) -> None:
         if call.body_len > MAX_CALL_BODY_BYTES:
@@ -338,7 +363,7 @@ class NodeLink:
     def refuse(self, stream: _Stream, error: LlorchError) -> None:
         """REFUSE ends this reader. After an ACCEPT it means that the reader was overtaken."""
         task_id = stream.entry.task_id if stream.entry is not None else None
-        self.send(records.encode_json(stream.id, Kind.REFUSE, error_wire(error, task_id=task_id)))
+        self.send(stream.say_all() + records.encode_json(stream.id, Kind.REFUSE, error_wire(error, task_id=task_id)))
         self._drop(stream, Gone.LEFT)
 
     def finished(self, stream: _Stream) -> None:
@@ -351,7 +376,7 @@ class NodeLink:
     def _drop(self, stream: _Stream, why: Gone) -> None:
         if self._streams.pop(stream.id, None) is None:
             return
-        stream.log = None  # it may be in the midst of a turn
+        stream.log, stream.unsaid = None, b""  # it may be in the midst of a turn
         entry, body = stream.entry, stream.body
         if entry is None:
             return

@@ -50,7 +50,7 @@ async def test_prompt_runs_end_to_end(tmp_path: Path) -> None:
         assert call.headers["traceparent"] == "00-aa-bb-01"
         assert "x-conversation-id" not in call.headers
         assert (call.body["model"], call.body["prompt"], call.body["stream"]) == (MODEL, "Hello", True)
-        assert stream.accepted
+        await eventually(lambda: stream.accepted)
         assert stream.head is None
         call.say("t0 ", "t1 ")
         call.end()

@@ -12,7 +12,7 @@ import pytest
 from llorch import records
 from llorch.link import Link
 from llorch.messages import Head, Open, Tail
-from llorch.node.link import TURN_BYTES, Answer, NodeLink
+from llorch.node.link import ACCEPT_WITHIN_S, TURN_BYTES, Answer, NodeLink
 from llorch.node.retention import Limits, TaskLogs
 from llorch.node.runner import Runner
 from llorch.node.task_entry import Gone, TaskEntry
@@ -26,10 +26,13 @@ class Wire:
     def __init__(self) -> None:
         self.full = False
         self.sent: list[Record] = []
+        self.writes: list[list[tuple[int, int]]] = []  # of each: the stream and the type of its records
         self._decoder = records.Decoder()
 
     def send(self, encoded: bytes) -> None:
-        self.sent += self._decoder.feed(encoded)
+        sent = self._decoder.feed(encoded)
+        self.sent += sent
+        self.writes.append([(record.stream, record.type) for record in sent])
 
     def taken(self) -> list[Record]:
         sent, self.sent = self.sent, []
@@ -50,6 +53,9 @@ class Tasks:
         self.left.append(why)
         self.logs.leave(entry, reader, why, 0.0)
 
+    def accept(self, opening: Open) -> tuple[TaskEntry, bool]:
+        return self.logs.add(opening, 0.0, 0.0), True
+
     def running(self) -> TaskEntry:
         opening = Open.model_validate({"task_id": str(uuid.uuid4()), "pool_id": "p"})
         return self.logs.add(opening, 0.0, 0.0)
@@ -69,6 +75,12 @@ def made() -> tuple[NodeLink, Wire, Tasks]:
 def attach(link: NodeLink, stream: int, entry: TaskEntry) -> None:
     wish: dict[str, Any] = {"task_id": entry.task_id, "offset": 0}
     link.link_record(Record(stream, Type.ATTACH, json.dumps(wish).encode()))
+
+
+def opened(link: NodeLink, tasks: Tasks, stream: int) -> TaskEntry:
+    wish = {"task_id": str(uuid.uuid4()), "pool_id": "p", "body_len": 1}
+    link.link_record(Record(stream, Type.OPEN, json.dumps(wish).encode()))
+    return tasks.logs.get(wish["task_id"])
 
 
 def seal(entry: TaskEntry) -> None:
@@ -144,6 +156,37 @@ async def test_head_and_first_bytes_go_in_one_write_and_tail_ends_the_stream() -
     assert entry.told == {"epoch"}
     link.link_record(Record(1, Type.CREDIT, (1).to_bytes(4, "big")))  # late
     assert wire.taken() == []
+
+
+async def test_an_accept_leaves_with_what_is_said_first() -> None:
+    link, wire, tasks = made()
+    entry = opened(link, tasks, 1)
+    assert wire.writes == []
+    entry.log.begin(Head(), b"abc")
+    assert wire.writes == [[(1, Type.ACCEPT), (1, Type.HEAD), (1, Type.DATA)]]
+    await asyncio.sleep(2 * ACCEPT_WITHIN_S)
+    assert [kind for write in wire.writes for _, kind in write].count(Type.ACCEPT) == 1
+
+
+async def test_accepts_with_nothing_to_say_leave_together_and_soon() -> None:
+    link, wire, tasks = made()
+    entry = opened(link, tasks, 1)
+    opened(link, tasks, 3)
+    opened(link, tasks, 5)
+    link.link_record(Record(5, Type.DETACH, b"left"))  # nobody is there to be told
+    await asyncio.sleep(4 * ACCEPT_WITHIN_S)
+    assert [write for write in wire.writes if write] == [[(1, Type.ACCEPT), (3, Type.ACCEPT)]]
+    entry.log.begin(Head(), b"abc")
+    assert wire.writes[-1] == [(1, Type.HEAD), (1, Type.DATA)]
+    opened(link, tasks, 7)
+    await asyncio.sleep(4 * ACCEPT_WITHIN_S)
+    assert wire.writes[-1] == [(7, Type.ACCEPT)]
+
+
+async def test_who_comes_back_is_accepted_at_once() -> None:
+    link, wire, tasks = made()
+    attach(link, 1, tasks.running())
+    assert wire.writes == [[(1, Type.ACCEPT)]]
 
 
 async def test_an_event_is_torn_only_if_no_record_has_room_for_it() -> None:

@@ -29,7 +29,9 @@ MAX_VALUE_CHARS = 500
 MAX_FRAMES = 30
 _PLAIN_CHARS = string.ascii_letters + string.digits + "._:/@%+*,~[]()-"
 _PLAIN = re.compile(f"[{re.escape(_PLAIN_CHARS)}]+")
-_OF_PLAIN_LINES = f"{_PLAIN_CHARS} =".encode()
+_PLAIN_BYTES = _PLAIN_CHARS.encode()
+_BETWEEN = b" =" * MAX_VALUE_CHARS
+_LEVELS = {level: logging.getLevelName(level) for level in (logging.DEBUG, logging.INFO)}
 
 
 def render_value(value: object) -> str:
@@ -46,23 +48,17 @@ def render_value(value: object) -> str:
 
 def _line(event: str, fields: Mapping[str, object]) -> str:
     """An event and its fields as one line."""
-    words, plain = [event], True
-    for key, value in fields.items():
-        if value is not None:
-            words.append(f"{key}={value}")
-            if type(value) is float:
-                plain = False
-    line = " ".join(words)
-    # Nearly always every value is a plain word; that is seen from all of them at once.
+    words = [f"{key}={value}" for key, value in fields.items() if value is not None]
+    line = " ".join((event, *words))
+    # Nearly always every value is a plain word. That is seen from all of them at once: what is left without the plain
+    # characters is a blank and an equals sign for each.
     if (
-        plain
-        and len(line) <= MAX_VALUE_CHARS
-        and line.count("=") == line.count(" ") == len(words) - 1
-        and line.isascii()
-        and not line.encode().translate(None, _OF_PLAIN_LINES)
+        line.encode("utf-8", "replace").translate(None, _PLAIN_BYTES) == _BETWEEN[: 2 * len(words)]
         and "= " not in line
         and line[-1] != "="
         and "1_" not in line
+        and len(line) <= MAX_VALUE_CHARS
+        and float not in map(type, fields.values())
     ):
         return line
     return " ".join([event, *(f"{key}={render_value(value)}" for key, value in fields.items() if value is not None)])
@@ -123,7 +119,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
         second = int(now)
         if second != self._second:
             self._second, self._stamp = second, time.strftime(_Formatter.default_time_format, time.gmtime(second))
-        text = f"{self._stamp}.{int(now % 1 * 1_000):03d}Z {logging.getLevelName(level)} {line}\n"
+        text = f"{self._stamp}.{int(now % 1 * 1_000):03d}Z {_LEVELS[level]} {line}\n"
         loop = asyncio._get_running_loop()
         with self.lock or _NOTHING:
             self._held.append(text)

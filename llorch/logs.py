@@ -26,11 +26,13 @@ ROOT = "llorch"
 _ROOT = logging.getLogger()
 _NOTHING = contextlib.nullcontext()
 MAX_VALUE_CHARS = 500
+LEAVES_WITHIN_S = 0.02  # what a crash may cost of what went well; warnings and errors wait for nothing
 MAX_FRAMES = 30
 _PLAIN_CHARS = string.ascii_letters + string.digits + "._:/@%+*,~[]()-"
 _PLAIN = re.compile(f"[{re.escape(_PLAIN_CHARS)}]+")
 _PLAIN_BYTES = _PLAIN_CHARS.encode()
 _BETWEEN = b" =" * MAX_VALUE_CHARS
+_STAY = frozenset({str, int, float, bool, type(None)})
 _LEVELS = {level: logging.getLevelName(level) for level in (logging.DEBUG, logging.INFO)}
 
 
@@ -80,11 +82,10 @@ class Log:
     def _emit(self, level: int, event: str, fields: dict[str, Any], *, trace: bool = False) -> None:
         if not self._logger.isEnabledFor(level):
             return
-        line = _line(event, fields)
         if level <= logging.INFO and len(_ROOT.handlers) == 1 and isinstance(_ROOT.handlers[0], _Stderr):
-            _ROOT.handlers[0].say(level, line)
+            _ROOT.handlers[0].say(level, event, fields)
         else:
-            self._logger.log(level, "%s", line, exc_info=trace)
+            self._logger.log(level, "%s", _line(event, fields), exc_info=trace)
 
     def debug(self, event: str, **fields: Any) -> None:
         self._emit(logging.DEBUG, event, fields)
@@ -104,32 +105,30 @@ class Log:
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Where lines go. Those at `info` and below are many: they leave together, at the end of the loop's turn."""
+    """Where lines go. Those at `info` and below are many: they are made and leave together, within `LEAVES_WITHIN_S`,
+    or before one that is worse. One by one, each costs a task four times as much, and a write of its own."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
         self.setFormatter(_Formatter())
-        self._held: list[str] = []
-        self._leaving: asyncio.AbstractEventLoop | None = None  # at the end of whose turn they do
+        self._held: list[tuple[float, int, str, Mapping[str, object]]] = []
+        self._leaving: asyncio.AbstractEventLoop | None = None  # by whose timer they do
         self._second = 0
         self._stamp = ""
 
-    def say(self, level: int, line: str) -> None:
-        now = time.time()
-        second = int(now)
-        if second != self._second:
-            self._second, self._stamp = second, time.strftime(_Formatter.default_time_format, time.gmtime(second))
-        text = f"{self._stamp}.{int(now % 1 * 1_000):03d}Z {_LEVELS[level]} {line}\n"
+    def say(self, level: int, event: str, fields: Mapping[str, object]) -> None:
+        if not _STAY.issuperset(map(type, fields.values())):  # what may be another by the time it is written
+            fields = {key: value if type(value) in _STAY else str(value) for key, value in fields.items()}
         loop = asyncio._get_running_loop()
         with self.lock or _NOTHING:
-            self._held.append(text)
+            self._held.append((time.time(), level, event, fields))
             if loop is not None and loop is self._leaving:
                 return
             self._leaving = loop
         if loop is None:
             self.flush()
         else:
-            loop.call_soon(self.flush)
+            loop.call_later(LEAVES_WITHIN_S, self.flush)
 
     def emit(self, record: logging.LogRecord) -> None:
         self._write_held()
@@ -144,10 +143,17 @@ class _Stderr(logging.StreamHandler[TextIO]):
     def _write_held(self) -> None:
         held, self._held, self._leaving = self._held, [], None
         if held:
+            text = "".join([f"{self._time(at)} {_LEVELS[level]} {_line(event, of)}\n" for at, level, event, of in held])
             try:
-                self.stream.write("".join(held))
+                self.stream.write(text)
             except (OSError, ValueError):
                 pass  # as logging does: who can't be told what happens is not stopped by it
+
+    def _time(self, at: float) -> str:
+        second = int(at)
+        if second != self._second:
+            self._second, self._stamp = second, time.strftime(_Formatter.default_time_format, time.gmtime(second))
+        return f"{self._stamp}.{int(at % 1 * 1_000):03d}Z"
 
 
 class _Formatter(logging.Formatter):

@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from llorch import logs
 from llorch.errors import Code, LlorchError
-from llorch.logs import MAX_VALUE_CHARS, Log, _line, _Stderr, configure, printable, render_value
+from llorch.logs import LEAVES_WITHIN_S, MAX_VALUE_CHARS, Log, _line, _Stderr, configure, printable, render_value
 
 
 @pytest.mark.parametrize(
@@ -165,29 +166,35 @@ def test_nobody_is_stopped_by_a_stderr_that_takes_nothing(closed: bool, monkeypa
     if closed:
         handler.stream = io.StringIO()
         handler.stream.close()
-    handler.say(logging.INFO, "task.ended n=1")
+    handler.say(logging.INFO, "task.ended", {"n": 1})
 
     async def main() -> None:
         told: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
-        handler.say(logging.INFO, "task.ended n=2")
+        handler.say(logging.INFO, "task.ended", {"n": 2})
         await asyncio.sleep(0)
         assert told == []
 
     asyncio.run(main())
 
 
-def test_the_lines_of_one_turn_leave_together_at_its_end(pieces: Pieces) -> None:
+async def passed() -> None:
+    await asyncio.sleep(2 * LEAVES_WITHIN_S)
+
+
+def test_lines_leave_together_after_a_moment(pieces: Pieces) -> None:
     async def main() -> None:
-        for event in ("one", "two", "three"):
+        for event in ("one", "two"):
             Log("x").info(event)
+        await asyncio.sleep(0)
+        Log("x").info("three")
         Log("x").debug("unheard")
         assert pieces.pieces == []
-        await asyncio.sleep(0)
+        await passed()
         (piece,) = pieces.pieces
         assert events(piece) == ["one", "two", "three"]
         Log("x").info("four")
-        await asyncio.sleep(0)
+        await passed()
         assert events(pieces.pieces[1]) == ["four"]
 
     asyncio.run(main())
@@ -202,7 +209,7 @@ def test_a_warning_leaves_at_once_behind_what_was_said_before_it(pieces: Pieces)
         Log("x").error("four")
         Log("x").info("five")
         assert events(pieces.getvalue()) == ["one", "two", "three", "four"]
-        await asyncio.sleep(0)
+        await passed()
 
     asyncio.run(main())
     assert events(pieces.getvalue()) == ["one", "two", "three", "four", "five"]
@@ -215,6 +222,17 @@ def test_a_librarys_words_stand_behind_what_was_said_before_them(pieces: Pieces)
         assert events(pieces.getvalue()) == ["one", "library.logged"]
 
     asyncio.run(main())
+
+
+def test_a_line_says_what_was_so_when_it_was_said(pieces: Pieces) -> None:
+    async def main() -> None:
+        names, at = ["a"], Path("/there")
+        Log("x").info("one", names=names, at=at, code=Code.INTERNAL)
+        names.append("b")
+        await passed()
+
+    asyncio.run(main())
+    assert pieces.getvalue().split(" ", 2)[2] == """one names="['a']" at=/there code=INTERNAL\n"""
 
 
 def test_where_no_loop_runs_a_line_leaves_at_once(pieces: Pieces) -> None:
@@ -242,9 +260,10 @@ def test_what_a_loop_left_behind_leaves_with_the_next_line(pieces: Pieces) -> No
     assert events(pieces.getvalue()) == ["held", "two"]
 
 
-def test_what_a_loop_left_behind_leaves_in_another_loops_turn(pieces: Pieces) -> None:
+def test_what_a_loop_left_behind_leaves_with_another_loops_lines(pieces: Pieces) -> None:
     async def main() -> None:
         Log("x").info("two")
+        await passed()
 
     a_loop_that_ends_in_the_same_turn()
     asyncio.run(main())
@@ -283,6 +302,7 @@ def test_lines_of_many_threads_are_all_there_and_whole(pieces: Pieces) -> None:
             await asyncio.sleep(0)
         for thread in threads:
             thread.join()
+        await passed()
 
     asyncio.run(main())
     said = [line.split(" ", 2)[2] for line in pieces.getvalue().splitlines()]
@@ -326,6 +346,6 @@ def test_a_line_that_is_held_has_the_stamp_that_logging_would_give_it(now: float
     handler = _Stderr()
     handler.stream = io.StringIO()
     with mock.patch("time.time", lambda: now):
-        handler.say(level, "task.ended n=1")
+        handler.say(level, "task.ended", {"n": 1})
         record = logging.LogRecord("llorch.x", level, "", 0, "%s", ("task.ended n=1",), None)
     assert handler.stream.getvalue() == handler.format(record) + "\n"

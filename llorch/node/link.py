@@ -347,7 +347,7 @@ class NodeLink:
             body.parts.append(payload)
         granted = body.credit.passed_on(len(payload))
         if granted and not body.whole:
-            self.send(records.encode_credit(stream.id, granted))
+            self.send(stream.say_all() + records.encode_credit(stream.id, granted))
         self._deliver_if_whole(body)
 
     @staticmethod

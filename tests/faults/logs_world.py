@@ -20,6 +20,7 @@ from llorch.link import Link
 from llorch.messages import Head, Tail
 from llorch.node import pool_events as ev
 from llorch.node.handoff import Handoff
+from llorch.node.link import ACCEPT_WITHIN_S
 from llorch.node.link import NodeLink as NodeEnd
 from llorch.node.pools import Pools
 from llorch.node.retention import SEALED_V1_S
@@ -423,6 +424,7 @@ class LogsWorld(World):
         wires = [control.wire for control in self.controls if control.wire is not None]
         for wire in wires:
             wire.flow(True)
+        self.loop.advance(ACCEPT_WITHIN_S)  # what was just opened may be told so late
         for _ in range(2_000):
             self.loop.settle()
             busy = False

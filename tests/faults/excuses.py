@@ -133,13 +133,16 @@ def _canceled(case: Case) -> bool:
 
 
 def _not_found(case: Case) -> bool:
-    """Its submission was never answered; or its node, which alone remembers it, was hit; or it never came to one."""
+    """Its submission was never answered; or its node, which alone remembers it, was hit; or it never came to one, or
+    had left the last one with nothing shown, and waited at a control that died with it."""
     story, facts = case.story, case.facts
     if not any(conn.status in (200, 202) for conn in story.reading() if (conn.answered or case.at) < case.at):
         return True
     runs = [run for run in facts.executions.get(story.marker, ()) if run.start < case.at]
     if not runs:
         return bool(facts.restarted(case.since, case.at))
+    if not runs[-1].tokens and facts.restarted(runs[-1].end, case.at):
+        return True
     return all(
         facts.hit(case.since, case.at, parts=("node",), hows=("kill", "term"), node=run.node)
         or facts.away(run.node, case.since, case.at + LATE_S) >= facts.promises["recovery_s"] - LATE_S

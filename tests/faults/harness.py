@@ -31,6 +31,7 @@ from tests.faults.cluster import Broken, Pools
 from tests.faults.history import Entry, Recorder
 from tests.faults.schedule import Step
 from tests.faults.tasks import USUAL, Mix
+from tests.faults.validator import GIVEN_UP
 
 SAMPLE_EVERY_S = 0.15
 PHASE_WITHIN_S = 0.7  # for a task to come to the phase that a fault is for
@@ -301,7 +302,9 @@ class Run:
                 listed = (await self.broken.cluster.get("/v2/tasks", token=admin))["tasks"]
                 open_tasks = [t["task_id"] for t in listed if t["state"] in ("queued", "placed", "streaming")]
             idle = pools is not None and all(total == free and not flight for total, free, flight, *_ in pools.values())
-            over = idle and not queued and not self.broken.running and not open_tasks
+            # An engine may have died last by what a task told it, and be on its way back.
+            back = pools is not None and all(bound or state == GIVEN_UP for *_, bound, state in pools.values())
+            over = idle and back and not queued and not self.broken.running and not open_tasks
             if over or time.monotonic() > until:
                 break
             await asyncio.sleep(0.1)

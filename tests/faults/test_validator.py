@@ -340,6 +340,15 @@ def test_a_task_that_nobody_knows_any_more() -> None:
     assert set(unknown("control.kill", "control")) == {"unexplained error", "lost task"}
 
 
+@pytest.mark.parametrize(("tokens", "unexplained"), [(0, False), (1, True)])
+def test_a_task_that_waited_again_is_lost_with_its_control(tokens: int, unexplained: bool) -> None:
+    """Its first attempt showed nothing in time, and was left behind: no node remembers it."""
+    tale = Tale().task(tokens=3).send().engine("arrived").wait(3.0).answer().engine("aborted", tokens=tokens)
+    tale.fault("control.kill", "control", 1.0).closed("broken").wait(6.0)
+    tale.send("events").answer(404, "TASK_NOT_FOUND").closed().over("unknown")
+    assert ("unexplained error" in tale.rules()) is unexplained
+
+
 # ---------------------------------------------------------------- cancels, and readers that go
 
 

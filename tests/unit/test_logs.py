@@ -152,6 +152,10 @@ def events(text: str) -> list[str]:
     return [line.split()[2] for line in text.splitlines()]
 
 
+async def passed() -> None:
+    await asyncio.sleep(2 * LEAVES_WITHIN_S)
+
+
 class Full(Pieces):
     """A file on a disk that is full: what could not be written is written again by each flush."""
 
@@ -172,14 +176,10 @@ def test_nobody_is_stopped_by_a_stderr_that_takes_nothing(closed: bool, monkeypa
         told: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context))
         handler.say(logging.INFO, "task.ended", {"n": 2})
-        await asyncio.sleep(0)
+        await passed()
         assert told == []
 
     asyncio.run(main())
-
-
-async def passed() -> None:
-    await asyncio.sleep(2 * LEAVES_WITHIN_S)
 
 
 def test_lines_leave_together_after_a_moment(pieces: Pieces) -> None:

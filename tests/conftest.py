@@ -45,6 +45,15 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+@pytest.fixture
+def without_collection() -> Iterator[None]:
+    """What a test leaves in a circle stays where it is."""
+    gc.collect()  # what other tests have left
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def _processes() -> set[int]:
     """Every living process below this one."""
     try:

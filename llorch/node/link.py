@@ -85,10 +85,13 @@ class _Stream:
         self.body: _Body | None = None
         self.entry: TaskEntry | None = None
         self.log: TaskLog | None = None
-        self.unsaid = b""  # the ACCEPT, until it is sent
+        self.unsaid = b""  # the ACCEPT, until it is sent: before anything else of this stream
 
-    def say_all(self) -> bytes:
-        """What is to go out before anything else of this stream."""
+    def say(self, *said: bytes) -> None:
+        self._link.send(b"".join((self.taken(), *said)))
+
+    def taken(self) -> bytes:
+        """What was not said yet, for who says it now."""
         unsaid, self.unsaid = self.unsaid, b""
         return unsaid
 
@@ -132,7 +135,7 @@ class _Stream:
         if not self._head_sent and source.head is not None:
             self._head_sent = True
             self._of_events = source.head.headers.get("content-type") == STREAM_HEADERS["content-type"]
-            out.append(self.say_all() + _head_record(self.id, source.head))
+            out.append(_head_record(self.id, source.head))
         left = TURN_BYTES
         try:
             while self.offset != source.end and (count := min(left, self.credit.available, MAX_PAYLOAD_BYTES)):
@@ -144,14 +147,14 @@ class _Stream:
                 left -= len(data)
                 out.append(records.encode(self.id, Kind.DATA, data))
         except LlorchError as error:  # GAP: it was overtaken
-            self._link.send(b"".join(out))
+            self.say(*out)
             self._link.refuse(self, error)
             return
         tail = source.tail if self.offset == source.end else None
         if tail is not None:
-            out.append(self.say_all() + records.encode_json(self.id, Kind.TAIL, tail_wire(tail)))
+            out.append(records.encode_json(self.id, Kind.TAIL, tail_wire(tail)))
         if out:
-            self._link.send(out[0] if len(out) == 1 else b"".join(out))
+            self.say(*out)
         if tail is not None:
             self._link.finished(self)
         elif left < TURN_BYTES and self.credit.available and self.offset != source.end:
@@ -301,7 +304,7 @@ class NodeLink:
         stream.offset = wish.offset
         self._follow(stream, self._runner.logs.get(wish.task_id, wish.attempt))
         stream.wake()
-        self.send(stream.say_all())  # who comes back waits for it
+        stream.say()  # who comes back waits for it
 
     def _follow(self, stream: _Stream, entry: TaskEntry) -> None:
         self._runner.attach(entry, stream)
@@ -312,7 +315,7 @@ class NodeLink:
         self._timer = None
         accepted, self._accepted = self._accepted, []
         streams = map(self._streams.get, accepted)
-        self.send(b"".join([stream.say_all() for stream in streams if stream is not None]))
+        self.send(b"".join([stream.taken() for stream in streams if stream is not None]))
 
     def _call(self, stream: _Stream, call: NodeCall) -> None:
         if call.body_len > MAX_CALL_BODY_BYTES:
@@ -347,7 +350,7 @@ class NodeLink:
             body.parts.append(payload)
         granted = body.credit.passed_on(len(payload))
         if granted and not body.whole:
-            self.send(stream.say_all() + records.encode_credit(stream.id, granted))
+            stream.say(records.encode_credit(stream.id, granted))
         self._deliver_if_whole(body)
 
     @staticmethod
@@ -363,7 +366,7 @@ class NodeLink:
     def refuse(self, stream: _Stream, error: LlorchError) -> None:
         """REFUSE ends this reader. After an ACCEPT it means that the reader was overtaken."""
         task_id = stream.entry.task_id if stream.entry is not None else None
-        self.send(stream.say_all() + records.encode_json(stream.id, Kind.REFUSE, error_wire(error, task_id=task_id)))
+        stream.say(records.encode_json(stream.id, Kind.REFUSE, error_wire(error, task_id=task_id)))
         self._drop(stream, Gone.LEFT)
 
     def finished(self, stream: _Stream) -> None:

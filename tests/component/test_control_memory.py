@@ -7,7 +7,7 @@ in memory that no cache had seen, for as long as each task left 35 objects behin
 from __future__ import annotations
 
 import gc
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -17,17 +17,9 @@ from llorch.control.feed import Feed
 from llorch.control.log_reader import LogReader
 from llorch.outlet import Outlet
 from tests.component.control_harness import Attempt, ControlUnderTest, LinkedNode, a_control, eventually, lost_soon
-from tests.component.test_control_streams import FAILURES, FORMS, Asking, _begin, detached
+from tests.component.test_control_streams import FAILURES, FORMS, Asking, asked, begin, detached
 
 KINDS = (Audience, Feed, LogReader, Outlet, OpenAiAnswer, Stream)
-
-
-@pytest.fixture
-def without_collection() -> Iterator[None]:
-    gc.collect()  # what other tests have left
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def kept() -> list[str]:
@@ -35,7 +27,7 @@ def kept() -> list[str]:
 
 
 async def to_its_end(node: LinkedNode, attempt: Attempt) -> str:
-    _begin(attempt)
+    begin(attempt)
     if attempt.header["path"] == "native":
         attempt.end()
     elif attempt.header["stream"]:
@@ -55,9 +47,7 @@ async def test_nothing_of_a_task_waits_for_the_collector(
 ) -> None:
     lost_soon(monkeypatch)
     async with a_control() as control:
-        node = await control.join("a")
-        asking = form(control)
-        attempt = await node.asked()
+        node, asking, attempt = await asked(control, form)
         await end(node, attempt)
         if form is not detached:
             await asking.answer()

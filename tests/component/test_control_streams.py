@@ -79,7 +79,7 @@ async def after_head(node: LinkedNode, attempt: Attempt) -> str:
 
 
 async def mid_event(node: LinkedNode, attempt: Attempt) -> str:
-    _begin(attempt)
+    begin(attempt)
     attempt.data(b'event: token\ndata: {"t": "tw')
     await node.settled()
     await node.cut()
@@ -87,14 +87,14 @@ async def mid_event(node: LinkedNode, attempt: Attempt) -> str:
 
 
 async def after_events(node: LinkedNode, attempt: Attempt) -> str:
-    _begin(attempt)
+    begin(attempt)
     await node.settled()
     await node.cut()
     return "NODE_LOST"
 
 
 async def sealed_with_an_error(node: LinkedNode, attempt: Attempt) -> str:
-    _begin(attempt)
+    begin(attempt)
     if attempt.header["path"] == "native":
         attempt.fail()
     else:
@@ -105,13 +105,22 @@ async def sealed_with_an_error(node: LinkedNode, attempt: Attempt) -> str:
     return "ENGINE_FAILED"
 
 
-def _begin(attempt: Attempt) -> None:
+def begin(attempt: Attempt) -> None:
     if attempt.header["path"] == "native":
         attempt.begin().say("one")
     elif attempt.header["stream"]:
         attempt.accept().head().data(b'data: {"choices": []}\n\n')
     else:
         attempt.accept().head("application/json", content_length="1000").data(b'{"half": ')
+
+
+async def asked(
+    control: ControlUnderTest, form: Callable[[ControlUnderTest], Asking]
+) -> tuple[LinkedNode, Asking, Attempt]:
+    """A node, a request of this form, and what the node was asked for it."""
+    node = await control.join("a")
+    asking = form(control)
+    return node, asking, await node.asked()
 
 
 FAILURES = [before_accept, after_accept, after_head, mid_event, after_events, sealed_with_an_error]
@@ -126,9 +135,7 @@ async def test_a_failure_is_told_once_and_leaves_no_claim(
 ) -> None:
     lost_soon(monkeypatch)
     async with a_control() as control:
-        node = await control.join("a")
-        asking = form(control)
-        attempt = await node.asked()
+        node, asking, attempt = await asked(control, form)
         code = await failure(node, attempt)
         answer = await asking.answer()
         if form is native_stream:
@@ -337,7 +344,7 @@ async def test_cancel_runs_to_the_tail_and_is_told_once(form: Callable[[ControlU
             if phase == "accepted":
                 attempt.accept()
             else:
-                _begin(attempt)
+                begin(attempt)
                 await control.state(task_id, "streaming")
             await node.settled()
         for _ in range(2):  # it is idempotent
@@ -690,7 +697,7 @@ async def test_a_client_that_vanishes_is_told_to_the_node_as_left(
         node = await control.join("a")
         asking = form(control)
         attempt = await node.asked()
-        _begin(attempt)
+        begin(attempt)
         await control.state(attempt.task_id, "streaming")
         await asking.leave()
         await eventually(lambda: attempt.detached == "left", within_s=5)

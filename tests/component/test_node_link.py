@@ -9,7 +9,6 @@ import json
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,14 +24,6 @@ from tests.component.node_harness import ENGINE_KEY, MODEL, POOL, Stream, eventu
 CHAT = "/v1/chat/completions"
 T = TypeVar("T")
 EMBEDDINGS = "/v1/embeddings"
-
-
-@pytest.fixture
-def without_collection() -> Iterator[None]:
-    gc.collect()  # what other tests have left
-    gc.disable()
-    yield
-    gc.enable()
 
 
 async def ended(stream: Stream) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from llorch.errors import Code, LlorchError
 from llorch.messages import Timings
@@ -28,7 +28,7 @@ from llorch.node.engines.alike import Shape, shape_of
 from llorch.node.engines.chunks import Chunk, Meter
 from llorch.node.engines.chunks import Usage as Usage
 from llorch.node.engines.chunks import normalise_error as normalise_error
-from llorch.node.engines.requests import EngineRequest, dump
+from llorch.node.engines.requests import EngineRequest
 from llorch.openai_paths import MESSAGES, SERVED
 from llorch.sse import Splitter, SseError, parse
 
@@ -355,8 +355,8 @@ class OpenAiDecoder(_Stream):
     def _render_error(self, error: LlorchError) -> bytes:
         wire = error.to_wire(request_id=self._facts.request_id, task_id=self._facts.task_id)
         if self._path == MESSAGES:  # Anthropic's clients look at the event's name
-            return b"event: error\ndata: " + dump({"type": "error", "error": wire}) + b"\n\n"
-        return b"data: " + dump({"error": wire}) + b"\n\n"
+            return b"event: error\ndata: " + to_json({"type": "error", "error": wire}) + b"\n\n"
+        return b"data: " + to_json({"error": wire}) + b"\n\n"
 
 
 class OpenAiAnswer:

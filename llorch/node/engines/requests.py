@@ -41,10 +41,6 @@ class EngineRequest:
     client_asked_usage: bool = True
 
 
-def dump(value: object) -> bytes:
-    return to_json(value)
-
-
 def encode_native(body: TaskBody, model: str, engine: str = "") -> EngineRequest:
     """A native task for an engine that knows its model as `model`. Always streams, always with usage.
 
@@ -63,7 +59,7 @@ def encode_native(body: TaskBody, model: str, engine: str = "") -> EngineRequest
         if value is not None:
             wire |= _word(engine, name, value, chat=body.messages is not None)
     wire |= {"stream": True, "stream_options": {"include_usage": True}}
-    return EngineRequest(COMPLETIONS if body.messages is None else CHAT, dump(wire), stream=True)
+    return EngineRequest(COMPLETIONS if body.messages is None else CHAT, to_json(wire), stream=True)
 
 
 _LLAMA_CPP = frozenset({"llamacpp", "llama-server", "simulated"})
@@ -115,7 +111,7 @@ def encode_openai(path: str, body: Mapping[str, Any], model: str, raw: bytes = b
         asked = (options or {}).get("include_usage") is True
         same = same and asked
         wire["stream_options"] = {**(options or {}), "include_usage": True}
-    return EngineRequest(where.path, raw if same else dump(wire), stream=streamed, client_asked_usage=asked)
+    return EngineRequest(where.path, raw if same else to_json(wire), stream=streamed, client_asked_usage=asked)
 
 
 def _one_sequence(path: str, body: Mapping[str, Any]) -> None:
